@@ -1,0 +1,201 @@
+"""Curvature as an operator: a loss's second-order model at one point, and what can be built from it.
+
+Vectors have the weight's shape throughout; a mask is a projection, never an index list.
+"""
+
+from __future__ import annotations
+
+import abc
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from snows.sparsity import rows, unrows
+
+
+class Loss(Protocol):
+    """A function of one weight; the squares of all its ``residuals`` sum to it."""
+
+    def __call__(self, weight: Tensor) -> Tensor: ...
+
+    def residuals(self, weight: Tensor) -> Sequence[Tensor]: ...
+
+
+class LinearOperator(abc.ABC):
+    """A symmetric linear map on tensors of one shape."""
+
+    @abc.abstractmethod
+    def __matmul__(self, v: Tensor) -> Tensor:
+        """Apply the map to `v`; same shape and dtype."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A Monte-Carlo mean and the standard error of it."""
+
+    mean: float
+    error: float
+
+
+def trace(operator: LinearOperator, mask: Tensor, *, probes: int = 8, generator: torch.Generator | None = None,
+          dtype: torch.dtype = torch.float32) -> Estimate:
+    """Estimate the trace of `operator` restricted to `mask` with Rademacher probes (Hutchinson 1990).
+
+    Args:
+        operator: a symmetric map on tensors of mask.shape.
+        mask: bool; the entries whose diagonal is summed.
+        probes: number of products.
+        generator: source of the probes, on the CPU.
+        dtype: of the probes.
+    """
+    samples = []
+    for _ in range(probes):
+        signs = torch.randint(0, 2, mask.shape, generator=generator).to(mask.device, dtype).mul_(2).sub_(1)
+        probe = signs * mask
+        samples.append((probe * (operator @ probe)).sum().item())
+    values = torch.tensor(samples, dtype=torch.float64)
+    error = (values.std() / math.sqrt(probes)).item() if probes > 1 else math.nan
+    return Estimate(values.mean().item(), error)
+
+
+class Hessian(LinearOperator):
+    """The exact Hessian of a loss at a point: value, grad and products from one graph, built once.
+
+    ``(H @ v)`` is the gradient of ``<grad(W), v>`` (Pearlmutter 1994); no matrix is formed. The graph lives as long
+    as this object.
+
+    Args:
+        loss: differentiable twice.
+        at: the weight.
+
+    Example:
+        >>> class Quartic:
+        ...     def __call__(self, w): return w.pow(4).sum()
+        >>> H = Hessian(Quartic(), at=torch.tensor([1.0, 2.0]))
+        >>> H @ torch.tensor([1.0, 1.0])
+        tensor([12., 48.])
+    """
+
+    def __init__(self, loss: Loss, at: Tensor) -> None:
+        with torch.enable_grad():
+            self._at = at.detach().clone().requires_grad_()
+            value = loss(self._at)
+            (self._grad,) = torch.autograd.grad(value, self._at, create_graph=True)
+        self.value = value.item()
+        self.grad = self._grad.detach()
+
+    def __matmul__(self, v: Tensor) -> Tensor:
+        if not self._grad.requires_grad:  # a loss linear in the weight
+            return torch.zeros_like(v)
+        (product,) = torch.autograd.grad(self._grad, self._at, v, retain_graph=True, materialize_grads=True)
+        return product
+
+
+class GaussNewton(LinearOperator):
+    """The Gauss-Newton matrix ``2 JᵀJ`` of a sum of squares, J the Jacobian of its residuals.
+
+    Positive semi-definite; equal to the Hessian where the residuals are piecewise linear in the weight, as one layer
+    of a ReLU network with evaluated BatchNorm is (Schraudolph 2002). ``J v`` is the derivative of ``Jᵀu`` with respect
+    to u, so the forward pass runs once for all products.
+
+    Args:
+        loss: its ``residuals`` are differentiated.
+        at: the weight.
+    """
+
+    def __init__(self, loss: Loss, at: Tensor) -> None:
+        with torch.enable_grad():
+            self._at = at.detach().clone().requires_grad_()
+            self._residuals = list(loss.residuals(self._at))
+            self._cotangents = [r.detach().clone().requires_grad_() for r in self._residuals]
+            (self._pullback,) = torch.autograd.grad(self._residuals, self._at, self._cotangents, create_graph=True)
+        self.value = sum(r.detach().square().sum().item() for r in self._residuals)
+        self.grad = 2 * self._pullback.detach()
+
+    def __matmul__(self, v: Tensor) -> Tensor:
+        tangents = torch.autograd.grad(self._pullback, self._cotangents, v, retain_graph=True)
+        (product,) = torch.autograd.grad(self._residuals, self._at, tangents, retain_graph=True)
+        return 2 * product
+
+
+class Restricted(LinearOperator):
+    """``P A P + damping I`` with P the projection onto a mask: what Newton's method solves with.
+
+    Args:
+        operator: A.
+        mask: bool.
+        damping: absolute, at least 0.
+    """
+
+    def __init__(self, operator: LinearOperator, mask: Tensor, damping: float = 0.0) -> None:
+        self.operator, self.mask, self.damping = operator, mask, damping
+
+    def __matmul__(self, v: Tensor) -> Tensor:
+        v = v * self.mask
+        return (self.operator @ v).mul_(self.mask).add_(v, alpha=self.damping)
+
+
+class Dense(LinearOperator):
+    """An explicit (n, n) matrix acting on tensors of n elements: the oracle of the tests.
+
+    Args:
+        matrix: (n, n), symmetric.
+    """
+
+    def __init__(self, matrix: Tensor) -> None:
+        self.matrix = matrix
+
+    def __matmul__(self, v: Tensor) -> Tensor:
+        return (self.matrix @ v.flatten()).view_as(v)
+
+
+@dataclass(frozen=True)
+class Factors:
+    """Kronecker factors of one layer's curvature, by group of a convolution, in the row view.
+
+    Attributes:
+        inputs: (groups, in, in), second moment of the layer's input rows.
+        outputs: (groups, out / groups, out / groups), second moment of what a unit change of an output does later.
+    """
+
+    inputs: Tensor
+    outputs: Tensor
+
+
+class Kronecker(LinearOperator):
+    """The preconditioner ``P (G + εI)⁻¹ ⊗ (A + εI)⁻¹ P`` (after K-FAC, Martens & Grosse 2015).
+
+    A is the second moment of the layer's inputs, G that of its output's sensitivity; each is damped by
+    ``sqrt(damping)`` of its own mean diagonal, so the choice is free of scale.
+
+    Args:
+        factors: A and G.
+        mask: bool, the layer's weight shape.
+        damping: relative to the curvature's mean, above 0.
+    """
+
+    def __init__(self, factors: Factors, mask: Tensor, damping: float) -> None:
+        self.mask = mask
+        share = math.sqrt(damping)
+        self._inputs = _inverse(factors.inputs, share)
+        self._outputs = _inverse(factors.outputs, share)
+
+    def __matmul__(self, v: Tensor) -> Tensor:
+        matrix = rows(v * self.mask)
+        grouped = matrix.view(len(self._inputs), -1, matrix.shape[1])
+        product = self._outputs @ grouped @ self._inputs
+        return unrows(product.reshape(matrix.shape), v.shape) * self.mask
+
+
+def _inverse(matrices: Tensor, share: float) -> Tensor:
+    """Invert a batch of positive semi-definite matrices damped by `share` of their own mean diagonal."""
+    diagonal = matrices.diagonal(dim1=-2, dim2=-1)
+    mean = diagonal.mean(-1).double().clamp_min(torch.finfo(torch.float32).tiny)
+    eye = torch.eye(matrices.shape[-1], dtype=torch.float64, device=matrices.device)
+    damped = matrices.double() + (share * mean)[:, None, None] * eye
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped)) * mean[:, None, None]
+    return inverse.to(matrices.dtype)

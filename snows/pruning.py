@@ -1,0 +1,484 @@
+"""`prune`: walk a network layer by layer, choose each mask, re-fit the weights that stay, and keep what was done."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils import prune as torch_prune
+
+from snows import network
+from snows.horizon import Horizon, Reconstruction
+from snows.network import Inputs, Order, Plan, Stream
+from snows.operators import Factors
+from snows.report import LayerReport, Report
+from snows.run import Run
+from snows.selectors import LayerStatistics, Selector, magnitude
+from snows.selectors.sensitivity import sensitivities
+from snows.solvers import Newton, Step
+from snows.sparsity import NM, MaskedWeight, Pattern, Unstructured, allocate, rows, unrows
+
+PatternChoice = Pattern | Mapping[str, Pattern] | Callable[[str, nn.Module], Pattern | None] | None
+Only = Callable[[str, nn.Module], bool]
+
+
+def prune(
+    model: nn.Module,
+    batches: Iterable[Any],
+    pattern: PatternChoice,
+    *,
+    select: Selector | Mapping[str, Tensor] | nn.Module = magnitude,
+    solver: Newton | None = Newton(),  # noqa: B008 - frozen
+    horizon: int | Literal["end"] = 10,
+    targets: Literal["dense", "local"] = "dense",
+    scaling: Literal["variance", "none"] = "variance",
+    cap: float = 0.95,
+    only: Only | None = None,
+    recalibrate: bool = True,
+    out: Path | str | None = None,
+    resume: bool = False,
+    seed: int = 0,
+    progress: bool = True,
+) -> tuple[nn.Module, Report]:
+    """Prune a trained network in one shot.
+
+    Args:
+        model: any module in evaluation mode, in float32 or float64; left as it was.
+        batches: unlabelled calibration batches: tensors, `(images, labels)` pairs (labels ignored) or mappings of
+            keyword inputs. Read once and kept on the host. The last one (or the last eighth of it, with fewer than
+            four) is held back: each layer keeps the weight that is best there.
+        pattern: for all layers, by layer name, or a function of name and module that may return None for dense. An
+            `Unstructured` given alone is one exact budget over the prunable weights. None with masks from elsewhere.
+        select: a rule, masks by layer name (bool, weight.shape), or a network that is already pruned.
+        solver: Newton's settings; None keeps what `select` gives.
+        horizon: operations matched after each layer; "end" matches up to and with the network's output.
+        targets: "dense": what the dense network computes on its own; "local": what the layer's dense weight computes
+            from the pruned network's features, as published.
+        scaling: "variance" divides each matched output's mismatch by its variance; "none" does not, as published.
+        cap: the largest share a layer may lose under an `Unstructured` budget.
+        only: which layers to prune; by default all that run but the first and the last.
+        recalibrate: re-estimate the statistics of BatchNorm on the calibration batches at the end.
+        out: a folder; every finished layer is saved there at once.
+        resume: go on with the run in `out`.
+        seed: of all that is random.
+        progress: show a progress bar.
+
+    Returns:
+        The pruned copy, of the same class and with the same `state_dict` keys, and the report.
+
+    Raises:
+        ValueError: an argument does not fit; the sentence says which, and what to do.
+    """
+    _check_model(model)
+    inputs = _read_batches(batches)
+    masks, starts = _given(model, select, pattern)
+    dense, sparse = _working_copy(model), _working_copy(model)
+    _check_weights(sparse)
+    _prefer_channels_last((sparse, dense), inputs[0])
+    order = network.learn_order(sparse, inputs[0])
+    _check_forward(sparse, inputs, order)
+    report = Report(weights=sum(p.numel() for p in model.parameters()))
+    patterns = _assign(sparse, order, pattern, masks, only, report)
+    device = next(sparse.parameters()).device
+    inputs = [x.to(device) for x in inputs]
+    settings = {
+        "pattern": {name: str(p) for name, p in patterns.items()} if isinstance(pattern, Mapping) or callable(pattern) else str(pattern),
+        "select": _name(select), "solver": str(solver), "horizon": horizon, "targets": targets, "scaling": scaling,
+        "cap": cap, "recalibrate": recalibrate, "seed": seed, "layers": list(patterns),
+    }
+    report.settings = settings
+    run = Run.open(Path(out), settings, model, inputs, masks, starts, resume) if out is not None else None
+    if isinstance(pattern, Unstructured) and not masks:
+        patterns = _budget(dense, patterns, pattern, cap, inputs)
+    walk = _Walk(dense, sparse, order, inputs, solver, horizon, targets, scaling, seed)
+    chooser = select if not masks else None
+    with _progress(progress, len(patterns)) as tell:
+        for index, (name, layer_pattern) in enumerate(patterns.items()):
+            finished = run.finished(index) if run else None
+            if finished is None:
+                start = MaskedWeight(starts[name], masks[name]) if masks else None
+                masked, layer_report = walk.layer(index, name, layer_pattern, chooser, start, tell)
+                if run:
+                    run.keep(index, masked, layer_report)
+            else:
+                masked, layer_report = finished
+                masked = MaskedWeight(*(x.to(device) for x in masked))
+            with torch.no_grad():
+                sparse.get_submodule(name).weight.copy_(masked.weight)  # type: ignore[operator, union-attr]
+            walk.masks[name] = masked.mask
+            report.layers = [layer_report if x.name == name else x for x in report.layers]
+            if layer_report.stop.startswith("a number stopped"):
+                report.notes.append(f"{name}: numbers stopped being finite; it keeps the best weight found before.")
+            tell.done(name)
+    if recalibrate:
+        recalibrate_statistics(sparse, inputs)
+    sparse.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    network.close_attention(sparse)
+    for name, module in network.prunable(model).items():
+        if torch_prune.is_pruned(module):  # same keys as the network that came in
+            torch_prune.custom_from_mask(sparse.get_submodule(name), "weight", walk.masks[name])
+    if run:
+        run.finish(sparse, walk.masks, report)
+    return sparse, report
+
+
+# ---------------------------------------------------------------- the walk
+
+
+class _Walk:
+    """Both streams through the network, and what is done at a layer."""
+
+    def __init__(self, dense: nn.Module, sparse: nn.Module, order: Order, inputs: Sequence[Inputs], solver: Newton | None,
+                 horizon: int | Literal["end"], targets: str, scaling: str, seed: int) -> None:
+        self.solver, self.horizon, self.targets, self.scaling, self.seed = solver, horizon, targets, scaling, seed
+        training, held = _hold_back(inputs)
+        self.training, self.held = len(training), held is not None
+        batches = [*training, *([held] if held else [])]
+        self.dense_net, self.sparse_net = dense, sparse
+        plans = Plan(dense, order), Plan(sparse, order)
+        self.dense = [Stream(plans[0], x) for x in batches]
+        self.sparse = [Stream(plans[1], x) for x in batches]
+        self.masks: dict[str, Tensor] = {}
+
+    def layer(self, index: int, name: str, pattern: Pattern | None, select: Any, start: MaskedWeight | None,
+              tell: _Tell) -> tuple[MaskedWeight, LayerReport]:
+        began = time.perf_counter()
+        generator = torch.Generator().manual_seed(self.seed * 100_003 + index)
+        calls = [stream.advance(name) for stream in self.sparse]
+        dense_calls = [stream.advance(name) for stream in self.dense]
+        for call in calls:
+            if not call.x.isfinite().all():
+                raise ValueError(f"{name}: its inputs are not finite; check the weights before it and the images")
+        module: Any = self.sparse_net.get_submodule(name)
+        weight = module.weight.detach().clone()
+        statistics = LayerStatistics(calls[: self.training], dense_calls[: self.training])
+        masked = start if start is not None else select(weight, statistics, pattern)
+        steps: list[Step] = []
+        before = after = float("nan")
+        if self.solver is not None:
+            horizon = Horizon(self.sparse_net, name, self.horizon, self.sparse[0])
+            losses = _Losses(self, horizon, weight, range(self.training), lambda: tell.step(name, steps))
+            held = losses.at(self.training) if self.held else losses.at(0)
+            with torch.no_grad():
+                before = held(masked.weight).item()
+            factors = None
+            if self.solver.preconditioner != "none":
+                groups = network.groups_of(module)
+                factors = Factors(statistics.gram, losses.at(0).output_factor(masked.weight, groups, generator))
+            masked, steps = self.solver.solve(losses, masked, held=held, factors=factors, generator=generator)
+            with torch.no_grad():
+                after = held(masked.weight).item()
+        report = LayerReport(
+            name=name, shape=tuple(weight.shape), pattern=str(pattern) if pattern else "mask", kept=int(masked.mask.sum()),
+            before=before, after=after, iterations=sum(s.iterations for s in steps), steps=len(steps),
+            stop=steps[-1].stop.value if steps else "", seconds=time.perf_counter() - began,
+        )
+        return masked, report
+
+
+class _Losses:
+    """One reconstruction a batch, each with its targets made when it is used and dropped after."""
+
+    def __init__(self, walk: _Walk, horizon: Horizon, weight: Tensor, batches: range, tick: Callable[[], None]) -> None:
+        self.walk, self.horizon, self.weight, self.batches, self.tick = walk, horizon, weight, batches, tick
+
+    def at(self, batch: int) -> Reconstruction:
+        walk = self.walk
+        source = walk.dense[batch] if walk.targets == "dense" else walk.sparse[batch]
+        with torch.no_grad():
+            targets = self.horizon.outputs(self.weight, source)
+        return Reconstruction(self.horizon, walk.sparse[batch], targets, scaled=walk.scaling == "variance")
+
+    def __iter__(self) -> Iterator[Reconstruction]:
+        for batch in self.batches:
+            self.tick()
+            yield self.at(batch)
+
+
+def recalibrate_statistics(net: nn.Module, inputs: Sequence[Inputs]) -> None:
+    """Re-estimate the statistics of every BatchNorm over all batches, in place.
+
+    One pass in which each BatchNorm normalises with its batch's statistics; mean and variance over all batches
+    together, summed in float64, do not depend on their order.
+
+    Args:
+        net: in evaluation mode.
+        inputs: the calibration batches.
+    """
+    norms = [m for m in net.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+    sums: dict[nn.Module, list[Any]] = {m: [0, 0.0, 0.0] for m in norms}
+
+    def gather(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        x = args[0].detach().movedim(1, 0).flatten(1).double()
+        entry = sums[module]
+        entry[0] += x.shape[1]
+        entry[1] += x.sum(1)
+        entry[2] += x.square().sum(1)
+
+    handles = [m.register_forward_pre_hook(gather) for m in norms]
+    saved = [(m.momentum, m.num_batches_tracked.clone() if m.num_batches_tracked is not None else None) for m in norms]
+    try:
+        for m in norms:
+            m.train()
+            m.momentum = 0.0
+        with torch.no_grad():
+            for x in inputs if norms else ():
+                net(*x.args, **x.kwargs)
+    finally:
+        for handle in handles:
+            handle.remove()
+        for m, (momentum, tracked) in zip(norms, saved, strict=True):
+            m.eval()
+            m.momentum = momentum
+            if tracked is not None:
+                m.num_batches_tracked.copy_(tracked)  # type: ignore[union-attr]
+    for m in norms:
+        count, first, second = sums[m]
+        if count > 1:
+            mean = first / count
+            m.running_mean.copy_(mean)  # type: ignore[union-attr]
+            m.running_var.copy_((second / count - mean.square()).clamp_min(0) * count / (count - 1))  # type: ignore[union-attr]
+
+
+# ---------------------------------------------------------------- what comes in
+
+
+def _check_model(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"prune: expected an nn.Module, got {type(model).__name__}")
+    if any(m.training for m in model.modules()):
+        raise ValueError("prune: expected a model in evaluation mode, got one in training mode; call model.eval() first")
+    for name, p in model.named_parameters():
+        if p.is_meta:
+            raise ValueError(f"prune: expected weights with values, got {name} on the meta device; load the weights first")
+        if p.dtype in (torch.float16, torch.bfloat16):
+            raise ValueError(f"prune: expected float32 or float64 weights, got {name} in {p.dtype}; call model.float() first")
+
+
+def _check_weights(net: nn.Module) -> None:
+    owners: dict[int, str] = {}
+    for name, module in network.prunable(net).items():
+        weight: Any = module.weight
+        if not isinstance(weight, nn.Parameter):
+            raise ValueError(f"prune: expected {name}.weight to be a plain parameter, got one computed by a parametrisation; "
+                             "remove it first (torch.nn.utils.parametrize.remove_parametrizations)")
+        if id(weight) in owners:
+            raise ValueError(f"prune: {owners[id(weight)]} and {name} share one weight; give each its own, or exclude "
+                             "such networks")
+        owners[id(weight)] = name
+        if not weight.isfinite().all():
+            raise ValueError(f"prune: expected finite weights, got NaN or infinity in {name}.weight")
+
+
+def _read_batches(batches: Iterable[Any]) -> list[Inputs]:
+    if isinstance(batches, Tensor | Mapping | str):
+        raise ValueError(f"prune: expected an iterable of batches, got a {type(batches).__name__}; wrap one batch in a list")
+    inputs = [network.as_inputs(batch) for batch in batches]
+    if not inputs:
+        raise ValueError("prune: expected at least one batch of calibration images, got none")
+    for i, x in enumerate(inputs):
+        for tensor in x.tensors():
+            if tensor.is_floating_point() and not tensor.isfinite().all():
+                raise ValueError(f"prune: expected finite inputs, got NaN or infinity in batch {i}")
+            if tensor.ndim == 0 or len(tensor) == 0:
+                raise ValueError(f"prune: expected batches of at least one sample, got an empty tensor in batch {i}")
+    return inputs
+
+
+def _check_forward(net: nn.Module, inputs: Sequence[Inputs], order: Order) -> None:
+    first = network.output_tensors(order.output)
+    with torch.no_grad(), network.plain_forward():
+        second = network.output_tensors(net(*inputs[0].args, **inputs[0].kwargs))
+    for a, b in zip(first, second, strict=True):
+        if not a.isfinite().all():
+            raise ValueError("prune: the dense network's output is not finite on the first batch; check weights and images")
+        if not torch.allclose(a, b, rtol=1e-4, atol=1e-5 * a.abs().max().item()):
+            raise ValueError("prune: expected a deterministic model, got two different outputs for the first batch; is "
+                             "dropout active, or something random in forward?")
+
+
+def _working_copy(model: nn.Module) -> nn.Module:
+    """A copy whose weights are plain parameters and whose attention is open; masks of `torch.nn.utils.prune` come off."""
+    copied = copy.deepcopy(model)
+    for module in network.prunable(copied).values():
+        if torch_prune.is_pruned(module) and hasattr(module, "weight_orig"):
+            original = module.weight_orig.detach().clone()
+            torch_prune.remove(module, "weight")
+            module.weight.data.copy_(original)  # type: ignore[union-attr, operator]
+    network.open_attention(copied)
+    return copied
+
+
+def _prefer_channels_last(nets: Sequence[nn.Module], inputs: Inputs) -> None:
+    """Lay convolutions out channels-last, up to three times faster on a CPU, unless the network cannot run that way."""
+    try:
+        for net in nets:
+            net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        with torch.no_grad():
+            nets[0](*inputs.args, **inputs.kwargs)
+    except RuntimeError:  # a view that needs the other layout
+        for net in nets:
+            net.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+
+
+def _given(model: nn.Module, select: Any, pattern: PatternChoice) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Masks and start weights from elsewhere, by layer; empty when `select` is a rule."""
+    pruned = [name for name, m in network.prunable(model).items() if torch_prune.is_pruned(m)]
+    if not isinstance(select, Mapping | nn.Module):
+        if not callable(select):
+            raise TypeError(f"prune: expected select to be a rule, masks by layer name, or a pruned network, got {type(select).__name__}")
+        if pruned:
+            raise ValueError(f"prune: {pruned[0]} carries a mask of torch.nn.utils.prune; pass select=model to keep the masks, "
+                             "or remove them first (torch.nn.utils.prune.remove)")
+        if pattern is None:
+            raise ValueError("prune: expected a pattern such as NM(2, 4) or Unstructured(0.7), got None without masks")
+        return {}, {}
+    opened = _working_copy(model)
+    layers = network.prunable(opened)
+    if isinstance(select, nn.Module):
+        closed = copy.deepcopy(select)
+        masks = network.bake_masks(closed)
+        network.open_attention(closed)
+        sources = network.prunable(closed)
+        if sources.keys() != layers.keys():
+            raise ValueError("prune: expected select to be a pruned copy of the model, got a network with other layers: "
+                             f"{sorted(sources.keys() ^ layers.keys())[:5]}")
+        for name, module in sources.items():
+            masks.setdefault(name, module.weight.detach() != 0)  # type: ignore[union-attr, operator]
+        masks = {name: mask for name, mask in masks.items() if not mask.all()}
+        starts = {name: sources[name].weight.detach() for name in masks}
+    else:
+        masks, starts = dict(select), {}
+        for name, mask in masks.items():
+            if name not in layers:
+                raise ValueError(f"prune: expected masks for layers of the model, got one for {name!r}; the layers are "
+                                 f"{', '.join(list(layers)[:8])}, ...")
+            starts[name] = layers[name].weight.detach()  # type: ignore[assignment, union-attr]
+    for name, mask in masks.items():
+        shape = tuple(layers[name].weight.shape)  # type: ignore[union-attr, arg-type]
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool or tuple(mask.shape) != shape:
+            got = f"{mask.dtype} of {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
+            raise ValueError(f"prune: expected the mask of {name} to be torch.bool of {shape}, got {got}")
+        starts[name] = (starts[name] * mask.to(starts[name].device)).clone()
+    if not masks:
+        raise ValueError("prune: expected select to hold masks, got none; a pruned network needs zeros in its weights")
+    return masks, starts
+
+
+def _assign(net: nn.Module, order: Order, pattern: PatternChoice, masks: Mapping[str, Tensor], only: Only | None,
+            report: Report) -> dict[str, Pattern | None]:
+    """The pattern of each layer to prune, in order of execution; the report gets a line for every layer."""
+    layers = network.prunable(net)
+    if isinstance(pattern, Mapping) and (unknown := [name for name in pattern if name not in layers]):
+        raise ValueError(f"prune: expected patterns for layers of the model, got one for {unknown[0]!r}")
+    ends = {order.layers[0], order.layers[-1]} if len(order.layers) > 2 else set()
+    chosen: dict[str, Pattern | None] = {}
+    for name in [*order.layers, *(n for n in layers if n not in order.calls)]:
+        module: Any = layers[name]
+        shape = module.weight.shape
+        wanted: Pattern | None
+        if isinstance(pattern, Mapping):
+            wanted = pattern.get(name)
+        elif pattern is None or isinstance(pattern, Pattern):
+            wanted = pattern
+        else:
+            wanted = pattern(name, module)
+        explicit = name in masks or (isinstance(pattern, Mapping) and name in pattern)
+        reason = ""
+        if name not in order.calls:
+            reason = "never runs"
+        elif masks and name not in masks:
+            reason = "no mask given"
+        elif wanted is None and not masks:
+            reason = "no pattern given"
+        elif only is not None and not only(name, module):
+            reason = "excluded"
+        elif only is None and not explicit and name in ends:
+            reason = "first layer" if name == order.layers[0] else "last layer"
+        elif not masks and wanted is not None and not wanted.fits(shape):
+            depthwise = isinstance(module, nn.Conv2d) and module.groups > 1 and shape[1] == 1
+            reason = "depthwise" if depthwise else f"{shape[1]} input channels do not divide into groups of {getattr(wanted, 'm', '?')}"
+        elif order.calls[name] > 1:
+            raise ValueError(f"prune: {name} is called {order.calls[name]} times in one forward pass; such a layer cannot be "
+                             "pruned yet, exclude it with only=lambda name, module: ...")
+        elif masks and wanted is not None and not (wanted.mask(masks[name].float()) | ~masks[name]).all():
+            raise ValueError(f"prune: the mask of {name} keeps more than the pattern {wanted} allows")
+        if not reason:
+            chosen[name] = wanted
+        report.layers.append(LayerReport(name, tuple(shape), "dense" if reason else str(wanted or "mask"), shape.numel(), reason))
+    if not chosen:
+        reasons = "; ".join(f"{x.name}: {x.reason}" for x in report.layers[:4])
+        raise ValueError(f"prune: no layer is left to prune ({reasons or 'the model has no Linear or Conv2d that runs'})")
+    return chosen
+
+
+def _budget(dense: nn.Module, patterns: Mapping[str, Pattern | None], budget: Unstructured, cap: float,
+            inputs: Sequence[Inputs]) -> dict[str, Pattern | None]:
+    """Spend an `Unstructured` budget over the layers by how much each weight moves the network's output."""
+    saliency = sensitivities(dense, list(patterns), inputs[0])
+    counts = allocate(saliency, budget.sparsity, cap)
+    result: dict[str, Pattern | None] = {}
+    for name, score in saliency.items():
+        share = counts[name] / score.numel()
+        result[name] = Unstructured(share) if 0 < share < 1 else None
+    return result
+
+
+def _hold_back(inputs: Sequence[Inputs]) -> tuple[list[Inputs], Inputs | None]:
+    """The batches to fit, and the samples to judge by: the last batch, or the last eighth of it with fewer than four."""
+    if len(inputs) >= 4:
+        return list(inputs[:-1]), inputs[-1]
+    last = inputs[-1]
+    size = len(last.tensors()[0])
+    keep = size - max(1, size // 8)
+    if keep < 1 or any(len(x) != size for x in last.tensors()):
+        return list(inputs), None
+    first, held = (Inputs(*network.tree_map(lambda x, s=s: x[s] if isinstance(x, Tensor) else x, tuple(last)))
+                   for s in (slice(0, keep), slice(keep, None)))
+    return [*inputs[:-1], first], held
+
+
+def _name(select: Any) -> str:
+    if isinstance(select, partial):
+        settings = ", ".join(f"{k}={_name(v) if callable(v) else v!r}" for k, v in select.keywords.items())
+        return f"{_name(select.func)}({settings})"
+    if isinstance(select, Mapping | nn.Module):
+        return "masks"
+    return getattr(select, "__name__", type(select).__name__)
+
+
+class _Tell:
+    """The progress bar: layer, step, loss, time left."""
+
+    def __init__(self, bar: Progress, task: Any) -> None:
+        self.bar, self.task = bar, task
+
+    def step(self, name: str, steps: Sequence[Step]) -> None:
+        self.bar.update(self.task, description=name)
+
+    def done(self, name: str) -> None:
+        self.bar.update(self.task, advance=1, description=name)
+
+
+class _progress:  # noqa: N801 - reads as a verb where it is used
+    def __init__(self, show: bool, total: int) -> None:
+        self.bar = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+                            console=Console(stderr=True), disable=not show, transient=True)
+        self.total = total
+
+    def __enter__(self) -> _Tell:
+        self.bar.start()
+        return _Tell(self.bar, self.bar.add_task("", total=self.total))
+
+    def __exit__(self, *exc: object) -> None:
+        self.bar.stop()

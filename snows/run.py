@@ -1,0 +1,124 @@
+"""A run on disk: what it was asked, and every finished layer, written so that no kill leaves half a file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from snows.network import Inputs
+from snows.report import LayerReport, Report
+from snows.sparsity import MaskedWeight
+
+VERSION = 1
+
+
+class Run:
+    """One pruning run's folder: `run.json`, `layers/`, and at the end `model.safetensors`, `masks.safetensors`, `report.json`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @classmethod
+    def open(cls, folder: Path, settings: Mapping[str, Any], model: nn.Module, inputs: Sequence[Inputs],
+             masks: Mapping[str, Tensor], starts: Mapping[str, Tensor], resume: bool) -> Run:
+        """Begin a run in `folder`, or go on with the one that is there.
+
+        Raises:
+            ValueError: the folder holds another run, holds one although `resume` is off, or cannot be written.
+        """
+        run = cls(folder)
+        wanted = {
+            "version": VERSION,
+            **settings,
+            "model": _digest(model.state_dict()),
+            "data": _digest({f"{i}.{j}": x for i, batch in enumerate(inputs) for j, x in enumerate(batch.tensors())}),
+            "masks": _digest({**{f"mask {k}": v for k, v in masks.items()}, **{f"start {k}": v for k, v in starts.items()}}),
+        }
+        wanted = json.loads(json.dumps(wanted))
+        path = folder / "run.json"
+        try:
+            (folder / "layers").mkdir(parents=True, exist_ok=True)
+            if path.exists():
+                if not resume:
+                    raise ValueError(f"out: {folder} already holds a run; resume it, or name another folder")
+                found = json.loads(path.read_text())
+                changed = [key for key in wanted if found.get(key) != wanted[key]]
+                if changed:
+                    raise ValueError(f"resume: {folder} holds a run with another {', '.join(changed)}; "
+                                     "restore what was changed, or name another folder")
+            elif any((folder / "layers").iterdir()):
+                raise ValueError(f"out: {folder} holds layers without a run.json; name another folder")
+            else:
+                write(path, (json.dumps(wanted, indent=1) + "\n").encode())
+        except OSError as error:
+            raise ValueError(f"out: {folder} cannot be written ({error.strerror})") from error
+        return run
+
+    def _layer(self, index: int) -> Path:
+        return self.folder / "layers" / f"{index:04d}.safetensors"
+
+    def finished(self, index: int) -> tuple[MaskedWeight, LayerReport] | None:
+        """The layer's result, if it is on disk whole."""
+        path = self._layer(index)
+        if not path.exists():
+            return None
+        try:
+            with safe_open(path, "pt") as file:
+                report = json.loads(file.metadata()["report"])
+                masked = MaskedWeight(file.get_tensor("weight"), file.get_tensor("mask"))
+        except (SafetensorError, KeyError, json.JSONDecodeError):
+            return None
+        return masked, LayerReport(**{**report, "shape": tuple(report["shape"])})
+
+    def keep(self, index: int, masked: MaskedWeight, report: LayerReport) -> None:
+        """Write a finished layer."""
+        tensors = {"weight": masked.weight.cpu().contiguous(), "mask": masked.mask.cpu().contiguous()}
+        write(self._layer(index), save(tensors, {"report": json.dumps(asdict(report))}))
+
+    def finish(self, net: nn.Module, masks: Mapping[str, Tensor], report: Report) -> None:
+        """Write the whole network, its masks and the report."""
+        write(self.folder / "model.safetensors", save(state(net)))
+        write(self.folder / "masks.safetensors", save({k: v.cpu().contiguous() for k, v in masks.items()}))
+        write(self.folder / "report.json", report.to_json().encode())
+        write(self.folder / "report.html", report.to_html().encode())
+
+
+def state(net: nn.Module) -> dict[str, Tensor]:
+    """A `state_dict` that safetensors can write: on the host, contiguous, nothing shared."""
+    return {name: x.detach().cpu().clone().contiguous() for name, x in net.state_dict().items()}
+
+
+def write(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all.
+
+    Raises:
+        ValueError: it cannot be written; what was there before stays.
+    """
+    temporary = path.with_name(path.name + ".partial")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise ValueError(f"out: {path} cannot be written ({error.strerror})") from error
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, x in tensors.items():
+        digest.update(f"{name} {x.dtype} {tuple(x.shape)}".encode())
+        digest.update(x.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -1,0 +1,82 @@
+"""What a layer's inputs were, in the row view, made on demand."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from snows.network import Call, patches
+from snows.sparsity import MaskedWeight, Pattern
+
+
+class LayerStatistics:
+    """Second moments of a layer's inputs over the calibration batches, per group of a convolution.
+
+    Args:
+        sparse: the layer's calls on the pruned network's stream, one a batch.
+        dense: the same calls on the dense network's stream.
+    """
+
+    def __init__(self, sparse: Sequence[Call], dense: Sequence[Call]) -> None:
+        self._sparse, self._dense = sparse, dense
+
+    def rows(self) -> Iterator[Tensor]:
+        """The input rows on the pruned stream, some at a time: (groups, positions, in)."""
+        for call in self._sparse:
+            yield from patches(call)
+
+    @cached_property
+    def count(self) -> int:
+        """Rows seen: images times tokens or output positions."""
+        return sum(x.shape[1] for x in self.rows())
+
+    @cached_property
+    def mean(self) -> Tensor:
+        """(groups, in): the mean row."""
+        return self._mean([x.sum(1) for x in self.rows()])
+
+    @cached_property
+    def energy(self) -> Tensor:
+        """(groups, in): the mean square of each input, the diagonal of `gram`."""
+        return self._mean([x.square().sum(1) for x in self.rows()])
+
+    @cached_property
+    def gram(self) -> Tensor:
+        """(groups, in, in): the mean of ``x xᵀ`` over rows x of the pruned stream."""
+        return self._mean([x.transpose(1, 2) @ x for x in self.rows()])
+
+    @cached_property
+    def cross(self) -> Tensor:
+        """(groups, in, in): the mean of ``d xᵀ``, d the dense stream's row where x is the pruned one's."""
+        pairs = ((d, s) for a, b in zip(self._dense, self._sparse, strict=True)
+                 for d, s in zip(patches(a), patches(b), strict=True))
+        return self._mean([d.transpose(1, 2) @ s for d, s in pairs])
+
+    def _mean(self, sums: list[Tensor]) -> Tensor:
+        total = sums[0].double()
+        for part in sums[1:]:
+            total += part
+        return (total / self.count).to(sums[0].dtype)
+
+
+class Selector(Protocol):
+    """Chooses a mask and gives the weights on it; settings go in with `functools.partial`."""
+
+    def __call__(self, weight: Tensor, statistics: LayerStatistics, pattern: Pattern) -> MaskedWeight: ...
+
+
+def columns(per_group: Tensor, weight: Tensor) -> Tensor:
+    """Spread (groups, in) over a layer's rows: (out, in), group by group."""
+    return per_group.repeat_interleave(len(weight) // len(per_group), dim=0)
+
+
+def damped(gram: Tensor, share: float) -> Tensor:
+    """Add `share` of the mean diagonal to the diagonal of each (in, in) matrix; float64."""
+    gram = gram.double()
+    mean = gram.diagonal(dim1=-2, dim2=-1).mean(-1)
+    mean = torch.where(mean > 0, mean, 1.0)
+    return gram + (share * mean)[:, None, None] * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)

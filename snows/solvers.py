@@ -1,0 +1,278 @@
+"""Conjugate gradients, a line search, and Newton's method on the kept weights."""
+
+from __future__ import annotations
+
+import enum
+import math
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from snows.operators import Factors, GaussNewton, Hessian, Kronecker, LinearOperator, Loss, Restricted, trace
+from snows.sparsity import MaskedWeight
+
+
+class Stop(enum.Enum):
+    """Why conjugate gradients ended; the value is the sentence to read."""
+
+    CONVERGED = "the residual fell below rtol times the right-hand side"
+    ITERATIONS = "max_iterations was reached; raise it, or rtol, if the step matters"
+    NEGATIVE_CURVATURE = "a direction of negative or zero curvature was met; the descent found so far is returned"
+    ZERO = "the right-hand side is zero: nothing to solve"
+    NOT_FINITE = "a number stopped being finite; look at the loss and its scale"
+
+
+class Solution(NamedTuple):
+    """What conjugate gradients found.
+
+    Attributes:
+        x: the solution, shaped like the right-hand side.
+        iterations: products made.
+        residual: ``|b - A x| / |b|`` by the recurrence.
+        stop: why it ended.
+    """
+
+    x: Tensor
+    iterations: int
+    residual: float
+    stop: Stop
+
+
+def cg(A: LinearOperator, b: Tensor, *, preconditioner: LinearOperator | None = None, rtol: float = 1e-2,
+       max_iterations: int = 50) -> Solution:
+    """Solve ``A x = b`` from zero by preconditioned conjugate gradients (Hestenes & Stiefel 1952).
+
+    Args:
+        A: symmetric; where it is not positive definite the iteration leaves at the first direction that shows it
+            (Steihaug 1983), with that direction itself if it is the first.
+        b: the right-hand side, any shape.
+        preconditioner: symmetric positive definite on the space in which `b` lies, near to the inverse of `A`.
+        rtol: the relative residual (2-norm, not preconditioned) at which to stop.
+        max_iterations: the most products with `A`.
+    """
+    x = torch.zeros_like(b)
+    r = b.clone()
+    norm = b.norm().item()
+    if norm == 0:
+        return Solution(x, 0, 0.0, Stop.ZERO)
+    if not math.isfinite(norm):
+        return Solution(x, 0, math.nan, Stop.NOT_FINITE)
+    z = r if preconditioner is None else preconditioner @ r
+    p = z.clone()
+    rz = (r * z).sum()
+    for iteration in range(1, max_iterations + 1):
+        Ap = A @ p
+        curvature = (p * Ap).sum()
+        if not math.isfinite(curvature.item()):
+            return Solution(x, iteration, math.nan, Stop.NOT_FINITE)
+        if curvature.item() <= 0:
+            return Solution(p if iteration == 1 else x, iteration, (r.norm() / norm).item(), Stop.NEGATIVE_CURVATURE)
+        alpha = rz / curvature
+        x.addcmul_(p, alpha)
+        r.addcmul_(Ap, alpha, value=-1)
+        residual = r.norm().item() / norm
+        if residual <= rtol:
+            return Solution(x, iteration, residual, Stop.CONVERGED)
+        z = r if preconditioner is None else preconditioner @ r
+        previous, rz = rz, (r * z).sum()
+        p.mul_(rz / previous).add_(z)
+    return Solution(x, max_iterations, residual, Stop.ITERATIONS)
+
+
+def batched_cg(gram: Tensor, right: Tensor, mask: Tensor, *, damping: float = 0.01, rtol: float = 1e-4,
+               max_iterations: int = 200) -> Tensor:
+    """Solve one masked system per row, all sharing a Gram matrix: ``P (A + λI) P x = P b`` with P the row's mask.
+
+    Rows stop by themselves; the diagonal of `A` preconditions.
+
+    Args:
+        gram: A, (groups, in, in), positive semi-definite.
+        right: b, (groups, rows, in).
+        mask: bool, (groups, rows, in).
+        damping: λ relative to the mean diagonal of `A`.
+        rtol: the relative residual at which a row is done.
+        max_iterations: the most products.
+
+    Returns:
+        x, (groups, rows, in), zero off the mask.
+    """
+    diagonal = gram.diagonal(dim1=-2, dim2=-1)
+    shift = damping * diagonal.mean(-1, keepdim=True).unsqueeze(-1)  # (groups, 1, 1)
+    scale = (diagonal.unsqueeze(1) + shift).clamp_min(torch.finfo(gram.dtype).tiny)
+    r = right * mask
+    target = rtol * r.norm(dim=-1, keepdim=True)
+    x = torch.zeros_like(r)
+    z = r / scale
+    p = z.clone()
+    rz = (r * z).sum(-1, keepdim=True)
+    for _ in range(max_iterations):
+        active = r.norm(dim=-1, keepdim=True) > target
+        if not active.any():
+            break
+        Ap = (p @ gram + shift * p) * mask
+        curvature = (p * Ap).sum(-1, keepdim=True)
+        alpha = torch.where(active & (curvature > 0), rz / curvature, 0)
+        x.addcmul_(alpha, p)
+        r.addcmul_(alpha, Ap, value=-1)
+        z = r / scale
+        previous, rz = rz, (r * z).sum(-1, keepdim=True)
+        p.mul_(torch.where(active, rz / previous, 0)).add_(z)
+    return x
+
+
+class Search(NamedTuple):
+    """Where a line search ended: the step's size (0.0 if nothing helped), the loss there, the losses it asked for."""
+
+    size: float
+    value: float
+    tries: int
+
+
+def armijo(loss: Callable[[Tensor], Tensor], weight: Tensor, direction: Tensor, *, value: float, slope: float,
+           c: float = 1e-4, shrink: float = 0.5, tries: int = 6) -> Search:
+    """Backtrack from a full step until the loss falls by the share `c` of what its slope promises (Armijo 1966).
+
+    Args:
+        loss: of a weight.
+        weight: where the direction starts.
+        direction: of descent; same shape.
+        value: the loss at `weight`.
+        slope: ``<gradient, direction>``; a search along a slope that is not negative fails at once.
+        c: share of the promised decrease to ask for.
+        shrink: factor between tries.
+        tries: the most losses to evaluate.
+    """
+    if not slope < 0:
+        return Search(0.0, value, 0)
+    size = 1.0
+    for attempt in range(1, tries + 1):
+        found = loss(weight + size * direction).item()
+        if found <= value + c * size * slope:  # False for NaN
+            return Search(size, found, attempt)
+        size *= shrink
+    return Search(0.0, value, tries)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One Newton step, as it happened.
+
+    Attributes:
+        before, after: the loss on the step's batch.
+        held: the loss on the held-back samples afterwards (NaN without them).
+        iterations: of conjugate gradients.
+        stop: why they ended.
+        size: of the step; 0.0 if the search failed and nothing moved.
+        damping: relative to the curvature's mean, as used.
+        seconds: wall time.
+    """
+
+    before: float
+    after: float
+    held: float
+    iterations: int
+    stop: Stop
+    size: float
+    damping: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Newton:
+    """Hessian-free Newton on the kept weights.
+
+    Attributes:
+        curvature: "gauss-newton" (positive semi-definite; equal to the Hessian on ReLU networks) or "hessian".
+        preconditioner: "kronecker" (input and output factor), "gram" (input factor alone) or "none".
+        rtol: relative residual at which conjugate gradients stop.
+        max_iterations: the most conjugate-gradient iterations a step.
+        damping: to begin with, relative to the mean of the curvature's diagonal on the mask; it adapts
+            (Levenberg-Marquardt) to how well the quadratic model predicted the decrease.
+        passes: over the batches, at most.
+        min_decrease: a pass that lowers the held-back loss by less than this share is the last.
+    """
+
+    curvature: Literal["gauss-newton", "hessian"] = "gauss-newton"
+    preconditioner: Literal["kronecker", "gram", "none"] = "kronecker"
+    rtol: float = 1e-2
+    max_iterations: int = 10
+    damping: float = 1e-3
+    passes: int = 1
+    min_decrease: float = 0.01
+
+    def __post_init__(self) -> None:
+        choices = {"curvature": ("gauss-newton", "hessian"), "preconditioner": ("kronecker", "gram", "none")}
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"Newton: expected {name} to be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        for name in ("rtol", "damping"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"Newton: expected {name} above 0, got {getattr(self, name)}")
+        for name in ("max_iterations", "passes"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"Newton: expected {name} of at least 1, got {getattr(self, name)}")
+
+    def solve(self, losses: Iterable[Loss], start: MaskedWeight, *, held: Loss | None = None,
+              factors: Factors | None = None, generator: torch.Generator | None = None,
+              ) -> tuple[MaskedWeight, list[Step]]:
+        """Lower the losses over the kept weights, one Newton step a batch.
+
+        Args:
+            losses: one a batch, iterated anew each pass.
+            start: the weight to begin with, zero off its mask.
+            held: the loss on held-back samples; the best weight by it is returned, so never a worse one than `start`.
+            factors: for the preconditioner, which is left out without them.
+            generator: for the probe that measures the curvature's mean.
+        """
+        weight, mask = start
+        damping, mean = self.damping, math.nan
+        steps: list[Step] = []
+        with torch.no_grad():
+            best = weight
+            best_value = start_value = held(weight).item() if held else math.inf
+            for _ in range(self.passes):
+                for loss in losses:
+                    began = time.perf_counter()
+                    H = _CURVATURES[self.curvature](loss, at=weight)
+                    if not (math.isfinite(H.value) and H.grad.isfinite().all()):
+                        steps.append(Step(H.value, H.value, math.nan, 0, Stop.NOT_FINITE, 0.0, damping, 0.0))
+                        return MaskedWeight(best, mask), steps
+                    if math.isnan(mean):
+                        probe = trace(H, mask, probes=1, generator=generator, dtype=weight.dtype)
+                        mean = abs(probe.mean) / max(int(mask.sum()), 1)
+                    g = H.grad * mask
+                    d, iterations, _, stop = cg(
+                        Restricted(H, mask, damping * mean), -g, rtol=self.rtol, max_iterations=self.max_iterations,
+                        preconditioner=self._preconditioner(factors, mask, damping),
+                    )
+                    before, slope = H.value, (g * d).sum().item()
+                    del H  # the graph, before the search needs room
+                    search = armijo(loss, weight, d, value=before, slope=slope)
+                    weight = weight + search.size * d
+                    value = held(weight).item() if held else math.nan
+                    steps.append(Step(before, search.value, value, iterations, stop, search.size, damping,
+                                      time.perf_counter() - began))
+                    if not value >= best_value:
+                        best, best_value = weight, value
+                    # d solves the damped system in its Krylov space, so its quadratic model falls by half its slope
+                    predicted = slope * search.size * (1 - search.size / 2)
+                    agreement = (search.value - before) / predicted if predicted < 0 else 0.0
+                    damping *= 4.0 if agreement < 0.25 else 0.5 if agreement > 0.75 else 1.0
+                if not best_value < (1 - self.min_decrease) * start_value:
+                    break
+                start_value = best_value
+        return MaskedWeight(best, mask), steps
+
+    def _preconditioner(self, factors: Factors | None, mask: Tensor, damping: float) -> Kronecker | None:
+        if factors is None or self.preconditioner == "none":
+            return None
+        if self.preconditioner == "gram":
+            factors = Factors(factors.inputs, torch.eye(factors.outputs.shape[-1]).to(factors.outputs).expand_as(factors.outputs))
+        return Kronecker(factors, mask, max(damping, 1e-4))
+
+
+_CURVATURES = {"gauss-newton": GaussNewton, "hessian": Hessian}

@@ -1,0 +1,54 @@
+"""Small trained networks and the images they were made for; nothing is downloaded.
+
+The networks were trained by `examples/train_zoo.py` on Fashion-MNIST (Xiao et al. 2017, MIT licence).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from snows.zoo.models import ResNet20, ViT
+
+_FOLDER = Path(__file__).parent
+_NETWORKS = {"resnet20": ResNet20, "vit": ViT}
+MEAN, STD = 0.2860, 0.3530
+
+
+def names() -> list[str]:
+    """Names that `load` takes."""
+    return list(_NETWORKS)
+
+
+def load(name: str) -> nn.Module:
+    """A trained network in evaluation mode: "resnet20" or "vit", (B, 1, 28, 28) to (B, 10).
+
+    Raises:
+        ValueError: there is no such network.
+    """
+    if name not in _NETWORKS:
+        raise ValueError(f"zoo: expected one of {', '.join(_NETWORKS)}, got {name!r}")
+    net = _NETWORKS[name]()
+    net.load_state_dict(load_file(_FOLDER / f"{name}.safetensors"))
+    return net.eval()
+
+
+def images(split: Literal["calibration", "test"]) -> tuple[Tensor, Tensor | None]:
+    """Normalised Fashion-MNIST images and their labels: 3,000 for calibration (no labels), 10,000 for the test.
+
+    Returns:
+        float32 (n, 1, 28, 28), and int64 (n,) or None.
+    """
+    with np.load(_FOLDER / "fashion_mnist.npz") as file:
+        x = normalise(file[split])
+        return x, torch.from_numpy(file["test_labels"].astype(np.int64)) if split == "test" else None
+
+
+def normalise(pixels: np.ndarray) -> Tensor:
+    """Grey bytes (n, 28, 28) as the networks take them: float32 (n, 1, 28, 28)."""
+    return torch.from_numpy(pixels.astype(np.float32)).div_(255).sub_(MEAN).div_(STD).unsqueeze(1)

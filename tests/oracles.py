@@ -1,0 +1,71 @@
+"""Slow, obvious answers in float64: what everything else is compared with."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def dense_hessian(f: Callable[[Tensor], Tensor], at: Tensor) -> Tensor:
+    """The (n, n) Hessian of a scalar function, by PyTorch's functional API, entry by entry of the gradient."""
+    return torch.autograd.functional.hessian(f, at).reshape(at.numel(), at.numel())
+
+
+def dense_gauss_newton(residuals: Callable[[Tensor], list[Tensor]], at: Tensor) -> Tensor:
+    """``2 JᵀJ`` with J formed row by row."""
+    J = torch.autograd.functional.jacobian(lambda w: torch.cat([r.flatten() for r in residuals(w)]), at)
+    J = J.reshape(-1, at.numel())
+    return 2 * J.T @ J
+
+
+def matrix_of(operator: object, like: Tensor) -> Tensor:
+    """An operator's matrix, one product a column."""
+    columns = []
+    for i in range(like.numel()):
+        e = torch.zeros(like.numel(), dtype=like.dtype)
+        e[i] = 1
+        columns.append((operator @ e.view(like.shape)).flatten())  # type: ignore[operator]
+    return torch.stack(columns, dim=1)
+
+
+def masked_least_squares(X: Tensor, Y: Tensor, mask: Tensor) -> Tensor:
+    """Row by row ``min ‖X w - y‖²`` over the kept entries of w: X (n, in), Y (n, out), mask (out, in)."""
+    W = torch.zeros(mask.shape, dtype=X.dtype)
+    for i, keep in enumerate(mask):
+        W[i, keep] = torch.linalg.lstsq(X[:, keep], Y[:, i], driver="gelsd").solution
+    return W
+
+
+def best_nm(row: Tensor, n: int, m: int) -> Tensor:
+    """The n:m mask of one row by trying every choice; among equal sums the lexicographically first."""
+    mask = torch.zeros(row.numel(), dtype=torch.bool)
+    for start in range(0, row.numel(), m):
+        group = row[start : start + m]
+        size = min(n, group.numel())
+        best = max(itertools.combinations(range(group.numel()), size), key=lambda c: float(sum(sorted(group[i].item() for i in c))))
+        mask[[start + i for i in best]] = True
+    return mask
+
+
+def unfold_rows(x: Tensor, kernel: tuple[int, int], stride: int, padding: int, dilation: int, groups: int) -> Tensor:
+    """Input patches by explicit loops: (groups, positions, kh * kw * in / groups), input channel fastest."""
+    x = torch.nn.functional.pad(x, (padding,) * 4)
+    batch, channels, height, width = x.shape
+    high = (height - dilation * (kernel[0] - 1) - 1) // stride + 1
+    wide = (width - dilation * (kernel[1] - 1) - 1) // stride + 1
+    size = channels // groups
+    out = []
+    for g in range(groups):
+        rows = []
+        for b in range(batch):
+            for i in range(high):
+                for j in range(wide):
+                    rows.append(torch.cat([
+                        x[b, g * size : (g + 1) * size, i * stride + u * dilation, j * stride + v * dilation]
+                        for u in range(kernel[0]) for v in range(kernel[1])
+                    ]))
+        out.append(torch.stack(rows))
+    return torch.stack(out)
