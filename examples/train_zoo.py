@@ -1,7 +1,7 @@
 """Train the zoo's networks on Fashion-MNIST and pack the images that ship with the package.
 
     python examples/train_zoo.py resnet20        # -> snows/zoo/resnet20.safetensors, resnet20.log.json
-    python examples/train_zoo.py vit
+    python examples/train_zoo.py vit             # after resnet20, from which it is distilled
     python examples/train_zoo.py images          # -> snows/zoo/fashion_mnist.npz
 
 Reads the four IDX files (`train-images-idx3-ubyte.gz`, ...) of Debian's package `dataset-fashion-mnist`, or of `--data`.
@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from snows import zoo
 from snows.zoo import models
 
 ZOO = Path(models.__file__).parent
@@ -56,10 +57,9 @@ def tensors(split: tuple[np.ndarray, np.ndarray]) -> tuple[Tensor, Tensor]:
     return x.unsqueeze(1), torch.from_numpy(labels.astype(np.int64))
 
 
-def augment(x: Tensor) -> Tensor:
-    """Flip half of the images and shift each by up to two pixels."""
+def shift(x: Tensor) -> Tensor:
+    """Move each image by up to two pixels."""
     batch, _, height, width = x.shape
-    x = torch.where(torch.rand(batch, 1, 1, 1) < 0.5, x.flip(3), x)
     padded = F.pad(x, (2, 2, 2, 2), value=-MEAN / STD)
     rows = torch.randint(0, 5, (batch, 1)) + torch.arange(height)
     columns = torch.randint(0, 5, (batch, 1)) + torch.arange(width)
@@ -73,12 +73,19 @@ def accuracy(net: nn.Module, x: Tensor, y: Tensor) -> float:
     return 100 * hits / len(y)
 
 
+@torch.no_grad()
+def teach(x: Tensor) -> Tensor:
+    """The zoo's ResNet-20 on every image as it is and flipped: (n, 2, 10) logits."""
+    teacher = zoo.load("resnet20").to(memory_format=torch.channels_last)
+    return torch.stack([torch.cat([teacher(part) for part in y.split(500)]) for y in (x, x.flip(3))], dim=1)
+
+
 def train(name: str, folder: Path, epochs: int, seed: int) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(seed)
     data = {k: tensors(v) for k, v in splits(folder).items()}
     x, y = data["train"]
-    batch, smoothing = 128, 0.05 if name == "vit" else 0.0
+    batch = 128
     if name == "resnet20":
         net: nn.Module = models.ResNet20().to(memory_format=torch.channels_last)
         peak = 0.1
@@ -86,8 +93,9 @@ def train(name: str, folder: Path, epochs: int, seed: int) -> None:
             net.parameters(), peak, momentum=0.9, weight_decay=5e-4, nesterov=True
         )
     else:
-        net, peak = models.ViT(), 1e-3
+        net, peak = models.ViT(), 2e-3
         optimizer = torch.optim.AdamW(net.parameters(), peak, weight_decay=0.05)
+        taught = teach(x)
     steps, step = epochs * (len(x) // batch), 0
     warmup = steps // 10
     log: list[dict[str, float]] = []
@@ -99,7 +107,14 @@ def train(name: str, folder: Path, epochs: int, seed: int) -> None:
             rate = min(step / warmup, 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))))
             for group in optimizer.param_groups:
                 group["lr"] = peak * max(rate, 1e-4)
-            loss = F.cross_entropy(net(augment(x[index])), y[index], label_smoothing=smoothing)
+            flipped = torch.rand(batch) < 0.5
+            images = torch.where(flipped[:, None, None, None], x[index].flip(3), x[index])
+            if name == "resnet20":
+                loss = F.cross_entropy(net(shift(images)), y[index])
+            else:  # distilled: no shifts, so that the teacher answers once for all epochs (Hinton et al. 2015)
+                logits, teacher = net(images), taught[index, flipped.long()]
+                soft = F.kl_div((logits / 2).log_softmax(1), (teacher / 2).softmax(1), reduction="batchmean")
+                loss = 0.3 * F.cross_entropy(logits, y[index]) + 0.7 * 4 * soft
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             nn.utils.clip_grad_norm_(net.parameters(), 1.0 if name == "vit" else 1e9)
@@ -130,10 +145,10 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["resnet20", "vit", "images"])
     parser.add_argument("--data", type=Path, default=DATA)
-    parser.add_argument("--epochs", type=int, default=24)
+    parser.add_argument("--epochs", type=int, default=None)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     if args.what == "images":
         pack(args.data)
     else:
-        train(args.what, args.data, args.epochs, args.seed)
+        train(args.what, args.data, args.epochs or (15 if args.what == "resnet20" else 12), args.seed)

@@ -8,13 +8,14 @@ additions are not counted.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from snows.network import Call, Inputs, Plan, Stream, Watch, _Finished, learn_order, output_tensors, plain_forward
+from snows.network import Call, Finished, Inputs, Plan, Stream, Watch, learn_order, output_tensors, plain_forward
 
 OPERATIONS = {
     F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d, F.linear, F.bilinear,
@@ -96,7 +97,7 @@ class _Follow(_Window):
         copied = self.ordinal in self.horizon.changed
         super().gather(out.clone() if copied else out)
         if not self.horizon.to_end and self.ordinal == self.horizon.counted[-1]:
-            raise _Finished
+            raise Finished
 
     def operation(self, out: Any) -> None:
         if self.ordinal in self.horizon.counted:
@@ -146,11 +147,8 @@ class Horizon:
         net = x.plan.net
         watch = _Follow(net, self.name, weight, self)
         output = None
-        with _frozen(net), plain_forward(), x.answering(), watch:
-            try:
-                output = net(*x.inputs.args, **x.inputs.kwargs)
-            except _Finished:
-                pass
+        with _frozen(net), plain_forward(), x.answering(), watch, suppress(Finished):
+            output = net(*x.inputs.args, **x.inputs.kwargs)
         if self.to_end:
             seen = {id(x) for x in watch.outputs}
             watch.outputs += [x for x in output_tensors(output) if id(x) not in seen]
@@ -187,6 +185,11 @@ def _affine(x: Tensor, running_mean: Tensor, running_var: Tensor, weight: Tensor
     return torch.addcmul(shift.view(shape), x, scale.view(shape))
 
 
+def _apply(function: type[torch.autograd.Function], *args: Any) -> Tensor:
+    result: Tensor = function.apply(*args)
+    return result
+
+
 class _ByInput(torch.autograd.Function):
     """A convolution as a linear map of its input, its weight a constant: one convolution each way, however often differentiated.
 
@@ -202,7 +205,7 @@ class _ByInput(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         (weight,) = ctx.saved_tensors
-        return _ByInputAdjoint.apply(grads[0], weight, ctx.shape, *ctx.settings), None, None, None, None, None
+        return _apply(_ByInputAdjoint, grads[0], weight, ctx.shape, *ctx.settings), None, None, None, None, None
 
 
 class _ByInputAdjoint(torch.autograd.Function):
@@ -217,7 +220,7 @@ class _ByInputAdjoint(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         (weight,) = ctx.saved_tensors
-        return _ByInput.apply(grads[0], weight, *ctx.settings), None, None, None, None, None, None
+        return _apply(_ByInput, grads[0], weight, *ctx.settings), None, None, None, None, None, None
 
 
 class _ByWeight(torch.autograd.Function):
@@ -232,7 +235,7 @@ class _ByWeight(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         (x,) = ctx.saved_tensors
-        return _ByWeightAdjoint.apply(grads[0], x, ctx.shape, *ctx.settings), None, None, None, None, None
+        return _apply(_ByWeightAdjoint, grads[0], x, ctx.shape, *ctx.settings), None, None, None, None, None
 
 
 class _ByWeightAdjoint(torch.autograd.Function):
@@ -245,7 +248,7 @@ class _ByWeightAdjoint(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         (x,) = ctx.saved_tensors
-        return _ByWeight.apply(grads[0], x, *ctx.settings), None, None, None, None, None, None
+        return _apply(_ByWeight, grads[0], x, *ctx.settings), None, None, None, None, None, None
 
 
 def _convolution_backward(g: Tensor, x: Tensor, weight: Tensor, settings: Any, by_input: bool) -> Tensor:
@@ -264,7 +267,7 @@ def _convolution(args: Any, kwargs: Any) -> Tensor:
     if isinstance(bound["padding"], str) or x.ndim != 4 or (x.requires_grad and weight.requires_grad):
         return F.conv2d(*args, **kwargs)
     settings = (bound["stride"], bound["padding"], bound["dilation"], bound["groups"])
-    out: Tensor = _ByInput.apply(x, weight, *settings) if x.requires_grad else _ByWeight.apply(weight, x, *settings)
+    out = _apply(_ByInput, x, weight, *settings) if x.requires_grad else _apply(_ByWeight, weight, x, *settings)
     return out if bias is None else out + bias.view(-1, 1, 1)
 
 
@@ -292,8 +295,7 @@ class Reconstruction:
         return total
 
     def residuals(self, weight: Tensor) -> list[Tensor]:
-        outputs = self.horizon.outputs(weight, self.x)
-        return [(f - y).mul(scale**0.5) for f, y, scale in zip(outputs, self.targets, self.weights, strict=True)]
+        return [f - y for f, y in zip(self.horizon.outputs(weight, self.x), self.targets, strict=True)]
 
     def output_factor(self, weight: Tensor, groups: int, generator: torch.Generator | None = None) -> Tensor:
         """Second moment of ``∂loss/∂(layer output)`` under random residuals, per group: (groups, out, out) / groups².

@@ -6,13 +6,11 @@ subclasses, modules that pad for themselves and functional use all look alike, a
 
 from __future__ import annotations
 
-import copy
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -21,8 +19,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import prune as torch_prune
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
-
-from snows.sparsity import rows
 
 
 class Inputs(NamedTuple):
@@ -79,7 +75,10 @@ def plain_forward() -> Iterator[None]:
 # ---------------------------------------------------------------- layers
 
 
-def prunable(model: nn.Module) -> dict[str, nn.Module]:
+Layer: TypeAlias = nn.Linear | nn.Conv2d
+
+
+def prunable(model: nn.Module) -> dict[str, Layer]:
     """Every Linear and Conv2d (and subclass), by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)}
 
@@ -108,11 +107,11 @@ class OpenAttention(nn.Module):
             self.v_proj = _linear(closed.v_proj_weight, biases[2])
         self.out_proj = _linear(closed.out_proj.weight, closed.out_proj.bias)
 
-    def _project(self, query: Tensor, key: Tensor, value: Tensor) -> Iterable[Tensor]:
+    def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
         if not hasattr(self, "in_proj"):
             return self.q_proj(query), self.k_proj(key), self.v_proj(value)
         if query is key and key is value:
-            return self.in_proj(query).chunk(3, dim=-1)
+            return tuple(self.in_proj(query).chunk(3, dim=-1))
         # one call of the one layer: the three inputs side by side along the batch
         sizes = [x.shape[1] for x in (query, key, value)]
         width = query.shape[-1]
@@ -169,7 +168,8 @@ class OpenAttention(nn.Module):
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
     linear.weight = weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight)
-    linear.bias = bias if isinstance(bias, nn.Parameter) or bias is None else nn.Parameter(bias)
+    if bias is not None:
+        linear.bias = bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias)
     return linear
 
 
@@ -194,7 +194,7 @@ def bake_masks(model: nn.Module) -> dict[str, Tensor]:
     masks = {}
     for name, module in prunable(model).items():
         if torch_prune.is_pruned(module) and hasattr(module, "weight_mask"):
-            masks[name] = module.weight_mask.bool()
+            masks[name] = module.get_buffer("weight_mask").bool()
             torch_prune.remove(module, "weight")
     return masks
 
@@ -231,8 +231,8 @@ def _read_call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str
     return x, weight, bound | {"kernel": tuple(weight.shape[2:])}
 
 
-class _Finished(Exception):  # noqa: N818 - not an error: ends a forward pass whose rest is not needed
-    pass
+class Finished(Exception):  # noqa: N818 - not an error
+    """Ends a forward pass whose rest is not needed."""
 
 
 class Watch(TorchFunctionMode):
@@ -364,8 +364,36 @@ class _UntilLayer(Watch):
     def layer(self, name: str, call: Call, func: Any, args: Any, kwargs: Any) -> Any:
         if name == self.target:
             self.call = call
-            raise _Finished
+            raise Finished
         return func(*args, **kwargs)
+
+
+class _Record:
+    """What modules returned in a forward pass: of each call that was done, the outermost."""
+
+    def __init__(self, copied: set[tuple[str, int]]) -> None:
+        self.copied = copied
+        self.frames: list[list[tuple[str, Any]]] = [[]]  # per open module call, the calls done inside it
+        self.counts: Counter[str] = Counter()
+        self.marks: list[tuple[str, int, Tensor, int]] = []
+
+    def enter(self, name: str) -> None:
+        self.frames.append([])
+
+    def leave(self, name: str, output: Any) -> None:
+        self.frames.pop()
+        index = self.counts[name]
+        self.counts[name] += 1
+        if (name, index) in self.copied:
+            output = _clone(output)
+        self.marks.extend((name, index, x, x._version) for x in tree_leaves(output) if isinstance(x, Tensor))
+        self.frames[-1].append((name, output))
+
+    def changed_since(self) -> set[tuple[str, int]]:
+        return {(name, index) for name, index, x, version in self.marks if x._version != version}
+
+    def done(self) -> Iterator[tuple[str, Any]]:
+        return (entry for frame in self.frames for entry in frame)
 
 
 @dataclass
@@ -397,35 +425,20 @@ class Stream:
             RuntimeError: the layer did not run.
         """
         while True:
-            frames: list[list[tuple[str, Any]]] = [[]]
-            counts: Counter[str] = Counter()
-            marks: list[tuple[str, int, Tensor, int]] = []
-
-            def leave(name: str, output: Any) -> None:
-                frames.pop()
-                index = counts[name]
-                counts[name] += 1
-                if (name, index) in self.plan.changed:
-                    output = _clone(output)
-                marks.extend((name, index, x, x._version) for x in tree_leaves(output) if isinstance(x, Tensor))
-                frames[-1].append((name, output))
-
+            record = _Record(self.plan.changed)
             watch = _UntilLayer(self.plan.net, layer)
             with torch.no_grad(), plain_forward(), self.answering(copies=True), \
-                    _listening(self.plan.net, lambda name: frames.append([]), leave), watch:
-                try:
-                    self.plan.net(*self.inputs.args, **self.inputs.kwargs)
-                except _Finished:
-                    pass
+                    _listening(self.plan.net, record.enter, record.leave), watch, suppress(Finished):
+                self.plan.net(*self.inputs.args, **self.inputs.kwargs)
             if watch.call is None:
                 raise RuntimeError(f"{layer}: did not run on this batch although it ran on the first")
-            changed = {(name, index) for name, index, x, version in marks if x._version != version}
+            changed = record.changed_since()
             if not changed:
                 break
             self.plan.changed |= changed  # seen once for all batches: remember a copy of these
         alive = self.plan.order.start[layer]
         self.memory = defaultdict(list)
-        for name, output in (entry for frame in frames for entry in frame):
+        for name, output in record.done():
             dead = self.plan.order.death.get(name, float("inf")) <= alive
             self.memory[name].append(tree_map(_placeholder, output) if dead else output)
         self.call = watch.call

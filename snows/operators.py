@@ -18,7 +18,10 @@ from snows.sparsity import rows, unrows
 
 
 class Loss(Protocol):
-    """A function of one weight; the squares of all its ``residuals`` sum to it."""
+    """A function of one weight: the sum over its `residuals` r, each with a factor w of `weights`, of ``w ‖r‖²``."""
+
+    @property
+    def weights(self) -> Sequence[float]: ...
 
     def __call__(self, weight: Tensor) -> Tensor: ...
 
@@ -62,7 +65,19 @@ def trace(operator: LinearOperator, mask: Tensor, *, probes: int = 8, generator:
     return Estimate(values.mean().item(), error)
 
 
-class Hessian(LinearOperator):
+class Curvature(LinearOperator):
+    """A loss's second-order model at a point.
+
+    Attributes:
+        value: the loss there.
+        grad: its gradient.
+    """
+
+    value: float
+    grad: Tensor
+
+
+class Hessian(Curvature):
     """The exact Hessian of a loss at a point: value, grad and products from one graph, built once.
 
     ``(H @ v)`` is the gradient of ``<grad(W), v>`` (Pearlmutter 1994); no matrix is formed. The graph lives as long
@@ -74,6 +89,8 @@ class Hessian(LinearOperator):
 
     Example:
         >>> class Quartic:
+        ...     weights = (1.0,)
+        ...     def residuals(self, w): return [w.pow(2)]
         ...     def __call__(self, w): return w.pow(4).sum()
         >>> H = Hessian(Quartic(), at=torch.tensor([1.0, 2.0]))
         >>> H @ torch.tensor([1.0, 1.0])
@@ -95,31 +112,33 @@ class Hessian(LinearOperator):
         return product
 
 
-class GaussNewton(LinearOperator):
-    """The Gauss-Newton matrix ``2 JᵀJ`` of a sum of squares, J the Jacobian of its residuals.
+class GaussNewton(Curvature):
+    """The Gauss-Newton matrix ``Σ 2w JᵀJ`` of a weighted sum of squares, J the Jacobian of each of its residuals.
 
     Positive semi-definite; equal to the Hessian where the residuals are piecewise linear in the weight, as one layer
     of a ReLU network with evaluated BatchNorm is (Schraudolph 2002). ``J v`` is the derivative of ``Jᵀu`` with respect
     to u, so the forward pass runs once for all products.
 
     Args:
-        loss: its ``residuals`` are differentiated.
+        loss: its `residuals` are differentiated.
         at: the weight.
     """
 
     def __init__(self, loss: Loss, at: Tensor) -> None:
+        self._factors = [2 * w for w in loss.weights]
         with torch.enable_grad():
             self._at = at.detach().clone().requires_grad_()
             self._residuals = list(loss.residuals(self._at))
-            self._cotangents = [r.detach().clone().requires_grad_() for r in self._residuals]
+            self._cotangents = [(w * r.detach()).requires_grad_() for w, r in zip(self._factors, self._residuals, strict=True)]
             (self._pullback,) = torch.autograd.grad(self._residuals, self._at, self._cotangents, create_graph=True)
-        self.value = sum(r.detach().square().sum().item() for r in self._residuals)
-        self.grad = 2 * self._pullback.detach()
+        self.value = sum(w * r.detach().square().sum().item() for w, r in zip(loss.weights, self._residuals, strict=True))
+        self.grad = self._pullback.detach()
 
     def __matmul__(self, v: Tensor) -> Tensor:
         tangents = torch.autograd.grad(self._pullback, self._cotangents, v, retain_graph=True)
-        (product,) = torch.autograd.grad(self._residuals, self._at, tangents, retain_graph=True)
-        return 2 * product
+        scaled = [w * t for w, t in zip(self._factors, tangents, strict=True)]
+        (product,) = torch.autograd.grad(self._residuals, self._at, scaled, retain_graph=True)
+        return product
 
 
 class Restricted(LinearOperator):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import prune as torch_prune
+from torch.utils._pytree import tree_map
 
 from snows import network
 from snows.horizon import Horizon, Reconstruction
@@ -26,7 +26,7 @@ from snows.run import Run
 from snows.selectors import LayerStatistics, Selector, magnitude
 from snows.selectors.sensitivity import sensitivities
 from snows.solvers import Newton, Step
-from snows.sparsity import NM, MaskedWeight, Pattern, Unstructured, allocate, rows, unrows
+from snows.sparsity import MaskedWeight, Pattern, Unstructured, allocate
 
 PatternChoice = Pattern | Mapping[str, Pattern] | Callable[[str, nn.Module], Pattern | None] | None
 Only = Callable[[str, nn.Module], bool]
@@ -100,6 +100,7 @@ def prune(
     run = Run.open(Path(out), settings, model, inputs, masks, starts, resume) if out is not None else None
     if isinstance(pattern, Unstructured) and not masks:
         patterns = _budget(dense, patterns, pattern, cap, inputs)
+    layers = network.prunable(sparse)
     walk = _Walk(dense, sparse, order, inputs, solver, horizon, targets, scaling, seed)
     chooser = select if not masks else None
     with _progress(progress, len(patterns)) as tell:
@@ -114,7 +115,7 @@ def prune(
                 masked, layer_report = finished
                 masked = MaskedWeight(*(x.to(device) for x in masked))
             with torch.no_grad():
-                sparse.get_submodule(name).weight.copy_(masked.weight)  # type: ignore[operator, union-attr]
+                layers[name].weight.copy_(masked.weight)
             walk.masks[name] = masked.mask
             report.layers = [layer_report if x.name == name else x for x in report.layers]
             if layer_report.stop.startswith("a number stopped"):
@@ -309,14 +310,26 @@ def _check_forward(net: nn.Module, inputs: Sequence[Inputs], order: Order) -> No
 
 def _working_copy(model: nn.Module) -> nn.Module:
     """A copy whose weights are plain parameters and whose attention is open; masks of `torch.nn.utils.prune` come off."""
-    copied = copy.deepcopy(model)
+    copied = _copy(model)
     for module in network.prunable(copied).values():
         if torch_prune.is_pruned(module) and hasattr(module, "weight_orig"):
-            original = module.weight_orig.detach().clone()
+            original = module.get_parameter("weight_orig").detach().clone()
             torch_prune.remove(module, "weight")
-            module.weight.data.copy_(original)  # type: ignore[union-attr, operator]
+            module.weight.data.copy_(original)
     network.open_attention(copied)
     return copied
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    """A deep copy, also of a network under `torch.nn.utils.prune`, whose computed weights PyTorch refuses to copy."""
+    computed = [(m, m.__dict__["weight"]) for m in model.modules() if isinstance(m.__dict__.get("weight"), Tensor)]
+    for module, weight in computed:
+        module.__dict__["weight"] = weight.detach()
+    try:
+        return copy.deepcopy(model)
+    finally:
+        for module, weight in computed:
+            module.__dict__["weight"] = weight
 
 
 def _prefer_channels_last(nets: Sequence[nn.Module], inputs: Inputs) -> None:
@@ -346,7 +359,7 @@ def _given(model: nn.Module, select: Any, pattern: PatternChoice) -> tuple[dict[
     opened = _working_copy(model)
     layers = network.prunable(opened)
     if isinstance(select, nn.Module):
-        closed = copy.deepcopy(select)
+        closed = _copy(select)
         masks = network.bake_masks(closed)
         network.open_attention(closed)
         sources = network.prunable(closed)
@@ -354,18 +367,18 @@ def _given(model: nn.Module, select: Any, pattern: PatternChoice) -> tuple[dict[
             raise ValueError("prune: expected select to be a pruned copy of the model, got a network with other layers: "
                              f"{sorted(sources.keys() ^ layers.keys())[:5]}")
         for name, module in sources.items():
-            masks.setdefault(name, module.weight.detach() != 0)  # type: ignore[union-attr, operator]
+            masks.setdefault(name, module.weight.detach() != 0)
         masks = {name: mask for name, mask in masks.items() if not mask.all()}
         starts = {name: sources[name].weight.detach() for name in masks}
     else:
         masks, starts = dict(select), {}
-        for name, mask in masks.items():
+        for name in masks:
             if name not in layers:
                 raise ValueError(f"prune: expected masks for layers of the model, got one for {name!r}; the layers are "
                                  f"{', '.join(list(layers)[:8])}, ...")
-            starts[name] = layers[name].weight.detach()  # type: ignore[assignment, union-attr]
+            starts[name] = layers[name].weight.detach()
     for name, mask in masks.items():
-        shape = tuple(layers[name].weight.shape)  # type: ignore[union-attr, arg-type]
+        shape = tuple(layers[name].weight.shape)
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool or tuple(mask.shape) != shape:
             got = f"{mask.dtype} of {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
             raise ValueError(f"prune: expected the mask of {name} to be torch.bool of {shape}, got {got}")
@@ -443,7 +456,7 @@ def _hold_back(inputs: Sequence[Inputs]) -> tuple[list[Inputs], Inputs | None]:
     keep = size - max(1, size // 8)
     if keep < 1 or any(len(x) != size for x in last.tensors()):
         return list(inputs), None
-    first, held = (Inputs(*network.tree_map(lambda x, s=s: x[s] if isinstance(x, Tensor) else x, tuple(last)))
+    first, held = (Inputs(*tree_map(lambda x, s=s: x[s] if isinstance(x, Tensor) else x, tuple(last)))
                    for s in (slice(0, keep), slice(keep, None)))
     return [*inputs[:-1], first], held
 

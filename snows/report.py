@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import io
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -116,33 +117,35 @@ class Report:
 
     def to_html(self, title: str = "snows", head: Sequence[Table] = ()) -> str:
         """A page that needs nothing else: the tables and a plot of each layer's loss before and after."""
-        return page(title, [*head, self.table()], [self.summary(), *self.notes], [self._plot()] if self.prunable else [])
+        return page(title, [*head, self.table()], [self.summary(), *self.notes], [plot(self)])
 
-    def _plot(self) -> str:
-        done = [x for x in self.layers if not x.reason and x.before == x.before]
-        width, height, left = 900, 260, 60
-        if not done:
-            return ""
-        import math
 
-        values = [max(v, 1e-12) for x in done for v in (x.before, x.after)]
-        low, high = math.log10(min(values)) - 0.1, math.log10(max(values)) + 0.1
+def plot(report: Report) -> str:
+    """Each layer's reconstruction loss before and after, on a logarithmic axis, as SVG."""
+    done = [x for x in report.layers if not x.reason and x.before > 0 and x.after > 0]
+    if not done:
+        return ""
+    width, height, left = 900, 260, 60
+    values = [v for x in done for v in (x.before, x.after)]
+    low, high = math.log10(min(values)) - 0.1, math.log10(max(values)) + 0.1
 
-        def at(value: float) -> float:
-            return height - 20 - (math.log10(max(value, 1e-12)) - low) / (high - low) * (height - 40)
+    def at(value: float) -> float:
+        return height - 20 - (math.log10(value) - low) / (high - low) * (height - 40)
 
-        step = (width - left) / len(done)
-        bars = []
-        for i, x in enumerate(done):
-            c = left + step * (i + 0.5)
-            bars.append(f'<line x1="{c:.1f}" x2="{c:.1f}" y1="{at(x.before):.1f}" y2="{at(x.after):.1f}" stroke="#999"/>'
-                        f'<circle cx="{c:.1f}" cy="{at(x.before):.1f}" r="4" fill="#c33"><title>{html.escape(x.name)} before {x.before:.4g}</title></circle>'
-                        f'<circle cx="{c:.1f}" cy="{at(x.after):.1f}" r="4" fill="#36c"><title>{html.escape(x.name)} after {x.after:.4g}</title></circle>')
-        ticks = [f'<text x="4" y="{at(10**e):.1f}">1e{e}</text><line x1="{left - 8}" x2="{width}" y1="{at(10**e):.1f}" '
-                 f'y2="{at(10**e):.1f}" stroke="#eee"/>' for e in range(math.ceil(low), math.floor(high) + 1)]
-        return (f'<h2>Reconstruction loss by layer, <span style="color:#c33">before</span> and '
-                f'<span style="color:#36c">after</span></h2><svg viewBox="0 0 {width} {height}" width="100%">'
-                + "".join(ticks + bars) + "</svg>")
+    def dot(x: float, value: float, colour: str, label: str) -> str:
+        return f'<circle cx="{x:.1f}" cy="{at(value):.1f}" r="4" fill="{colour}"><title>{html.escape(label)} {value:.4g}</title></circle>'
+
+    marks = []
+    for e in range(math.ceil(low), math.floor(high) + 1):
+        y = at(10.0**e)
+        marks.append(f'<text x="4" y="{y:.1f}">1e{e}</text><line x1="{left - 8}" x2="{width}" y1="{y:.1f}" y2="{y:.1f}" stroke="#eee"/>')
+    step = (width - left) / len(done)
+    for i, x in enumerate(done):
+        c = left + step * (i + 0.5)
+        marks.append(f'<line x1="{c:.1f}" x2="{c:.1f}" y1="{at(x.before):.1f}" y2="{at(x.after):.1f}" stroke="#999"/>')
+        marks += [dot(c, x.before, "#c33", f"{x.name} before"), dot(c, x.after, "#36c", f"{x.name} after")]
+    return ('<p>Reconstruction loss by layer, <span style="color:#c33">before</span> and <span style="color:#36c">after</span></p>'
+            f'<svg viewBox="0 0 {width} {height}" width="100%">{"".join(marks)}</svg>')
 
 
 def render(table: Table, width: int = 140) -> str:

@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from snows.operators import Factors, GaussNewton, Hessian, Kronecker, LinearOperator, Loss, Restricted, trace
+from snows.operators import Curvature, Factors, GaussNewton, Hessian, Kronecker, LinearOperator, Loss, Restricted, trace
 from snows.sparsity import MaskedWeight
 
 
@@ -237,7 +237,7 @@ class Newton:
             for _ in range(self.passes):
                 for loss in losses:
                     began = time.perf_counter()
-                    H = _CURVATURES[self.curvature](loss, at=weight)
+                    H = _CURVATURES[self.curvature](loss, weight)
                     if not (math.isfinite(H.value) and H.grad.isfinite().all()):
                         steps.append(Step(H.value, H.value, math.nan, 0, Stop.NOT_FINITE, 0.0, damping, 0.0))
                         return MaskedWeight(best, mask), steps
@@ -275,4 +275,4 @@ class Newton:
         return Kronecker(factors, mask, max(damping, 1e-4))
 
 
-_CURVATURES = {"gauss-newton": GaussNewton, "hessian": Hessian}
+_CURVATURES: dict[str, Callable[[Loss, Tensor], Curvature]] = {"gauss-newton": GaussNewton, "hessian": Hessian}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,10 +15,13 @@ def dense_hessian(f: Callable[[Tensor], Tensor], at: Tensor) -> Tensor:
     return torch.autograd.functional.hessian(f, at).reshape(at.numel(), at.numel())
 
 
-def dense_gauss_newton(residuals: Callable[[Tensor], list[Tensor]], at: Tensor) -> Tensor:
-    """``2 JᵀJ`` with J formed row by row."""
-    J = torch.autograd.functional.jacobian(lambda w: torch.cat([r.flatten() for r in residuals(w)]), at)
-    J = J.reshape(-1, at.numel())
+def dense_gauss_newton(loss: Any, at: Tensor) -> Tensor:
+    """``Σ 2w JᵀJ`` with J formed row by row."""
+
+    def scaled(weight: Tensor) -> Tensor:
+        return torch.cat([w**0.5 * r.flatten() for w, r in zip(loss.weights, loss.residuals(weight), strict=True)])
+
+    J = torch.autograd.functional.jacobian(scaled, at).reshape(-1, at.numel())
     return 2 * J.T @ J
 
 

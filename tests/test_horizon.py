@@ -1,18 +1,18 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from models import Branches, Mapped, settle
+from oracles import dense_gauss_newton, dense_hessian, masked_least_squares
+from test_network import nets
 from torch import nn
 from torch.func import functional_call
 
-from models import Branches, Mapped, settle
-from oracles import dense_gauss_newton, dense_hessian, masked_least_squares, matrix_of
 from snows import Newton, network
 from snows.horizon import Horizon, Reconstruction
 from snows.network import Plan, Stream, as_inputs, learn_order
 from snows.operators import GaussNewton, Hessian
 from snows.sparsity import MaskedWeight, rows
 from snows.zoo.models import ResNet20
-from test_network import nets
 
 
 def stream_to(net, inputs, layer):
@@ -99,7 +99,7 @@ def test_curvature_through_a_horizon_against_dense_matrices(name, k):
         loss = Reconstruction(horizon, stream, targets)
         at = at + 0.1 * torch.randn_like(at)
         probe = torch.randn_like(at)
-        for operator, oracle in ((GaussNewton(loss, at), dense_gauss_newton(loss.residuals, at)), (Hessian(loss, at), dense_hessian(loss, at))):
+        for operator, oracle in ((GaussNewton(loss, at), dense_gauss_newton(loss, at)), (Hessian(loss, at), dense_hessian(loss, at))):
             found, expected = (operator @ probe).flatten(), oracle @ probe.flatten()
             assert (found - expected).norm() <= 1e-8 * expected.norm()
 
@@ -130,7 +130,8 @@ def test_the_loss_divides_each_term_by_its_targets_variance():
     variances = [float(((y - y.mean()) ** 2).mean()) for y in targets]
     scaled = Reconstruction(horizon, stream, targets)
     assert scaled(weight).item() == pytest.approx(sum(p / v for p, v in zip(plain, variances, strict=True)), rel=1e-10)
-    assert sum(r.square().sum().item() for r in scaled.residuals(weight)) == pytest.approx(scaled(weight).item(), rel=1e-12)
+    squares = [w * r.square().sum().item() for w, r in zip(scaled.weights, scaled.residuals(weight), strict=True)]
+    assert sum(squares) == pytest.approx(scaled(weight).item(), rel=1e-12)
     unscaled = Reconstruction(horizon, stream, targets, scaled=False)
     assert unscaled(weight).item() == pytest.approx(sum(plain), rel=1e-10)
 

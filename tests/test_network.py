@@ -3,10 +3,10 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
-
 from models import Branches, Mapped, PaddedConv, settle
 from oracles import unfold_rows
+from torch import nn
+
 from snows import network
 from snows.network import Plan, Stream, as_inputs, learn_order
 from snows.sparsity import rows

@@ -2,8 +2,8 @@ import math
 
 import pytest
 import torch
-
 from oracles import masked_least_squares
+
 from snows import Newton
 from snows.operators import Dense, Factors, Kronecker, Restricted
 from snows.solvers import Stop, armijo, batched_cg, cg
@@ -105,13 +105,13 @@ class LeastSquares:
     """``‖X Wᵀ - Y‖² / n`` as a loss of W."""
 
     def __init__(self, X, Y):
-        self.X, self.Y = X, Y
+        self.X, self.Y, self.weights = X, Y, [1 / len(X)]
 
     def residuals(self, weight):
-        return [(self.X @ weight.T - self.Y) / len(self.X) ** 0.5]
+        return [self.X @ weight.T - self.Y]
 
     def __call__(self, weight):
-        return self.residuals(weight)[0].square().sum()
+        return self.weights[0] * self.residuals(weight)[0].square().sum()
 
 
 @pytest.mark.parametrize("curvature", ["gauss-newton", "hessian"])

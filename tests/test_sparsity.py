@@ -1,7 +1,7 @@
 import pytest
 import torch
-
 from oracles import best_nm
+
 from snows import NM, Unstructured, ops, parse_pattern, reference
 from snows.sparsity import allocate, rows, unrows
 

@@ -33,7 +33,7 @@ def load(name: str) -> nn.Module:
     """
     if name not in _NETWORKS:
         raise ValueError(f"zoo: expected one of {', '.join(_NETWORKS)}, got {name!r}")
-    net = _NETWORKS[name]()
+    net: nn.Module = _NETWORKS[name]()
     net.load_state_dict(load_file(_FOLDER / f"{name}.safetensors"))
     return net.eval()
 

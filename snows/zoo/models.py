@@ -26,7 +26,9 @@ class BasicBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.relu1(self.bn1(self.conv1(x)))
-        return self.relu2(self.bn2(self.conv2(y)) + self.downsample(x))
+        y = self.bn2(self.conv2(y)) + self.downsample(x)
+        out: Tensor = self.relu2(y)
+        return out
 
 
 class ResNet20(nn.Module):
@@ -45,7 +47,8 @@ class ResNet20(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.relu(self.bn1(self.conv1(x)))
         x = self.layer3(self.layer2(self.layer1(x)))
-        return self.fc(x.mean((2, 3)))
+        logits: Tensor = self.fc(x.mean((2, 3)))
+        return logits
 
 
 class EncoderBlock(nn.Module):
@@ -68,7 +71,8 @@ class EncoderBlock(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, T, D / heads)
         attended = F.scaled_dot_product_attention(q, k, v)
         x = x + self.proj(attended.transpose(1, 2).reshape(batch, tokens, width))
-        return x + self.fc2(self.gelu(self.fc1(self.norm2(x))))
+        x = x + self.fc2(self.gelu(self.fc1(self.norm2(x))))
+        return x
 
 
 class ViT(nn.Module):
@@ -90,10 +94,11 @@ class ViT(nn.Module):
         nn.init.trunc_normal_(self.position, std=0.02)
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.patch_embed(x).flatten(2).transpose(1, 2)  # (B, 49, D)
         x = torch.cat([self.class_token.expand(len(x), -1, -1), x], dim=1) + self.position
-        return self.head(self.norm(self.blocks(x))[:, 0])
+        logits: Tensor = self.head(self.norm(self.blocks(x))[:, 0])
+        return logits

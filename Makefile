@@ -1,0 +1,37 @@
+# make demo | test | bench: each sets up .venv by itself on a fresh machine and needs nothing but packages.
+
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/cpu/*)
+
+.PHONY: demo test check bench clean
+
+demo: .venv/.base
+	@$(BIN)/snows demo
+
+test: .venv/.test check
+	@$(BIN)/python -m pytest
+
+check: .venv/.test
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+
+bench: .venv/.test
+	@$(BIN)/python -m pytest bench --benchmark-json=bench/results/latest.json
+
+.venv/.base: $(SOURCES)
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' || \
+	  { echo "snows needs Python 3.10, 3.11 or 3.12; name one with: make PYTHON=python3.11"; exit 2; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+	  { echo "This Python has no venv module; on Debian or Ubuntu: apt install python3-venv"; exit 2; }
+	@began=$$(date +%s); test -x $(BIN)/python || $(PYTHON) -m venv .venv; \
+	  $(PIP) torch numpy setuptools ninja && \
+	  $(PIP) --no-build-isolation --editable . && \
+	  echo "set-up: $$(( $$(date +%s) - began )) s" && touch $@
+
+.venv/.test: .venv/.base
+	@$(PIP) --no-build-isolation --editable '.[test]' && touch $@
+
+clean:
+	rm -rf .venv build snows.egg-info snows/_native*.so

@@ -1,0 +1,53 @@
+"""Builds the optional native kernels where torch and a compiler are at hand; pyproject.toml holds everything else."""
+
+import os
+import shutil
+import sys
+import warnings
+from pathlib import Path
+
+from setuptools import setup
+
+REQUIRED = os.environ.get("SNOWS_BUILD") == "1"
+
+
+def give_up(why: str) -> dict:
+    message = f"snows: installed without native kernels ({why}); everything runs on the reference in plain PyTorch"
+    if REQUIRED:
+        raise SystemExit(message)
+    warnings.warn(message, stacklevel=2)
+    return {}
+
+
+def native() -> dict:
+    """Arguments for `setup` that build `snows/_native*.so`, or none."""
+    try:
+        from torch.utils.cpp_extension import BuildExtension, CppExtension
+    except ImportError:
+        return give_up("torch is not visible to the build; use pip install --no-build-isolation")
+    if shutil.which(os.environ.get("CXX", "c++")) is None:
+        return give_up("no C++ compiler")
+
+    class Build(BuildExtension):
+        def run(self) -> None:
+            try:
+                super().run()
+            except Exception as error:  # the package works without it
+                log = Path("build.log").resolve()
+                log.write_text(str(error))
+                give_up(f"the build failed, see {log}")
+
+        def copy_extensions_to_source(self) -> None:  # after a build that failed there is nothing to copy
+            if all(Path(self.get_ext_fullpath(e.name)).exists() or Path(self.build_lib).exists() for e in self.extensions):
+                try:
+                    super().copy_extensions_to_source()
+                except OSError:
+                    give_up("the build left no library")
+
+    openmp = [] if sys.platform == "darwin" else ["-fopenmp"]
+    sources = sorted(str(p) for p in Path("csrc/cpu").glob("*.cpp"))
+    extension = CppExtension("snows._native", sources, extra_compile_args=["-O3", *openmp], extra_link_args=openmp)
+    return {"ext_modules": [extension], "cmdclass": {"build_ext": Build.with_options(use_ninja=shutil.which("ninja") is not None)}}
+
+
+setup(**native())

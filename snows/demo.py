@@ -1,0 +1,100 @@
+"""The demonstration: prune the zoo's networks, measure them, print one table."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from snows import zoo
+from snows.evaluation import Scores, evaluate, logits_of
+from snows.pruning import prune
+from snows.report import Report, page, plot
+from snows.run import state, write
+from snows.sparsity import NM, Pattern, Unstructured
+
+CASES: tuple[tuple[str, Pattern], ...] = (
+    ("resnet20", NM(2, 4)), ("resnet20", NM(1, 4)), ("resnet20", Unstructured(0.9)), ("vit", NM(2, 4)),
+)
+SAMPLES, BATCH = 1024, 128
+
+
+def calibration(samples: int = SAMPLES, batch: int = BATCH, seed: int = 0) -> list[Tensor]:
+    """Batches of the zoo's calibration images, drawn by `seed`."""
+    images, _ = zoo.images("calibration")
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:samples]
+    return list(images[order].split(batch))
+
+
+def run(out: Path, console: Console) -> list[dict[str, object]]:
+    """Prune each case at the default settings, next to magnitude pruning, and leave weights and a page in `out`."""
+    out.mkdir(parents=True, exist_ok=True)
+    images, labels = zoo.images("test")
+    assert labels is not None
+    test = list(zip(images.split(500), labels.split(500), strict=True))
+    batches = calibration()
+    rows: list[dict[str, object]] = []
+    reports: list[tuple[str, Report]] = []
+    pruning = evaluating = 0.0
+    references: dict[str, list[Tensor]] = {}
+
+    def measure(net: nn.Module, name: str) -> Scores:
+        nonlocal evaluating
+        began = time.perf_counter()
+        if name not in references:
+            references[name] = [logits_of(net, x) for x, _ in test]
+        scores = evaluate(net, test, references[name])
+        evaluating += time.perf_counter() - began
+        return scores
+
+    with Progress(console=console, transient=True) as bar:
+        task = bar.add_task("demo", total=len(CASES))
+        for name, pattern in CASES:
+            bar.update(task, description=f"{name} {pattern}")
+            dense = zoo.load(name)
+            row: dict[str, object] = {"network": name, "pattern": str(pattern), "dense": measure(dense, name).top1}
+            for column, recalibrate in (("magnitude", False), ("magnitude + statistics", True)):
+                net, _ = prune(dense, batches, pattern, solver=None, recalibrate=recalibrate, progress=False)
+                row[column] = measure(net, name).top1
+            began = time.perf_counter()
+            net, report = prune(dense, batches, pattern, progress=False)
+            row["seconds"] = time.perf_counter() - began
+            pruning += time.perf_counter() - began
+            scores = measure(net, name)
+            row |= {"snows": scores.top1, "divergence": scores.divergence}
+            rows.append(row)
+            reports.append((f"{name} {pattern}", report))
+            write(out / f"{name}-{str(pattern).replace(':', '-')}.safetensors", save(state(net)))
+            bar.advance(task)
+    result = table(rows)
+    console.print(result)
+    console.print(f"{SAMPLES} unlabelled images; accuracy in % on {len(images)} test images; pruning {pruning:.0f} s, "
+                  f"evaluation {evaluating:.0f} s; weights and page in {out}", highlight=False)
+    details = []
+    for title, report in reports:
+        part = report.table()
+        part.title = title
+        details.append(part)
+    write(out / "report.html", page("snows demo", [result, *details], [r.summary() for _, r in reports],
+                                    [f"<h2>{title}</h2>{plot(r)}" for title, r in reports]).encode())
+    return rows
+
+
+def table(rows: list[dict[str, object]]) -> Table:
+    """Network, pattern, accuracies, divergence, seconds."""
+    columns = ("network", "pattern", "dense", "magnitude", "magnitude + statistics", "snows", "divergence", "seconds")
+    result = Table(*columns)
+    for row in rows:
+        cells = []
+        for column in columns:
+            value = row[column]
+            digits = {"divergence": 5, "seconds": 1}.get(column, 2)
+            cells.append(f"{value:.{digits}f}" if isinstance(value, float) else str(value))
+        result.add_row(*cells)
+    return result

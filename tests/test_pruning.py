@@ -1,0 +1,302 @@
+import copy
+import os
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import prune as torch_prune
+
+import snows
+from models import Branches, Mapped, settle
+from snows import NM, Newton, Unstructured, network
+from snows.pruning import recalibrate_statistics
+from snows.sparsity import rows
+from snows.zoo.models import ResNet20, ViT
+
+quiet = partial(snows.prune, progress=False, horizon=4, solver=Newton(max_iterations=4))
+
+
+def small(seed=0):
+    torch.manual_seed(seed)
+    return settle(Branches()), [torch.randn(4, 3, 8, 8) for _ in range(4)]
+
+
+def loss_of(report):
+    return sum(x.after for x in report.layers if not x.reason), sum(x.before for x in report.layers if not x.reason)
+
+
+def test_prune_keeps_the_pattern_and_the_dense_model():
+    net, batches = small()
+    before = copy.deepcopy(net.state_dict())
+    sparse, report = quiet(net, batches, NM(2, 4))
+    assert type(sparse) is Branches
+    assert list(sparse.state_dict()) == list(before)
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+    pruned = {x.name for x in report.layers if not x.reason}
+    assert pruned == {"left", "right.0", "point"}
+    for name in pruned:
+        weight = sparse.get_submodule(name).weight
+        assert (rows(weight).unflatten(1, (-1, 4)) != 0).sum(-1).eq(2).all()
+    assert {x.name: x.reason for x in report.layers if x.reason} == {"stem": "first layer", "depthwise": "depthwise", "head": "last layer"}
+    after, start = loss_of(report)
+    assert after < 0.8 * start
+    assert all(x.after <= x.before for x in report.layers if not x.reason)
+
+
+def test_an_unstructured_budget_is_exact_over_the_prunable_weights():
+    net, batches = small()
+    sparse, report = quiet(net, batches, Unstructured(0.7), solver=None, cap=0.9)
+    layers = [x for x in report.layers if not x.reason]
+    total = sum(x.size for x in layers)
+    assert "depthwise" in {x.name for x in layers}
+    assert sum(x.size - x.kept for x in layers) == round(0.7 * total)
+    assert all(x.kept >= 0.1 * x.size - 1 for x in layers)
+    assert sum(int((sparse.get_submodule(x.name).weight == 0).sum()) for x in layers) == round(0.7 * total)
+
+
+def test_patterns_by_name_and_by_function():
+    net, batches = small()
+    _, report = quiet(net, batches, {"left": NM(1, 4), "head": Unstructured(0.5)}, solver=None)
+    assert {x.name: (x.pattern, x.kept) for x in report.layers if not x.reason} == {
+        "left": ("1:4", net.left.weight.numel() // 4), "head": ("0.5", 30)}
+    _, report = quiet(net, batches, lambda name, m: Unstructured(0.25) if isinstance(m, nn.Linear) else None, only=lambda n, m: True, solver=None)
+    assert [x.name for x in report.layers if not x.reason] == ["head"]
+
+
+def test_masks_from_elsewhere_three_ways():
+    net, batches = small()
+    masks = {"left": torch.rand_like(net.left.weight) < 0.5, "point": torch.rand_like(net.point.weight) < 0.5}
+    by_mask, _ = quiet(net, batches, None, select=masks)
+    zeroed = copy.deepcopy(net)
+    parametrised = copy.deepcopy(net)
+    for name, mask in masks.items():
+        with torch.no_grad():
+            zeroed.get_submodule(name).weight.mul_(mask)
+        torch_prune.custom_from_mask(parametrised.get_submodule(name), "weight", mask)
+    by_zeros, _ = quiet(net, batches, None, select=zeroed)
+    by_torch, report = quiet(parametrised, batches, None, select=parametrised)
+    assert [x.name for x in report.layers if not x.reason] == ["left", "point"]
+    for name, mask in masks.items():
+        wanted = by_mask.get_submodule(name).weight
+        assert not wanted[~mask].any()
+        assert not torch.equal(wanted, net.get_submodule(name).weight * mask)
+        assert torch.equal(by_zeros.get_submodule(name).weight, wanted)
+        assert torch.equal(by_torch.get_submodule(name).weight, wanted)
+    assert set(by_torch.state_dict()) == set(parametrised.state_dict())
+
+
+def test_mappings_attention_generators_and_labels():
+    torch.manual_seed(0)
+    net = settle(Mapped())
+    images = [torch.randn(4, 3, 12, 12) for _ in range(4)]
+    sparse, report = quiet(net, ({"pixel_values": x, "labels": torch.zeros(4)} for x in images), NM(2, 4))
+    assert type(sparse.attention) is nn.MultiheadAttention
+    assert list(sparse.state_dict()) == list(net.state_dict())
+    assert [x.name for x in report.layers if not x.reason] == ["attention.in_proj", "attention.out_proj", "mlp.0", "mlp.2"]
+    for weight in (sparse.attention.in_proj_weight, sparse.attention.out_proj.weight, sparse.mlp[0].weight):
+        assert (weight.unflatten(1, (-1, 4)) != 0).sum(-1).eq(2).all()
+    with torch.no_grad():
+        assert sparse(pixel_values=images[0])["logits"].isfinite().all()
+
+
+def test_snows_beats_its_own_start_and_least_squares_where_it_counts():
+    """On held-out data, the mismatch of the network's output: masks alone > least squares (K = 0) > Newton to the end."""
+    torch.manual_seed(0)
+    net = settle(ResNet20())
+    batches, fresh = [torch.randn(16, 1, 28, 28) for _ in range(5)], torch.randn(64, 1, 28, 28)
+    with torch.no_grad():
+        wanted = net(fresh)
+
+        def mismatch(**settings):
+            sparse, _ = snows.prune(net, batches, NM(1, 4), progress=False, recalibrate=False, **settings)
+            return (sparse(fresh) - wanted).square().mean().item()
+
+        masks = mismatch(solver=None)
+        squares = mismatch(solver=None, select=snows.least_squares)
+        newton = mismatch(horizon=10, solver=Newton(max_iterations=5))
+    assert newton < 0.7 * squares < 0.7 * masks
+
+
+def test_the_same_seed_gives_the_same_bits():
+    net, batches = small()
+    a, _ = quiet(net, batches, NM(2, 4), seed=3)
+    b, _ = quiet(net, iter(batches), NM(2, 4), seed=3)
+    assert all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+def test_recalibration_is_the_mean_and_variance_over_all_batches():
+    torch.manual_seed(0)
+    net = settle(nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.ReLU()))
+    batches = [torch.randn(n, 2, 6, 6) for n in (5, 2, 9)]
+    with torch.no_grad():
+        y = net[0](torch.cat(batches)).movedim(1, 0).flatten(1).double()
+    for order in (batches, batches[::-1]):
+        copied = copy.deepcopy(net)
+        recalibrate_statistics(copied, [network.as_inputs(x) for x in order])
+        assert torch.allclose(copied[1].running_mean.double(), y.mean(1), atol=1e-6)
+        assert torch.allclose(copied[1].running_var.double(), y.var(1), rtol=1e-5)
+        assert not copied[1].training
+        assert copied[1].momentum == 0.1
+
+
+# ---------------------------------------------------------------- runs on disk
+
+
+def test_a_run_that_was_stopped_goes_on_and_ends_with_the_same_bits(tmp_path):
+    net, batches = small()
+    whole, _ = quiet(net, batches, NM(2, 4), out=tmp_path / "whole")
+
+    class Stop(Exception):
+        pass
+
+    done = 0
+
+    def only_twice(weight, statistics, pattern):
+        nonlocal done
+        done += 1
+        if done == 3:
+            raise Stop
+        return snows.magnitude(weight, statistics, pattern)
+
+    only_twice.__name__ = "magnitude"
+    with pytest.raises(Stop):
+        quiet(net, batches, NM(2, 4), out=tmp_path / "part", select=only_twice)
+    assert len(list((tmp_path / "part" / "layers").iterdir())) == 2
+    (tmp_path / "part" / "layers" / "0001.safetensors").write_bytes(b"half a file")
+    resumed, report = quiet(net, batches, NM(2, 4), out=tmp_path / "part", resume=True)
+    assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), resumed.state_dict().values(), strict=True))
+    assert (tmp_path / "part" / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
+    assert report.zeros == sum(x.size // 2 for x in report.layers if not x.reason)
+
+
+def test_a_run_that_was_killed_goes_on_and_ends_with_the_same_bits(tmp_path):
+    script = f"""
+import sys, torch; sys.path.insert(0, {os.path.dirname(__file__)!r})
+from test_pruning import quiet, small, NM
+net, batches = small()
+quiet(net, batches, NM(2, 4), horizon='end', out={str(tmp_path / "run")!r}, resume=True)
+"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([os.path.dirname(os.path.dirname(__file__)), *sys.path])}
+    process = subprocess.Popen([sys.executable, "-c", script], env=environment)
+    layers = tmp_path / "run" / "layers"
+    while not (layers.is_dir() and any(layers.glob("*.safetensors"))) and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    net, batches = small()
+    resumed, _ = quiet(net, batches, NM(2, 4), horizon="end", out=tmp_path / "run", resume=True)
+    whole, _ = quiet(net, batches, NM(2, 4), horizon="end")
+    assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), resumed.state_dict().values(), strict=True))
+
+
+def test_a_run_is_not_mixed_with_another(tmp_path):
+    net, batches = small()
+    quiet(net, batches, NM(2, 4), out=tmp_path, solver=None)
+    content = (tmp_path / "model.safetensors").read_bytes()
+    other, _ = small(1)
+    for change, word in (({"pattern": NM(1, 4)}, "pattern"), ({"horizon": 3}, "horizon"), ({"seed": 1}, "seed"),
+                         ({"model": other}, "model"), ({"batches": batches[:2]}, "data")):
+        call = {"model": net, "batches": batches, "pattern": NM(2, 4), "out": tmp_path, "resume": True, "solver": None} | change
+        with pytest.raises(ValueError, match=f"resume: .*{word}"):
+            quiet(**call)
+    with pytest.raises(ValueError, match="already holds a run"):
+        quiet(net, batches, NM(2, 4), out=tmp_path)
+    assert (tmp_path / "model.safetensors").read_bytes() == content
+
+
+def test_an_out_that_cannot_be_written(tmp_path):
+    net, batches = small()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="out: .* cannot be written"):
+        quiet(net, batches, NM(2, 4), out=tmp_path / "file" / "run")
+
+
+# ---------------------------------------------------------------- bad input
+
+
+class Twice(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.layer, self.last = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.last(self.layer(self.layer(self.first(x))))
+
+
+def tied():
+    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
+    net[2].weight = net[1].weight
+    return net.eval()
+
+
+def plain():
+    return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)).eval()
+
+
+class Noisy(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.c(nn.functional.dropout(self.b(self.a(x)), 0.5, training=True))
+
+
+def with_nan():
+    net = plain()
+    net[2].weight.data[0, 0] = torch.nan
+    return net
+
+
+x = torch.randn(8, 4)
+WRONG = {
+    "training mode": (lambda: plain().train(), [x], NM(2, 4), {}, "evaluation mode"),
+    "meta": (lambda: plain().to("meta"), [x], NM(2, 4), {}, "meta device"),
+    "half": (lambda: plain().half(), [x.half()], NM(2, 4), {}, "float32 or float64"),
+    "dropout": (lambda: Noisy().eval(), [x], NM(2, 4), {}, "deterministic"),
+    "nan weights": (with_nan, [x], NM(2, 4), {}, "finite weights.*2.weight"),
+    "no batches": (plain, [], NM(2, 4), {}, "at least one batch"),
+    "a tensor for batches": (plain, x, NM(2, 4), {}, "iterable of batches"),
+    "nan images": (plain, [x, x * torch.nan], NM(2, 4), {}, "batch 1"),
+    "empty batch": (plain, [x[:0]], NM(2, 4), {}, "at least one sample"),
+    "group divides no layer": (plain, [x], NM(2, 7), {}, "no layer is left.*7"),
+    "budget beyond the caps": (plain, [x], Unstructured(0.9), {"cap": 0.5}, "raise the cap"),
+    "mask of another shape": (plain, [x], None, {"select": {"2": torch.ones(3, 3, dtype=torch.bool)}}, r"\(8, 8\), got torch.bool of \(3, 3\)"),
+    "mask of another dtype": (plain, [x], None, {"select": {"2": torch.ones(8, 8)}}, "torch.bool"),
+    "mask for no layer": (plain, [x], None, {"select": {"nope": torch.ones(8, 8, dtype=torch.bool)}}, "nope"),
+    "mask against the pattern": (plain, [x], NM(2, 4), {"select": {"2": torch.ones(8, 8, dtype=torch.bool)}}, "keeps more than the pattern"),
+    "no pattern": (plain, [x], None, {}, "expected a pattern"),
+    "pattern for no layer": (plain, [x], {"9": NM(2, 4)}, {}, "'9'"),
+    "called twice": (lambda: Twice().eval(), [x], NM(2, 4), {}, "layer is called 2 times"),
+    "tied": (tied, [x], NM(2, 4), {}, "share one weight"),
+    "another network for masks": (plain, [x], None, {"select": nn.Linear(3, 3)}, "pruned copy of the model"),
+    "a network without zeros": (plain, [x], None, {"select": plain()}, "needs zeros"),
+    "parametrised": (lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), *[nn.Linear(4, 4) for _ in range(3)]).eval(),
+                     [x], NM(2, 4), {}, "parametrisation"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_bad_input_gets_one_clear_sentence(name):
+    make, batches, pattern, settings, message = WRONG[name]
+    with pytest.raises(ValueError, match=message) as caught:
+        quiet(make(), batches, pattern, **settings)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_layer_that_never_runs_stays_dense_and_is_named():
+    net = plain()
+    net.unused = nn.Linear(4, 4).eval()
+    net.forward = lambda x: nn.Sequential(*list(net)[:5])(x)
+    _, report = quiet(net, [x], NM(2, 4), solver=None)
+    assert {r.name: r.reason for r in report.layers if r.reason}["unused"] == "never runs"
+
+
+def test_images_of_the_wrong_shape_are_the_networks_own_error():
+    with pytest.raises((ValueError, RuntimeError), match=r"shape|size"):
+        quiet(plain(), [torch.randn(2, 5)], NM(2, 4))
