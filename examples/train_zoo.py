@@ -151,4 +151,4 @@ if __name__ == "__main__":
     if args.what == "images":
         pack(args.data)
     else:
-        train(args.what, args.data, args.epochs or (15 if args.what == "resnet20" else 10), args.seed)
+        train(args.what, args.data, args.epochs or (15 if args.what == "resnet20" else 9), args.seed)

@@ -24,7 +24,6 @@ from snows.operators import Factors
 from snows.report import LayerReport, Report
 from snows.run import Run
 from snows.selectors import LayerStatistics, Selector, magnitude
-from snows.selectors.sensitivity import sensitivities
 from snows.solvers import Newton, Step
 from snows.sparsity import MaskedWeight, Pattern, Unstructured, allocate
 
@@ -67,7 +66,7 @@ def prune(
         scaling: "variance" divides each matched output's mismatch by its variance; "none" does not, as published.
         cap: the largest share a layer may lose under an `Unstructured` budget.
         only: which layers to prune; by default all that run but the first and the last.
-        recalibrate: re-estimate the statistics of BatchNorm on the calibration batches at the end.
+        recalibrate: correct the statistics of BatchNorm at the end by how far pruning moved them.
         out: a folder; every finished layer is saved there at once.
         resume: go on with the run in `out`.
         seed: of all that is random.
@@ -99,7 +98,7 @@ def prune(
     report.settings = settings
     run = Run.open(Path(out), settings, model, inputs, masks, starts, resume) if out is not None else None
     if isinstance(pattern, Unstructured) and not masks:
-        patterns = _budget(dense, patterns, pattern, cap, inputs)
+        patterns = _budget(dense, patterns, pattern, cap)
     layers = network.prunable(sparse)
     walk = _Walk(dense, sparse, order, inputs, solver, horizon, targets, scaling, seed)
     chooser = select if not masks else None
@@ -122,7 +121,7 @@ def prune(
                 report.notes.append(f"{name}: numbers stopped being finite; it keeps the best weight found before.")
             tell.done(name)
     if recalibrate:
-        recalibrate_statistics(sparse, inputs)
+        recalibrate_statistics(sparse, dense, inputs)
     sparse.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     network.close_attention(sparse)
     for name, module in network.prunable(model).items():
@@ -200,55 +199,90 @@ class _Losses:
             targets = self.horizon.outputs(self.weight, source)
         return Reconstruction(self.horizon, walk.sparse[batch], targets, scaled=walk.scaling == "variance")
 
+    def __len__(self) -> int:
+        return len(self.batches)
+
     def __iter__(self) -> Iterator[Reconstruction]:
         for batch in self.batches:
             self.tick()
             yield self.at(batch)
 
 
-def recalibrate_statistics(net: nn.Module, inputs: Sequence[Inputs]) -> None:
-    """Re-estimate the statistics of every BatchNorm over all batches, in place.
+def recalibrate_statistics(sparse: nn.Module, dense: nn.Module, inputs: Sequence[Inputs]) -> None:
+    """Correct the statistics of every BatchNorm by how far pruning moved them, in place.
 
-    One pass in which each BatchNorm normalises with its batch's statistics; mean and variance over all batches
-    together, summed in float64, do not depend on their order.
+    Each BatchNorm's running mean moves by the difference of its input's means in the pruned and in the dense network,
+    its variance by their ratio, both over all calibration images. So a network that was not pruned stays as it is, and
+    images that differ from those of training (without their augmentation, say) do no harm; where they do not differ
+    this is the usual re-estimation. One pass each; in the pruned network each BatchNorm normalises with what it sees.
 
     Args:
-        net: in evaluation mode.
+        sparse: the pruned network, in evaluation mode.
+        dense: the dense network with the same BatchNorms.
         inputs: the calibration batches.
     """
-    norms = [m for m in net.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
-    sums: dict[nn.Module, list[Any]] = {m: [0, 0.0, 0.0] for m in norms}
+    own = {name: m for name, m in sparse.named_modules() if isinstance(m, _BatchNorm) and m.running_mean is not None}
+    theirs = {name: dense.get_submodule(name) for name in own}
+    if not own:
+        return
+    totals = {name: [_Moments(), _Moments()] for name in own}
+    origin = {name: (m.running_mean.clone(), m.running_var.clone()) for name, m in own.items()}  # type: ignore[union-attr]
+    seen: dict[str, list[_Moments]] = {}
 
-    def gather(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        x = args[0].detach().movedim(1, 0).flatten(1).double()
-        entry = sums[module]
-        entry[0] += x.shape[1]
-        entry[1] += x.sum(1)
-        entry[2] += x.square().sum(1)
+    def set_statistics(name: str, before: _Moments, after: _Moments) -> None:
+        mean, var = origin[name]
+        own[name].running_mean.copy_(mean + after.mean - before.mean)  # type: ignore[union-attr]
+        own[name].running_var.copy_(var * after.var / before.var.clamp_min(1e-30))  # type: ignore[union-attr]
 
-    handles = [m.register_forward_pre_hook(gather) for m in norms]
-    saved = [(m.momentum, m.num_batches_tracked.clone() if m.num_batches_tracked is not None else None) for m in norms]
+    def watch_dense(name: str, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        seen[name].append(_Moments.of(args[0]))
+
+    def watch_sparse(name: str, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        before, after = seen[name].pop(0), _Moments.of(args[0])
+        set_statistics(name, before, after)  # what comes after is to see it as it will be
+        totals[name][0].add(before)
+        totals[name][1].add(after)
+
+    hooks = [m.register_forward_pre_hook(partial(watch_dense, name)) for name, m in theirs.items()]
+    hooks += [m.register_forward_pre_hook(partial(watch_sparse, name)) for name, m in own.items()]
     try:
-        for m in norms:
-            m.train()
-            m.momentum = 0.0
-        with torch.no_grad():
-            for x in inputs if norms else ():
-                net(*x.args, **x.kwargs)
+        with torch.no_grad(), network.plain_forward():
+            for x in inputs:
+                seen.update({name: [] for name in own})
+                dense(*x.args, **x.kwargs)
+                sparse(*x.args, **x.kwargs)
+            for name, (before, after) in totals.items():
+                if before.count:
+                    set_statistics(name, before, after)
     finally:
-        for handle in handles:
-            handle.remove()
-        for m, (momentum, tracked) in zip(norms, saved, strict=True):
-            m.eval()
-            m.momentum = momentum
-            if tracked is not None:
-                m.num_batches_tracked.copy_(tracked)  # type: ignore[union-attr]
-    for m in norms:
-        count, first, second = sums[m]
-        if count > 1:
-            mean = first / count
-            m.running_mean.copy_(mean)  # type: ignore[union-attr]
-            m.running_var.copy_((second / count - mean.square()).clamp_min(0) * count / (count - 1))  # type: ignore[union-attr]
+        for hook in hooks:
+            hook.remove()
+
+
+class _Moments:
+    """Mean and mean square per channel, pooled over batches in float64."""
+
+    def __init__(self) -> None:
+        self.count, self.mean, self.square = 0, torch.zeros(()), torch.zeros(())
+
+    @classmethod
+    def of(cls, x: Tensor) -> _Moments:
+        """Of a BatchNorm's input, (B, C, ...)."""
+        moments = cls()
+        var, mean = torch.var_mean(x.detach(), dim=[0, *range(2, x.ndim)], correction=0)
+        moments.count, moments.mean = x.numel() // x.shape[1], mean.double()
+        moments.square = var.double() + moments.mean.square()
+        return moments
+
+    @property
+    def var(self) -> Tensor:
+        return self.square - self.mean.square()
+
+    def add(self, other: _Moments) -> None:
+        total = self.count + other.count
+        self.mean = (self.count * self.mean + other.count * other.mean) / total
+        self.square = (self.count * self.square + other.count * other.square) / total
+        self.count = total
 
 
 # ---------------------------------------------------------------- what comes in
@@ -435,16 +469,19 @@ def _assign(net: nn.Module, order: Order, pattern: PatternChoice, masks: Mapping
     return chosen
 
 
-def _budget(dense: nn.Module, patterns: Mapping[str, Pattern | None], budget: Unstructured, cap: float,
-            inputs: Sequence[Inputs]) -> dict[str, Pattern | None]:
-    """Spend an `Unstructured` budget over the layers by how much each weight moves the network's output."""
-    saliency = sensitivities(dense, list(patterns), inputs[0])
-    counts = allocate(saliency, budget.sparsity, cap)
-    result: dict[str, Pattern | None] = {}
-    for name, score in saliency.items():
-        share = counts[name] / score.numel()
-        result[name] = Unstructured(share) if 0 < share < 1 else None
-    return result
+def _budget(net: nn.Module, patterns: Mapping[str, Pattern | None], budget: Unstructured, cap: float) -> dict[str, Pattern | None]:
+    """Spend an `Unstructured` budget over the layers by ``|W| / sqrt(rms(W))``.
+
+    Between the global magnitude ranking (no division) and a uniform share (division by the rms), and better than both.
+    """
+    layers = network.prunable(net)
+    scores = {}
+    for name in patterns:
+        weight = layers[name].weight.detach()
+        scores[name] = weight.abs() / weight.square().mean().sqrt().clamp_min(1e-30).sqrt()
+    counts = allocate(scores, budget.sparsity, cap)
+    shares = {name: counts[name] / score.numel() for name, score in scores.items()}
+    return {name: Unstructured(share) for name, share in shares.items() if share > 0}
 
 
 def _hold_back(inputs: Sequence[Inputs]) -> tuple[list[Inputs], Inputs | None]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import enum
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from functools import partial
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -162,7 +163,7 @@ class Step:
     """One Newton step, as it happened.
 
     Attributes:
-        before, after: the loss on the step's batch.
+        before: the loss at its start, over the batches of its gradient.
         held: the loss on the held-back samples afterwards (NaN without them).
         iterations: of conjugate gradients.
         stop: why they ended.
@@ -172,7 +173,6 @@ class Step:
     """
 
     before: float
-    after: float
     held: float
     iterations: int
     stop: Stop
@@ -181,11 +181,22 @@ class Step:
     seconds: float
 
 
+class Batches(Protocol):
+    """One loss a batch, made anew at each iteration."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[Loss]: ...
+
+
 @dataclass(frozen=True)
 class Newton:
     """Hessian-free Newton on the kept weights.
 
     Attributes:
+        gradient: "all": a step takes its gradient from all batches and its curvature from one, another each pass
+            (sub-sampled Newton, Byrd et al. 2011), and is searched on the held-back samples; "batch": one step a batch
+            with gradient, curvature and search from it alone, as published.
         curvature: "gauss-newton" (positive semi-definite; equal to the Hessian on ReLU networks) or "hessian".
         preconditioner: "kronecker" (input and output factor), "gram" (input factor alone) or "none".
         rtol: relative residual at which conjugate gradients stop.
@@ -196,16 +207,17 @@ class Newton:
         min_decrease: a pass that lowers the held-back loss by less than this share is the last.
     """
 
+    gradient: Literal["all", "batch"] = "all"
     curvature: Literal["gauss-newton", "hessian"] = "gauss-newton"
     preconditioner: Literal["kronecker", "gram", "none"] = "kronecker"
     rtol: float = 1e-2
-    max_iterations: int = 10
+    max_iterations: int = 8
     damping: float = 1e-3
     passes: int = 1
     min_decrease: float = 0.01
 
     def __post_init__(self) -> None:
-        choices = {"curvature": ("gauss-newton", "hessian"), "preconditioner": ("kronecker", "gram", "none")}
+        choices = {"gradient": ("all", "batch"), "curvature": tuple(_CURVATURES), "preconditioner": ("kronecker", "gram", "none")}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"Newton: expected {name} to be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
@@ -216,13 +228,12 @@ class Newton:
             if getattr(self, name) < 1:
                 raise ValueError(f"Newton: expected {name} of at least 1, got {getattr(self, name)}")
 
-    def solve(self, losses: Iterable[Loss], start: MaskedWeight, *, held: Loss | None = None,
-              factors: Factors | None = None, generator: torch.Generator | None = None,
-              ) -> tuple[MaskedWeight, list[Step]]:
-        """Lower the losses over the kept weights, one Newton step a batch.
+    def solve(self, losses: Batches, start: MaskedWeight, *, held: Loss | None = None, factors: Factors | None = None,
+              generator: torch.Generator | None = None) -> tuple[MaskedWeight, list[Step]]:
+        """Lower the mean of the losses over the kept weights.
 
         Args:
-            losses: one a batch, iterated anew each pass.
+            losses: one a batch.
             start: the weight to begin with, zero off its mask.
             held: the loss on held-back samples; the best weight by it is returned, so never a worse one than `start`.
             factors: for the preconditioner, which is left out without them.
@@ -233,46 +244,93 @@ class Newton:
         steps: list[Step] = []
         with torch.no_grad():
             best = weight
-            best_value = start_value = held(weight).item() if held else math.inf
-            for _ in range(self.passes):
-                for loss in losses:
+            best_value = pass_value = held(weight).item() if held else math.inf
+            for index in range(self.passes):
+                for model in self._models(losses, index):
                     began = time.perf_counter()
-                    H = _CURVATURES[self.curvature](loss, weight)
-                    if not (math.isfinite(H.value) and H.grad.isfinite().all()):
-                        steps.append(Step(H.value, H.value, math.nan, 0, Stop.NOT_FINITE, 0.0, damping, 0.0))
+                    H, loss, before, gradient = model(weight)
+                    if not (math.isfinite(before) and gradient.isfinite().all()):
+                        steps.append(Step(before, math.nan, 0, Stop.NOT_FINITE, 0.0, damping, 0.0))
                         return MaskedWeight(best, mask), steps
                     if math.isnan(mean):
                         probe = trace(H, mask, probes=1, generator=generator, dtype=weight.dtype)
                         mean = abs(probe.mean) / max(int(mask.sum()), 1)
-                    g = H.grad * mask
+                    g = gradient * mask
                     d, iterations, _, stop = cg(
                         Restricted(H, mask, damping * mean), -g, rtol=self.rtol, max_iterations=self.max_iterations,
                         preconditioner=self._preconditioner(factors, mask, damping),
                     )
-                    before, slope = H.value, (g * d).sum().item()
                     del H  # the graph, before the search needs room
-                    search = armijo(loss, weight, d, value=before, slope=slope)
+                    slope = (g * d).sum().item()
+                    if self.gradient == "all" and held is not None:
+                        before_search = best_value  # of this very weight: the search accepts only what is better
+                        search = armijo(held, weight, d, value=before_search, slope=slope, c=0.0)
+                        value = search.value
+                    else:
+                        before_search = before if self.gradient == "batch" else loss(weight).item()
+                        search = armijo(loss, weight, d, value=before_search, slope=slope)
+                        value = held(weight + search.size * d).item() if held else math.nan
                     weight = weight + search.size * d
-                    value = held(weight).item() if held else math.nan
-                    steps.append(Step(before, search.value, value, iterations, stop, search.size, damping,
-                                      time.perf_counter() - began))
+                    steps.append(Step(before, value, iterations, stop, search.size, damping, time.perf_counter() - began))
                     if not value >= best_value:
                         best, best_value = weight, value
                     # d solves the damped system in its Krylov space, so its quadratic model falls by half its slope
                     predicted = slope * search.size * (1 - search.size / 2)
-                    agreement = (search.value - before) / predicted if predicted < 0 else 0.0
+                    agreement = (search.value - before_search) / predicted if predicted < 0 else 0.0
                     damping *= 4.0 if agreement < 0.25 else 0.5 if agreement > 0.75 else 1.0
-                if not best_value < (1 - self.min_decrease) * start_value:
+                if not best_value < (1 - self.min_decrease) * pass_value:
                     break
-                start_value = best_value
+                pass_value = best_value
         return MaskedWeight(best, mask), steps
+
+    def _models(self, losses: Batches, index: int) -> Iterator[Callable[[Tensor], _Model]]:
+        """The quadratic models of one pass, each as a function of the weight it is built at."""
+        build = _CURVATURES[self.curvature]
+
+        def pooled(weight: Tensor) -> _Model:
+            value, gradient = 0.0, torch.zeros_like(weight)
+            for i, loss in enumerate(losses):
+                if i == index % len(losses):
+                    chosen, H = loss, build(loss, weight)
+                    part, slope = H.value, H.grad
+                else:
+                    part, slope = _value_and_gradient(loss, weight)
+                value, gradient = value + part / len(losses), gradient.add_(slope, alpha=1 / len(losses))
+            return _Model(H, chosen, value, gradient)
+
+        def single(loss: Loss, weight: Tensor) -> _Model:
+            H = build(loss, weight)
+            return _Model(H, loss, H.value, H.grad)
+
+        if self.gradient == "all":
+            yield pooled
+        else:
+            yield from (partial(single, loss) for loss in losses)
 
     def _preconditioner(self, factors: Factors | None, mask: Tensor, damping: float) -> Kronecker | None:
         if factors is None or self.preconditioner == "none":
             return None
         if self.preconditioner == "gram":
-            factors = Factors(factors.inputs, torch.eye(factors.outputs.shape[-1]).to(factors.outputs).expand_as(factors.outputs))
+            eye = torch.eye(factors.outputs.shape[-1]).to(factors.outputs)
+            factors = Factors(factors.inputs, eye.expand_as(factors.outputs))
         return Kronecker(factors, mask, max(damping, 1e-4))
+
+
+class _Model(NamedTuple):
+    """A quadratic model at a weight: its curvature and the loss that it is of, and the value and gradient over all it covers."""
+
+    H: Curvature
+    loss: Loss
+    value: float
+    gradient: Tensor
+
+
+def _value_and_gradient(loss: Loss, weight: Tensor) -> tuple[float, Tensor]:
+    with torch.enable_grad():
+        at = weight.detach().clone().requires_grad_()
+        value = loss(at)
+        (gradient,) = torch.autograd.grad(value, at)
+    return value.item(), gradient
 
 
 _CURVATURES: dict[str, Callable[[Loss, Tensor], Curvature]] = {"gauss-newton": GaussNewton, "hessian": Hessian}

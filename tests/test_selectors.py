@@ -1,13 +1,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
-
 from oracles import masked_least_squares, unfold_rows
+
 from snows import NM, Unstructured, least_squares, magnitude, sparsegpt, wanda
-from snows.network import Call, as_inputs
+from snows.network import Call
 from snows.selectors import LayerStatistics
-from snows.selectors.sensitivity import sensitivities
 from snows.sparsity import rows
 
 
@@ -90,13 +88,11 @@ def test_sparsegpt_against_the_column_by_column_formula(groups, pattern):
 
 
 def test_sparsegpt_lowers_the_layers_error():
-    weight, statistics, X = conv_case(1)
-    target = X[0] @ rows(weight).T
+    weight, statistics, X, _ = linear_case()
+    target = X @ weight.T
     for pattern in (NM(2, 4), NM(1, 4), Unstructured(0.7)):
-        error = {f.__name__: (X[0] @ rows(f(weight, statistics, pattern).weight).T - target).square().sum().item()
-                 for f in (magnitude, sparsegpt, least_squares)}
-        assert error["sparsegpt"] < 0.95 * error["magnitude"]
-        assert error["least_squares"] < 0.95 * error["magnitude"]
+        error = {f.__name__: (X @ f(weight, statistics, pattern).weight.T - target).square().sum().item() for f in (magnitude, sparsegpt)}
+        assert error["sparsegpt"] < 0.8 * error["magnitude"]
 
 
 @pytest.mark.parametrize("pattern", [NM(2, 4), Unstructured(0.6)], ids=str)
@@ -115,14 +111,3 @@ def test_least_squares_of_a_grouped_convolution():
         part = slice(2 * g, 2 * g + 2)
         expected = masked_least_squares(X[g], X[g] @ rows(weight)[part].T, rows(found.mask)[part])
         assert torch.allclose(rows(found.weight)[part], expected, rtol=1e-3, atol=1e-3)
-
-
-def test_sensitivity_is_the_diagonal_it_claims_to_be():
-    """For a linear network and one output, ``E[x²] E[g²]`` times w², with g known in closed form."""
-    net = nn.Sequential(nn.Linear(4, 3, bias=False), nn.Linear(3, 1, bias=False)).double()
-    x = torch.randn(500, 4).double()
-    scores = sensitivities(net, ["0"], as_inputs(x))["0"]
-    noise = torch.randn(500, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    g = noise * net[1].weight
-    expected = net[0].weight.square() * x.square().sum(0) * g.square().sum(0)[:, None]
-    assert torch.allclose(scores, expected, rtol=1e-10)

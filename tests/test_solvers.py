@@ -116,18 +116,19 @@ class LeastSquares:
 
 @pytest.mark.parametrize("curvature", ["gauss-newton", "hessian"])
 @pytest.mark.parametrize("preconditioner", ["kronecker", "gram", "none"])
-def test_one_newton_step_reaches_the_closed_form_on_a_linear_problem(curvature, preconditioner):
+@pytest.mark.parametrize("gradient", ["all", "batch"])
+def test_one_newton_step_reaches_the_closed_form_on_a_linear_problem(curvature, preconditioner, gradient):
     X = torch.randn(80, 9, dtype=torch.float64) * torch.logspace(0, 1, 9)
     W = torch.randn(5, 9, dtype=torch.float64)
     mask = torch.rand(5, 9) < 0.6
     loss = LeastSquares(X, X @ W.T)
     factors = Factors((X.T @ X / 80)[None], torch.eye(5, dtype=torch.float64)[None])
-    newton = Newton(curvature=curvature, preconditioner=preconditioner, rtol=1e-12, max_iterations=100, damping=1e-12)
+    newton = Newton(gradient=gradient, curvature=curvature, preconditioner=preconditioner, rtol=1e-12, max_iterations=100, damping=1e-12)
     found, steps = newton.solve([loss], MaskedWeight(W * mask, mask), held=loss, factors=factors)
     expected = masked_least_squares(X, X @ W.T, mask)
     assert torch.allclose(found.weight, expected, rtol=1e-6, atol=1e-8)
     assert steps[0].size == 1.0
-    assert steps[0].after == pytest.approx(loss(expected).item(), rel=1e-8)
+    assert steps[0].held == pytest.approx(loss(expected).item(), rel=1e-8)
 
 
 def test_the_best_held_back_weight_is_kept():
@@ -136,10 +137,26 @@ def test_the_best_held_back_weight_is_kept():
     mask = torch.ones(2, 4, dtype=torch.bool)
     held = LeastSquares(X, X @ good.T)
     misleading = LeastSquares(X, X @ (-good).T)
+    found, steps = Newton(preconditioner="none", gradient="batch").solve([misleading], MaskedWeight(good, mask), held=held)
+    assert torch.equal(found.weight, good)
+    assert steps[0].size > 0
+    assert steps[0].held > 0
     found, steps = Newton(preconditioner="none").solve([misleading], MaskedWeight(good, mask), held=held)
     assert torch.equal(found.weight, good)
-    assert steps[0].after < steps[0].before
-    assert steps[0].held > 0
+    assert steps[0].size == 0
+
+
+def test_the_gradient_of_all_batches_is_solved_with_the_curvature_of_one():
+    X = [torch.randn(40, 3, dtype=torch.float64) for _ in range(3)]
+    W = torch.randn(2, 3, dtype=torch.float64)
+    losses = [LeastSquares(x, x @ W.T + torch.randn(40, 2, dtype=torch.float64)) for x in X]
+    start = torch.zeros(2, 3, dtype=torch.float64)
+    mask = torch.ones(2, 3, dtype=torch.bool)
+    newton = Newton(preconditioner="none", rtol=1e-12, damping=1e-12)
+    found, _ = newton.solve(losses, MaskedWeight(start, mask))
+    gradient = sum(2 * (x @ start.T - loss.Y).T @ x / 40 for x, loss in zip(X, losses, strict=True)) / 3
+    expected = -gradient @ torch.linalg.inv(2 * X[0].T @ X[0] / 40)
+    assert torch.allclose(found.weight, expected, atol=1e-8)
 
 
 def test_a_loss_that_is_not_finite_stops_at_once():

@@ -1,0 +1,176 @@
+import json
+import pickle
+import re
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from snows import cli, sources, zoo
+from snows.sources import Preprocessing, load_data, load_model
+
+
+def run(monkeypatch, capsys, *args):
+    """Exit code and what was printed."""
+    monkeypatch.setattr("sys.argv", ["snows", *map(str, args)])
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    printed = capsys.readouterr()
+    return caught.value.code or 0, re.sub(r"\x1b\[[0-9;]*m", "", printed.out + printed.err)
+
+
+def tiny():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 8, 3, stride=4), nn.ReLU(), nn.Conv2d(8, 8, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2))
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    folder = tmp_path / "pictures"
+    generator = np.random.default_rng(0)
+    for kind in ("cat", "dog"):
+        (folder / kind).mkdir(parents=True)
+        for i in range(4):
+            Image.fromarray(generator.integers(0, 255, (40, 30 + i, 3), np.uint8)).save(folder / kind / f"{i}.png")
+    (folder / "cat" / "broken.jpg").write_bytes(b"not a picture")
+    return folder
+
+
+def test_prune_eval_report_and_resume(monkeypatch, capsys, tmp_path, pictures):
+    out = tmp_path / "run"
+    common = ["--model", "test_cli:tiny", "--data", pictures, "--crop", 32]
+    prune = ["prune", *common, "--pattern", "2:4", "--out", out, "--samples", 9, "--batch-size", 2, "--horizon", "2"]
+    code, text = run(monkeypatch, capsys, *prune)
+    assert code == 0, text
+    assert "1 broken pictures were left out: broken.jpg" in text
+    weight = load_file(out / "model.safetensors")["2.weight"]
+    assert (weight.flatten(1).unflatten(1, (-1, 4)) != 0).sum(-1).eq(2).all()
+    assert torch.equal(load_file(out / "masks.safetensors")["2"], weight != 0)
+    assert json.loads((out / "report.json").read_text())["settings"]["pattern"] == "2:4"
+    before = (out / "model.safetensors").read_bytes()
+    code, text = run(monkeypatch, capsys, *prune)
+    assert code == 2
+    assert "already holds a run" in text
+    code, text = run(monkeypatch, capsys, *prune, "--resume")
+    assert code == 0, text
+    assert (out / "model.safetensors").read_bytes() == before
+    code, text = run(monkeypatch, capsys, *prune, "--resume", "--seed", 1)
+    assert code == 2
+    assert "resume:" in text
+    code, text = run(monkeypatch, capsys, "report", out)
+    assert code == 0
+    assert "2:4" in text
+    assert "<svg" in (out / "report.html").read_text()
+    code, text = run(monkeypatch, capsys, "eval", *common, "--weights", out / "model.safetensors")
+    assert code == 0, text
+    assert " 8 " in text
+
+
+def test_masks_from_a_file(monkeypatch, capsys, tmp_path, pictures):
+    masks = {"2": torch.rand(8, 8, 1, 1) < 0.5}
+    save_file(masks, tmp_path / "masks.safetensors")
+    code, text = run(monkeypatch, capsys, "prune", "--model", "test_cli:tiny", "--data", pictures, "--crop", 32, "--masks",
+                     tmp_path / "masks.safetensors", "--out", tmp_path / "run", "--samples", 8)
+    assert code == 0, text
+    weight = load_file(tmp_path / "run" / "model.safetensors")["2.weight"]
+    assert not weight[~masks["2"]].any()
+    assert weight[masks["2"]].all()
+
+
+def test_info(monkeypatch, capsys):
+    code, text = run(monkeypatch, capsys, "info")
+    assert code == 0
+    assert "op nm_mask" in text
+
+
+def test_eval_of_the_zoo(monkeypatch, capsys):
+    code, text = run(monkeypatch, capsys, "eval", "--model", "zoo:resnet20", "--data", "zoo:fashion-mnist", "--batch-size", 1000)
+    assert code == 0
+    log = json.loads((zoo._FOLDER / "resnet20.log.json").read_text())
+    assert f"{log['test']:.2f} %" in text
+
+
+def wrong(tmp_path, pictures):
+    base = {"--model": "test_cli:tiny", "--data": pictures, "--pattern": "2:4", "--out": tmp_path / "out", "--crop": 32, "--samples": 8}
+    (tmp_path / "bytes").write_bytes(b"nothing")
+    (tmp_path / "code.pt").write_bytes(pickle.dumps(print))
+    (tmp_path / "empty").mkdir()
+    save_file({"0.weight": torch.zeros(1), "extra": torch.zeros(1)}, tmp_path / "other.safetensors")
+    return [
+        (base | {"--pattern": "4:2"}, "NM: expected"),
+        (base | {"--pattern": "most"}, "parse_pattern: expected"),
+        (base | {"--pattern": "1.5"}, "sparsity between 0 and 1"),
+        (base | {"--pattern": "3:7"}, "no layer is left"),
+        (base | {"--samples": 99}, "asked for 99 images"),
+        (base | {"--samples": 0}, "at least 1"),
+        (base | {"--select": "best"}, "--select: expected one of"),
+        (base | {"--horizon": "far"}, "--horizon: expected"),
+        (base | {"--targets": "none"}, "--targets: expected"),
+        (base | {"--model": "resnet"}, "model: expected zoo:NAME"),
+        (base | {"--model": "zoo:resnet99"}, "zoo: expected one of"),
+        (base | {"--model": "torchvision:resnet51"}, "model: torchvision:resnet51"),
+        (base | {"--model": "nowhere:net"}, "model: nowhere:net"),
+        (base | {"--data": tmp_path / "missing"}, "there is no folder"),
+        (base | {"--data": tmp_path / "empty"}, "found no pictures"),
+        (base | {"--data": f"cifar10:{tmp_path}"}, "expected data_batch_1.bin"),
+        (base | {"--weights": tmp_path / "missing"}, "weights: there is no file"),
+        (base | {"--weights": tmp_path / "bytes"}, "neither safetensors nor a checkpoint"),
+        (base | {"--weights": tmp_path / "code.pt"}, "neither safetensors nor a checkpoint"),
+        (base | {"--weights": tmp_path / "other.safetensors"}, "missing 0.bias.*unexpected extra.*another shape 0.weight"),
+        (base | {"--masks": tmp_path / "bytes"}, "--masks: .* is not a safetensors file"),
+        (base | {"--mean": "grey"}, "--mean: expected numbers"),
+        (base | {"--out": tmp_path / "bytes" / "run"}, "out: .* cannot be written"),
+    ]
+
+
+@pytest.mark.parametrize("index", range(23))
+def test_a_mistake_is_one_sentence_and_exit_code_2(monkeypatch, capsys, tmp_path, pictures, index):
+    options, message = wrong(tmp_path, pictures)[index]
+    code, text = run(monkeypatch, capsys, "prune", *(x for pair in options.items() for x in pair))
+    assert code == 2, text
+    assert re.search(message, text), text
+    assert "Traceback" not in text
+    assert not list((tmp_path / "out").rglob("*.safetensors")) if (tmp_path / "out").exists() else True
+
+
+# ---------------------------------------------------------------- sources
+
+
+@pytest.mark.parametrize("kind", ["cifar10", "cifar100"])
+def test_cifar_binary_files(tmp_path, kind):
+    generator = np.random.default_rng(0)
+    pixels = generator.integers(0, 256, (6, 3, 32, 32), np.uint8)
+    labels = np.arange(6, dtype=np.uint8)[:, None]
+    head = labels if kind == "cifar10" else np.concatenate([labels * 0 + 9, labels], axis=1)
+    (tmp_path / "inside").mkdir()
+    np.concatenate([head, pixels.reshape(6, -1)], axis=1).tofile(tmp_path / "inside" / ("test_batch.bin" if kind == "cifar10" else "test.bin"))
+    images = load_data(f"{kind}:{tmp_path}", Preprocessing(mean=(0.5,) * 3, std=(0.25,) * 3), "test")
+    (x, y), = images.batches(10)
+    assert y.tolist() == list(range(6))
+    assert torch.allclose(x, (torch.from_numpy(pixels) / 255 - 0.5) / 0.25, atol=1e-6)
+
+
+def test_a_folder_with_and_without_classes(pictures):
+    images = load_data(str(pictures), Preprocessing(crop=16, resize=20), "test")
+    assert sorted(images.labels.tolist()) == [0] * 5 + [1] * 4
+    x, y = next(images.batches(100))
+    assert x.shape == (8, 3, 16, 16)
+    assert images.broken == ["broken.jpg"]
+    flat = load_data(str(pictures / "dog"), Preprocessing(crop=16, resize=20), "test")
+    assert flat.labels.tolist() == [-1] * 4
+
+
+def test_a_picture_of_one_colour_is_that_colour():
+    x = sources.picture_to_tensor(Image.new("RGB", (50, 70), (255, 0, 51)), Preprocessing(crop=8, resize=10, mean=(0.5,) * 3, std=(0.5,) * 3))
+    assert torch.allclose(x, torch.tensor([1.0, -1.0, -0.6]).view(3, 1, 1).expand(3, 8, 8), atol=1e-6)
+
+
+def test_a_pickled_checkpoint_from_data_parallel(tmp_path):
+    net = tiny()
+    torch.save({"state_dict": {f"module.{k}": v + 1 for k, v in net.state_dict().items()}}, tmp_path / "net.pt")
+    loaded, _ = load_model("test_cli:tiny", tmp_path / "net.pt")
+    assert torch.equal(loaded[0].weight, net[0].weight + 1)
