@@ -2,6 +2,7 @@
 
     python examples/train_zoo.py resnet20        # -> snows/zoo/resnet20.safetensors, resnet20.log.json
     python examples/train_zoo.py vit             # after resnet20, from which it is distilled
+    python examples/train_zoo.py vit --again --epochs 5 --seed 1
     python examples/train_zoo.py images          # -> snows/zoo/fashion_mnist.npz
 
 Reads the four IDX files (`train-images-idx3-ubyte.gz`, ...) of Debian's package `dataset-fashion-mnist`, or of `--data`.
@@ -80,7 +81,7 @@ def teach(x: Tensor) -> Tensor:
     return torch.stack([torch.cat([teacher(part) for part in y.split(500)]) for y in (x, x.flip(3))], dim=1)
 
 
-def train(name: str, folder: Path, epochs: int, seed: int) -> None:
+def train(name: str, folder: Path, epochs: int, seed: int, again: bool) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(seed)
     data = {k: tensors(v) for k, v in splits(folder).items()}
@@ -93,12 +94,13 @@ def train(name: str, folder: Path, epochs: int, seed: int) -> None:
             net.parameters(), peak, momentum=0.9, weight_decay=5e-4, nesterov=True
         )
     else:
-        net, peak = models.ViT(), 2e-3
+        net, peak = (zoo.load("vit"), 1e-3) if again else (models.ViT(), 2e-3)
         optimizer = torch.optim.AdamW(net.parameters(), peak, weight_decay=0.05)
         taught = teach(x)
+    earlier = json.loads((ZOO / f"{name}.log.json").read_text())["log"] if again else []
     steps, step = epochs * (len(x) // batch), 0
     warmup = steps // 10
-    log: list[dict[str, float]] = []
+    log: list[dict[str, float]] = list(earlier)
     start = time.time()
     for epoch in range(epochs):
         net.train()
@@ -124,7 +126,7 @@ def train(name: str, folder: Path, epochs: int, seed: int) -> None:
         row = {"epoch": epoch + 1, "loss": total / (len(x) // batch), "validation": accuracy(net, *data["validation"])}
         log.append({**row, "seconds": round(time.time() - start, 1)})
         print(log[-1], flush=True)
-    result = {"network": name, "seed": seed, "epochs": epochs, "torch": torch.__version__}
+    result = {"network": name, "seed": seed, "epochs": len(log), "torch": torch.__version__}
     result |= {"test": accuracy(net, *data["test"])}
     print(result, flush=True)
     save_file({k: v.contiguous() for k, v in net.state_dict().items()}, ZOO / f"{name}.safetensors")
@@ -147,8 +149,9 @@ if __name__ == "__main__":
     parser.add_argument("--data", type=Path, default=DATA)
     parser.add_argument("--epochs", type=int, default=None)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--again", action="store_true", help="start from the zoo's ViT with half the peak rate")
     args = parser.parse_args()
     if args.what == "images":
         pack(args.data)
     else:
-        train(args.what, args.data, args.epochs or (15 if args.what == "resnet20" else 9), args.seed)
+        train(args.what, args.data, args.epochs or (15 if args.what == "resnet20" else 9), args.seed, args.again)

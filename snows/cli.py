@@ -32,7 +32,7 @@ out_console, err_console = Console(), Console(stderr=True)
 RULES = {
     "magnitude": selectors.magnitude, "wanda": selectors.wanda, "sparsegpt": selectors.sparsegpt,
     "least-squares": selectors.least_squares, "least-squares:wanda": partial(selectors.least_squares, select=selectors.wanda),
-    "least-squares:sparsegpt": partial(selectors.least_squares, select=selectors.sparsegpt),
+    "least-squares:magnitude": partial(selectors.least_squares, select=selectors.magnitude),
 }
 
 ModelOption = Annotated[str, typer.Option("--model", help="zoo:NAME, torchvision:NAME, timm:NAME, hf:FOLDER or package.module:callable")]
@@ -69,7 +69,7 @@ def prune(
     out: Annotated[Path, typer.Option(help="folder for the pruned weights, masks and report; finished layers are saved at once")],
     pattern: Annotated[str | None, typer.Option(help='"2:4" keeps two of four, "0.7" or "70%" removes that share')] = None,
     weights: WeightsOption = None,
-    select: Annotated[str, typer.Option(help=", ".join(RULES))] = "magnitude",
+    select: Annotated[str, typer.Option(help=", ".join(RULES))] = "least-squares",
     masks: Annotated[Path | None, typer.Option(help="safetensors of boolean masks by layer, instead of --select")] = None,
     horizon: Annotated[str, typer.Option(help='operations matched after each layer, or "end"')] = "10",
     samples: Annotated[int, typer.Option(help="calibration images")] = 1024,

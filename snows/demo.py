@@ -17,6 +17,7 @@ from snows.evaluation import Scores, evaluate, logits_of
 from snows.pruning import prune
 from snows.report import Report, page, plot
 from snows.run import state, write
+from snows.selectors import magnitude
 from snows.sparsity import NM, Pattern, Unstructured
 
 CASES: tuple[tuple[str, Pattern], ...] = (
@@ -60,7 +61,7 @@ def run(out: Path, console: Console) -> list[dict[str, object]]:
             dense = zoo.load(name)
             row: dict[str, object] = {"network": name, "pattern": str(pattern), "dense": measure(dense, name).top1}
             for column, recalibrate in (("magnitude", False), ("magnitude + statistics", True)):
-                net, _ = prune(dense, batches, pattern, solver=None, recalibrate=recalibrate, progress=False)
+                net, _ = prune(dense, batches, pattern, select=magnitude, solver=None, recalibrate=recalibrate, progress=False)
                 row[column] = measure(net, name).top1
             began = time.perf_counter()
             net, report = prune(dense, batches, pattern, progress=False)

@@ -23,7 +23,7 @@ from snows.network import Inputs, Order, Plan, Stream
 from snows.operators import Factors
 from snows.report import LayerReport, Report
 from snows.run import Run
-from snows.selectors import LayerStatistics, Selector, magnitude
+from snows.selectors import LayerStatistics, Selector, least_squares
 from snows.solvers import Newton, Step
 from snows.sparsity import MaskedWeight, Pattern, Unstructured, allocate
 
@@ -36,7 +36,7 @@ def prune(
     batches: Iterable[Any],
     pattern: PatternChoice,
     *,
-    select: Selector | Mapping[str, Tensor] | nn.Module = magnitude,
+    select: Selector | Mapping[str, Tensor] | nn.Module = least_squares,
     solver: Newton | None = Newton(),  # noqa: B008 - frozen
     horizon: int | Literal["end"] = 10,
     targets: Literal["dense", "local"] = "dense",
@@ -58,7 +58,8 @@ def prune(
             four) is held back: each layer keeps the weight that is best there.
         pattern: for all layers, by layer name, or a function of name and module that may return None for dense. An
             `Unstructured` given alone is one exact budget over the prunable weights. None with masks from elsewhere.
-        select: a rule, masks by layer name (bool, weight.shape), or a network that is already pruned.
+        select: a rule, masks by layer name (bool, weight.shape), or a network that is already pruned. By default
+            SparseGPT's mask with least squares on it.
         solver: Newton's settings; None keeps what `select` gives.
         horizon: operations matched after each layer; "end" matches up to and with the network's output.
         targets: "dense": what the dense network computes on its own; "local": what the layer's dense weight computes
@@ -464,7 +465,8 @@ def _assign(net: nn.Module, order: Order, pattern: PatternChoice, masks: Mapping
             chosen[name] = wanted
         report.layers.append(LayerReport(name, tuple(shape), "dense" if reason else str(wanted or "mask"), shape.numel(), reason))
     if not chosen:
-        reasons = "; ".join(f"{x.name}: {x.reason}" for x in report.layers[:4])
+        telling = [x for x in report.layers if x.reason not in ("no pattern given", "no mask given")] or report.layers
+        reasons = "; ".join(f"{x.name}: {x.reason}" for x in telling[:4])
         raise ValueError(f"prune: no layer is left to prune ({reasons or 'the model has no Linear or Conv2d that runs'})")
     return chosen
 

@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from snows.operators import Curvature, Factors, GaussNewton, Hessian, Kronecker, LinearOperator, Loss, Restricted, trace
+from snows.operators import Curvature, Factors, GaussNewton, Hessian, Kronecker, LinearOperator, Loss, Restricted, RowBlocks, trace
 from snows.sparsity import MaskedWeight
 
 
@@ -198,7 +198,8 @@ class Newton:
             (sub-sampled Newton, Byrd et al. 2011), and is searched on the held-back samples; "batch": one step a batch
             with gradient, curvature and search from it alone, as published.
         curvature: "gauss-newton" (positive semi-definite; equal to the Hessian on ReLU networks) or "hessian".
-        preconditioner: "kronecker" (input and output factor), "gram" (input factor alone) or "none".
+        preconditioner: "rows" (each row's block of the curvature inverted on its mask; "kronecker" takes its place where
+            the blocks would take more than 1 GB), "kronecker" (inverse input and output factors) or "none".
         rtol: relative residual at which conjugate gradients stop.
         max_iterations: the most conjugate-gradient iterations a step.
         damping: to begin with, relative to the mean of the curvature's diagonal on the mask; it adapts
@@ -209,15 +210,15 @@ class Newton:
 
     gradient: Literal["all", "batch"] = "all"
     curvature: Literal["gauss-newton", "hessian"] = "gauss-newton"
-    preconditioner: Literal["kronecker", "gram", "none"] = "kronecker"
+    preconditioner: Literal["rows", "kronecker", "none"] = "rows"
     rtol: float = 1e-2
-    max_iterations: int = 8
+    max_iterations: int = 5
     damping: float = 1e-3
     passes: int = 1
     min_decrease: float = 0.01
 
     def __post_init__(self) -> None:
-        choices = {"gradient": ("all", "batch"), "curvature": tuple(_CURVATURES), "preconditioner": ("kronecker", "gram", "none")}
+        choices = {"gradient": ("all", "batch"), "curvature": tuple(_CURVATURES), "preconditioner": ("rows", "kronecker", "none")}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"Newton: expected {name} to be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
@@ -307,13 +308,11 @@ class Newton:
         else:
             yield from (partial(single, loss) for loss in losses)
 
-    def _preconditioner(self, factors: Factors | None, mask: Tensor, damping: float) -> Kronecker | None:
+    def _preconditioner(self, factors: Factors | None, mask: Tensor, damping: float) -> LinearOperator | None:
         if factors is None or self.preconditioner == "none":
             return None
-        if self.preconditioner == "gram":
-            eye = torch.eye(factors.outputs.shape[-1]).to(factors.outputs)
-            factors = Factors(factors.inputs, eye.expand_as(factors.outputs))
-        return Kronecker(factors, mask, max(damping, 1e-4))
+        kind = RowBlocks if self.preconditioner == "rows" and RowBlocks.fits(mask) else Kronecker
+        return kind(factors, mask, max(damping, 1e-4))
 
 
 class _Model(NamedTuple):

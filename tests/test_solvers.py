@@ -115,7 +115,7 @@ class LeastSquares:
 
 
 @pytest.mark.parametrize("curvature", ["gauss-newton", "hessian"])
-@pytest.mark.parametrize("preconditioner", ["kronecker", "gram", "none"])
+@pytest.mark.parametrize("preconditioner", ["rows", "kronecker", "none"])
 @pytest.mark.parametrize("gradient", ["all", "batch"])
 def test_one_newton_step_reaches_the_closed_form_on_a_linear_problem(curvature, preconditioner, gradient):
     X = torch.randn(80, 9, dtype=torch.float64) * torch.logspace(0, 1, 9)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from snows.selectors.scores import magnitude
+from snows.selectors.sparsegpt import sparsegpt
 from snows.selectors.statistics import LayerStatistics, Selector
 from snows.solvers import batched_cg
 from snows.sparsity import MaskedWeight, Pattern, rows, unrows
 
 
-def least_squares(weight: Tensor, statistics: LayerStatistics, pattern: Pattern, *, select: Selector = magnitude,
+def least_squares(weight: Tensor, statistics: LayerStatistics, pattern: Pattern, *, select: Selector = sparsegpt,
                   damping: float = 0.01) -> MaskedWeight:
     """Take `select`'s mask and fit the kept weights to the dense layer's outputs on the dense stream.
 
