@@ -18,7 +18,10 @@ check: .venv/.test
 	@$(BIN)/mypy
 
 bench: .venv/.test
-	@$(BIN)/python -m pytest bench --benchmark-json=bench/results/latest.json
+	@for network in resnet20 vit; do \
+	  $(BIN)/python bench/zoo.py --network $$network --out bench/results/cpu/zoo-$$network.json \
+	    --patterns $$(test $$network = vit && echo 2:4,0.5 || echo 2:4,1:4,0.8,0.9) && \
+	  $(BIN)/python bench/preconditioner.py --network $$network --pattern 2:4 --out bench/results/cpu/preconditioner-$$network.json; done
 
 .venv/.base: $(SOURCES)
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' || \
