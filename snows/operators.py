@@ -223,7 +223,7 @@ class RowBlocks(LinearOperator):
         damping: ε relative to the mean of the product's diagonal, above 0.
     """
 
-    LIMIT = 2**28  # numbers in all blocks
+    LIMIT = 2**26  # numbers in all blocks: 256 MB in float32
 
     def __init__(self, factors: Factors, mask: Tensor, damping: float) -> None:
         self.mask = mask

@@ -199,7 +199,7 @@ class Newton:
             with gradient, curvature and search from it alone, as published.
         curvature: "gauss-newton" (positive semi-definite; equal to the Hessian on ReLU networks) or "hessian".
         preconditioner: "rows" (each row's block of the curvature inverted on its mask; "kronecker" takes its place where
-            the blocks would take more than 1 GB), "kronecker" (inverse input and output factors) or "none".
+            the blocks would take more than 256 MB), "kronecker" (inverse input and output factors) or "none".
         rtol: relative residual at which conjugate gradients stop.
         max_iterations: the most conjugate-gradient iterations a step.
         damping: to begin with, relative to the mean of the curvature's diagonal on the mask; it adapts
