@@ -58,7 +58,7 @@ def test_a_family_prunes(name):
         layers = list(network.prunable(net))
         wanted = layers[len(layers) // 3 : len(layers) // 3 + wanted]
     sparse, report = snows.prune(net, batches, NM(2, 4), only=lambda n, m: n in wanted, horizon=5, progress=False,
-                                 solver=Newton(max_iterations=4), recalibrate=False)
+                                 solver=Newton(max_iterations=4), select=snows.magnitude, recalibrate=False)
     assert type(sparse) is type(net)
     assert list(sparse.state_dict()) == list(before)
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
@@ -91,7 +91,7 @@ def test_one_block_of_vit_l_16_at_full_width():
     block = torchvision.models.vision_transformer.EncoderBlock(16, 1024, 4096, 0.0, 0.0).eval()
     base = torch.randn(8, 17, 1024)
     batches = [base + 0.1 * torch.randn_like(base) for _ in range(4)]
-    sparse, report = snows.prune(block, batches, NM(2, 4), only=lambda n, m: True, horizon=3, progress=False,
+    sparse, report = snows.prune(block, batches, NM(2, 4), only=lambda n, m: True, horizon=3, progress=False, select=snows.magnitude,
                                  solver=Newton(max_iterations=3, preconditioner="none"))
     assert [x.name for x in report.layers] == ["self_attention.in_proj", "self_attention.out_proj", "mlp.0", "mlp.3"]
     assert all(x.after <= x.before for x in report.layers)
