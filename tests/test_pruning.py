@@ -199,6 +199,7 @@ quiet(net, batches, NM(2, 4), horizon='end', out={str(tmp_path / "run")!r}, resu
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
+    assert any(layers.glob("*.safetensors"))  # it got somewhere before it was killed
     net, batches = small()
     resumed, _ = quiet(net, batches, NM(2, 4), horizon="end", out=tmp_path / "run", resume=True)
     whole, _ = quiet(net, batches, NM(2, 4), horizon="end")
