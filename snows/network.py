@@ -530,6 +530,14 @@ def patches(call: Call) -> Iterator[Tensor]:
         yield view.permute(2, 0, 1, 3).reshape(groups, view.shape[0], -1)
 
 
+def outputs(call: Call, weight: Tensor) -> Tensor:
+    """What a layer with this weight and no bias makes of a call's input: (groups, positions, out / groups), as `patches`."""
+    settings = {key: value for key, value in call.settings.items() if key != "kernel"}
+    out = call.function(call.x, weight, **settings)
+    flat = out.flatten(0, -2) if call.function is F.linear else out.permute(0, 2, 3, 1).flatten(0, 2)
+    return flat.view(len(flat), settings.get("groups", 1), -1).transpose(0, 1)
+
+
 def _pair(value: Any) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else (value[0], value[-1])
 

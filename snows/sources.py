@@ -61,6 +61,8 @@ def load_model(source: str, weights: Path | None = None) -> tuple[nn.Module, Pre
             net = zoo.load(name)
         elif kind == "torchvision":
             models = importlib.import_module("torchvision.models")
+            if name not in models.list_models():
+                raise AttributeError(f"torchvision has no network {name!r}")
             net = models.get_model(name, weights=None)
         elif kind == "timm":
             net = importlib.import_module("timm").create_model(name, pretrained=False)

@@ -130,11 +130,15 @@ class Unstructured:
 
     def mask(self, scores: Tensor) -> Tensor:
         _refuse_nan(scores)
-        keep = scores.numel() - round(self.sparsity * scores.numel())
-        order = scores.flatten().argsort(descending=True, stable=True)
-        mask = torch.zeros(scores.numel(), dtype=torch.bool, device=scores.device)
-        mask[order[:keep]] = True
-        return mask.view(scores.shape)
+        drop = round(self.sparsity * scores.numel())
+        if drop == 0:
+            return torch.ones_like(scores, dtype=torch.bool)
+        threshold = scores.flatten().kthvalue(drop).values
+        mask = scores > threshold
+        ties = (scores == threshold).flatten()  # the first of them stay, as many as are wanted
+        wanted = scores.numel() - drop - mask.sum()
+        mask.view(-1).logical_or_(ties & (ties.cumsum(0) <= wanted))
+        return mask
 
 
 def parse_pattern(text: str) -> NM | Unstructured:

@@ -34,8 +34,18 @@ def test_statistics_are_moments_over_all_batches(groups):
     assert torch.allclose(statistics.mean, X.mean(1))
     assert torch.allclose(statistics.gram, torch.einsum("gni,gnj->gij", X, X) / X.shape[1])
     assert torch.allclose(statistics.energy, X.square().mean(1))
-    _, statistics, sparse, dense = linear_case()
-    assert torch.allclose(statistics.cross[0], dense.T @ sparse / 60)
+    weight, statistics, sparse, dense = linear_case()
+    assert torch.allclose(statistics.cross(weight)[0], weight @ dense.T @ sparse / 60)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_cross_pairs_the_dense_layer_with_the_pruned_rows(groups):
+    x, d = torch.randn(2, 5, 8, 5, 6, dtype=torch.float64)
+    weight = torch.randn(4, 8 // groups, 3, 3, dtype=torch.float64)
+    statistics = LayerStatistics([conv_call(x[:2], groups), conv_call(x[2:], groups)], [conv_call(d[:2], groups), conv_call(d[2:], groups)])
+    X, D = (unfold_rows(v, (3, 3), 1, 1, 1, groups) for v in (x, d))
+    W = rows(weight).view(groups, 4 // groups, -1)
+    assert torch.allclose(statistics.cross(weight), W @ D.transpose(1, 2) @ X / X.shape[1])
 
 
 def test_wanda_by_hand():

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from snows.selectors.sparsegpt import sparsegpt
+from snows.selectors.alps import alps
 from snows.selectors.statistics import LayerStatistics, Selector
 from snows.solvers import batched_cg
 from snows.sparsity import MaskedWeight, Pattern, rows, unrows
 
 
-def least_squares(weight: Tensor, statistics: LayerStatistics, pattern: Pattern, *, select: Selector = sparsegpt,
+def least_squares(weight: Tensor, statistics: LayerStatistics, pattern: Pattern, *, select: Selector = alps,
                   damping: float = 0.01) -> MaskedWeight:
     """Take `select`'s mask and fit the kept weights to the dense layer's outputs on the dense stream.
 
@@ -25,10 +25,10 @@ def least_squares(weight: Tensor, statistics: LayerStatistics, pattern: Pattern,
         damping: λ relative to the Gram's mean diagonal.
     """
     chosen = select(weight, statistics, pattern)
-    gram, cross = statistics.gram, statistics.cross
+    gram = statistics.gram
     dense = rows(weight).reshape(len(gram), -1, gram.shape[-1])
     mask = rows(chosen.mask).reshape(dense.shape)
     shift = damping * gram.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
-    right = dense @ cross + shift * dense
+    right = statistics.cross(weight) + shift * dense
     solution = batched_cg(gram, right, mask, damping=damping)
     return MaskedWeight(unrows(solution.flatten(0, 1), weight.shape), chosen.mask)

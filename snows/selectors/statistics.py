@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from snows.network import Call, patches
+from snows.network import Call, outputs, patches
 from snows.sparsity import MaskedWeight, Pattern
 
 
@@ -49,12 +49,15 @@ class LayerStatistics:
         """(groups, in, in): the mean of ``x xᵀ`` over rows x of the pruned stream."""
         return self._mean([x.transpose(1, 2) @ x for x in self.rows()])
 
-    @cached_property
-    def cross(self) -> Tensor:
-        """(groups, in, in): the mean of ``d xᵀ``, d the dense stream's row where x is the pruned one's."""
-        pairs = ((d, s) for a, b in zip(self._dense, self._sparse, strict=True)
-                 for d, s in zip(patches(a), patches(b), strict=True))
-        return self._mean([d.transpose(1, 2) @ s for d, s in pairs])
+    def cross(self, weight: Tensor) -> Tensor:
+        """(groups, out / groups, in): the mean of ``y xᵀ``, y what `weight` makes of the dense stream, x the pruned one's row."""
+        sums = []
+        for dense, sparse in zip(self._dense, self._sparse, strict=True):
+            y, start = outputs(dense, weight), 0
+            for x in patches(sparse):
+                sums.append(y[:, start : start + x.shape[1]].transpose(1, 2) @ x)
+                start += x.shape[1]
+        return self._mean(sums)
 
     def _mean(self, sums: list[Tensor]) -> Tensor:
         total = sums[0].double()
