@@ -274,24 +274,25 @@ def _convolution(args: Any, kwargs: Any) -> Tensor:
 class Reconstruction:
     """One batch's loss: the mismatch of a horizon with its targets, each term divided by its target's variance.
 
-    ``Σ_k mean((f_k(W) - y_k)²) / var(y_k)``, so that every operation weighs alike whatever its scale and size;
-    ``scaled=False`` leaves the variances out, as the published code does.
+    ``Σ_k mean((f_k(W) - y_k)²) / var(y_k)``, so that every operation weighs alike whatever its scale and size.
 
     Args:
         horizon: f.
         x: the batch's stream, advanced to the layer.
         targets: y, as `Horizon.outputs` gives them.
-        scaled: divide each term by the variance of its target.
+        variances: one a target, measured on these targets unless given; ones leave the terms as they are, as the
+            published code does.
     """
 
-    def __init__(self, horizon: Horizon, x: Stream, targets: Sequence[Tensor], scaled: bool = True) -> None:
+    def __init__(self, horizon: Horizon, x: Stream, targets: Sequence[Tensor], variances: Sequence[float] | None = None) -> None:
         self.horizon, self.x, self.targets = horizon, x, list(targets)
-        self.weights = [1.0 / (y.numel() * (_variance(y) if scaled else 1.0)) for y in self.targets]
+        self.variances = list(variances) if variances is not None else [_variance(y) for y in targets]
+        self.weights = [1.0 / (y.numel() * v) for y, v in zip(self.targets, self.variances, strict=True)]
 
     def __call__(self, weight: Tensor) -> Tensor:
         total = torch.zeros((), dtype=weight.dtype, device=weight.device)
         for f, y, scale in zip(self.horizon.outputs(weight, self.x), self.targets, self.weights, strict=True):
-            total = total + scale * (f - y).square().sum()
+            total = total + scale * F.mse_loss(f, y, reduction="sum")
         return total
 
     def residuals(self, weight: Tensor) -> list[Tensor]:

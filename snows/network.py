@@ -9,13 +9,12 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import prune as torch_prune
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -62,12 +61,11 @@ def output_tensors(output: Any) -> list[Tensor]:
 
 @contextmanager
 def plain_forward() -> Iterator[None]:
-    """Run attention in kernels that can be differentiated twice, and without the fast path that skips hooks."""
+    """Run `nn.MultiheadAttention` without its fast path, which skips hooks."""
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
+        yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
 
@@ -519,7 +517,7 @@ def patches(call: Call) -> Iterator[Tensor]:
     groups = call.settings.get("groups", 1)
     height, width = call.settings["kernel"]
     top, bottom, left, right = _padding(call.settings.get("padding", 0), (height, width), dilation)
-    size = max(1, 2**25 // max(1, call.x[0].numel() * height * width // (stride[0] * stride[1])))
+    size = max(1, 2**21 // max(1, call.x[0].numel() * height * width // (stride[0] * stride[1])))
     for x in call.x.split(size):
         x = F.pad(x, (left, right, top, bottom)).permute(0, 2, 3, 1).contiguous()  # (B, H, W, C)
         b, h, w, c = x.stride()
@@ -528,6 +526,13 @@ def patches(call: Call) -> Iterator[Tensor]:
                             (b, h * stride[0], w * stride[1], h * dilation[0], w * dilation[1], c))
         view = view.reshape(-1, height * width, groups, x.shape[3] // groups)  # (positions, taps, groups, C / groups)
         yield view.permute(2, 0, 1, 3).reshape(groups, view.shape[0], -1)
+
+
+def positions(call: Call) -> int:
+    """How many rows `patches` gives: images times tokens or output positions."""
+    channels = call.x.shape[-1 if call.function is F.linear else 1] // call.settings.get("groups", 1)
+    weight = torch.empty(call.settings.get("groups", 1), channels, *call.settings.get("kernel", ()), device="meta")
+    return outputs(replace(call, x=torch.empty(call.x.shape, device="meta")), weight).shape[1]
 
 
 def outputs(call: Call, weight: Tensor) -> Tensor:

@@ -8,11 +8,13 @@ from __future__ import annotations
 import abc
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from snows.sparsity import rows, unrows
 
@@ -77,6 +79,11 @@ class Curvature(LinearOperator):
     grad: Tensor
 
 
+def twice_differentiable() -> AbstractContextManager[None]:
+    """Run attention in the one kernel that has a second derivative."""
+    return sdpa_kernel(SDPBackend.MATH)
+
+
 class Hessian(Curvature):
     """The exact Hessian of a loss at a point: value, grad and products from one graph, built once.
 
@@ -98,7 +105,7 @@ class Hessian(Curvature):
     """
 
     def __init__(self, loss: Loss, at: Tensor) -> None:
-        with torch.enable_grad():
+        with torch.enable_grad(), twice_differentiable():
             self._at = at.detach().clone().requires_grad_()
             value = loss(self._at)
             (self._grad,) = torch.autograd.grad(value, self._at, create_graph=True)
@@ -126,7 +133,7 @@ class GaussNewton(Curvature):
 
     def __init__(self, loss: Loss, at: Tensor) -> None:
         self._factors = [2 * w for w in loss.weights]
-        with torch.enable_grad():
+        with torch.enable_grad(), twice_differentiable():
             self._at = at.detach().clone().requires_grad_()
             self._residuals = list(loss.residuals(self._at))
             self._cotangents = [(w * r.detach()).requires_grad_() for w, r in zip(self._factors, self._residuals, strict=True)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -23,8 +24,8 @@ from snows.network import Inputs, Order, Plan, Stream
 from snows.operators import Factors
 from snows.report import LayerReport, Report
 from snows.run import Run
-from snows.selectors import LayerStatistics, Selector, least_squares
-from snows.solvers import Newton, Step
+from snows.selectors import LayerStatistics, Selector, alps
+from snows.solvers import Fit, Newton, Step
 from snows.sparsity import MaskedWeight, Pattern, Unstructured, allocate
 
 PatternChoice = Pattern | Mapping[str, Pattern] | Callable[[str, nn.Module], Pattern | None] | None
@@ -36,7 +37,7 @@ def prune(
     batches: Iterable[Any],
     pattern: PatternChoice,
     *,
-    select: Selector | Mapping[str, Tensor] | nn.Module = least_squares,
+    select: Selector | Mapping[str, Tensor] | nn.Module = alps,
     solver: Newton | None = Newton(),  # noqa: B008 - frozen
     horizon: int | Literal["end"] = 10,
     targets: Literal["dense", "local"] = "dense",
@@ -59,7 +60,7 @@ def prune(
         pattern: for all layers, by layer name, or a function of name and module that may return None for dense. An
             `Unstructured` given alone is one exact budget over the prunable weights. None with masks from elsewhere.
         select: a rule, masks by layer name (bool, weight.shape), or a network that is already pruned. By default
-            SparseGPT's mask with least squares on it.
+            ALPS: a mask by ADMM and least squares on it.
         solver: Newton's settings; None keeps what `select` gives.
         horizon: operations matched after each layer; "end" matches up to and with the network's output.
         targets: "dense": what the dense network computes on its own; "local": what the layer's dense weight computes
@@ -158,55 +159,56 @@ class _Walk:
         calls = [stream.advance(name) for stream in self.sparse]
         dense_calls = [stream.advance(name) for stream in self.dense]
         for call in calls:
-            if not call.x.isfinite().all():
+            if not call.x.sum().isfinite():  # one pass; isfinite().all() takes twenty times as long
                 raise ValueError(f"{name}: its inputs are not finite; check the weights before it and the images")
         module: Any = self.sparse_net.get_submodule(name)
         weight = module.weight.detach().clone()
         statistics = LayerStatistics(calls[: self.training], dense_calls[: self.training])
         masked = start if start is not None else select(weight, statistics, pattern)
-        steps: list[Step] = []
-        before = after = float("nan")
-        if self.solver is not None:
+        if self.solver is None:
+            fit = Fit(masked, [], math.nan, math.nan)
+        else:
             horizon = Horizon(self.sparse_net, name, self.horizon, self.sparse[0])
-            losses = _Losses(self, horizon, weight, range(self.training), lambda: tell.step(name, steps))
-            held = losses.at(self.training) if self.held else losses.at(0)
-            with torch.no_grad():
-                before = held(masked.weight).item()
+            losses = _Losses(self, horizon, weight)
+            held = losses.at(self.training if self.held else 0)
             factors = None
             if self.solver.preconditioner != "none":
-                groups = network.groups_of(module)
-                factors = Factors(statistics.gram, losses.at(0).output_factor(masked.weight, groups, generator))
-            masked, steps = self.solver.solve(losses, masked, held=held, factors=factors, generator=generator)
-            with torch.no_grad():
-                after = held(masked.weight).item()
+                factors = Factors(statistics.gram, held.output_factor(masked.weight, network.groups_of(module), generator))
+            fit = self.solver.solve(losses, masked, held=held, factors=factors, generator=generator, tell=partial(tell.step, name))
         report = LayerReport(
             name=name, shape=tuple(weight.shape), pattern=str(pattern) if pattern else "mask", kept=int(masked.mask.sum()),
-            before=before, after=after, iterations=sum(s.iterations for s in steps), steps=len(steps),
-            stop=steps[-1].stop.value if steps else "", seconds=time.perf_counter() - began,
+            before=fit.before, after=fit.after, iterations=sum(s.iterations for s in fit.steps), steps=len(fit.steps),
+            stop=fit.steps[-1].stop.value if fit.steps else "", seconds=time.perf_counter() - began,
         )
-        return masked, report
+        return fit.masked, report
 
 
 class _Losses:
-    """One reconstruction a batch, each with its targets made when it is used and dropped after."""
+    """One reconstruction a batch, each with its targets made when it is used and dropped after.
 
-    def __init__(self, walk: _Walk, horizon: Horizon, weight: Tensor, batches: range, tick: Callable[[], None]) -> None:
-        self.walk, self.horizon, self.weight, self.batches, self.tick = walk, horizon, weight, batches, tick
+    The variances that scale the terms are those of the first batch that is asked for, so that all batches agree.
+    """
+
+    def __init__(self, walk: _Walk, horizon: Horizon, weight: Tensor) -> None:
+        self.walk, self.horizon, self.weight = walk, horizon, weight
+        self.variances: Sequence[float] | None = None
 
     def at(self, batch: int) -> Reconstruction:
         walk = self.walk
         source = walk.dense[batch] if walk.targets == "dense" else walk.sparse[batch]
         with torch.no_grad():
             targets = self.horizon.outputs(self.weight, source)
-        return Reconstruction(self.horizon, walk.sparse[batch], targets, scaled=walk.scaling == "variance")
+        if walk.scaling == "none":
+            self.variances = [1.0] * len(targets)
+        loss = Reconstruction(self.horizon, walk.sparse[batch], targets, self.variances)
+        self.variances = loss.variances
+        return loss
 
     def __len__(self) -> int:
-        return len(self.batches)
+        return self.walk.training
 
     def __iter__(self) -> Iterator[Reconstruction]:
-        for batch in self.batches:
-            self.tick()
-            yield self.at(batch)
+        return (self.at(batch) for batch in range(len(self)))
 
 
 def recalibrate_statistics(sparse: nn.Module, dense: nn.Module, inputs: Sequence[Inputs]) -> None:
@@ -270,7 +272,8 @@ class _Moments:
     def of(cls, x: Tensor) -> _Moments:
         """Of a BatchNorm's input, (B, C, ...)."""
         moments = cls()
-        var, mean = torch.var_mean(x.detach(), dim=[0, *range(2, x.ndim)], correction=0)
+        _, mean, scale = torch.native_batch_norm(x.detach(), None, None, None, None, True, 0.0, 0.0)
+        var = scale.square().reciprocal()
         moments.count, moments.mean = x.numel() // x.shape[1], mean.double()
         moments.square = var.double() + moments.mean.square()
         return moments
@@ -513,10 +516,12 @@ class _Tell:
     """The progress bar: layer, step, loss, time left."""
 
     def __init__(self, bar: Progress, task: Any) -> None:
-        self.bar, self.task = bar, task
+        self.bar, self.task, self.name, self.steps = bar, task, "", 0
 
-    def step(self, name: str, steps: Sequence[Step]) -> None:
-        self.bar.update(self.task, description=name)
+    def step(self, name: str, step: Step) -> None:
+        self.steps = self.steps + 1 if name == self.name else 1
+        self.name = name
+        self.bar.update(self.task, description=f"{name} step {self.steps}: loss {step.before:.4g} -> {step.after:.4g}")
 
     def done(self, name: str) -> None:
         self.bar.update(self.task, advance=1, description=name)

@@ -163,8 +163,7 @@ class Step:
     """One Newton step, as it happened.
 
     Attributes:
-        before: the loss at its start, over the batches of its gradient.
-        held: the loss on the held-back samples afterwards (NaN without them).
+        before, after: the loss that the line search lowered, at the step's start and end.
         iterations: of conjugate gradients.
         stop: why they ended.
         size: of the step; 0.0 if the search failed and nothing moved.
@@ -173,12 +172,27 @@ class Step:
     """
 
     before: float
-    held: float
+    after: float
     iterations: int
     stop: Stop
     size: float
     damping: float
     seconds: float
+
+
+class Fit(NamedTuple):
+    """What Newton's method made of a layer.
+
+    Attributes:
+        masked: the best weight on the held-back samples (the last one without them), and its mask.
+        steps: in order.
+        before, after: the loss on the held-back samples at the start and at that weight; NaN without them.
+    """
+
+    masked: MaskedWeight
+    steps: list[Step]
+    before: float
+    after: float
 
 
 class Batches(Protocol):
@@ -230,7 +244,7 @@ class Newton:
                 raise ValueError(f"Newton: expected {name} of at least 1, got {getattr(self, name)}")
 
     def solve(self, losses: Batches, start: MaskedWeight, *, held: Loss | None = None, factors: Factors | None = None,
-              generator: torch.Generator | None = None) -> tuple[MaskedWeight, list[Step]]:
+              generator: torch.Generator | None = None, tell: Callable[[Step], None] = lambda step: None) -> Fit:
         """Lower the mean of the losses over the kept weights.
 
         Args:
@@ -239,69 +253,73 @@ class Newton:
             held: the loss on held-back samples; the best weight by it is returned, so never a worse one than `start`.
             factors: for the preconditioner, which is left out without them.
             generator: for the probe that measures the curvature's mean.
+            tell: called after every step.
         """
         weight, mask = start
         damping, mean = self.damping, math.nan
         steps: list[Step] = []
+        best = weight
+        first = best_value = self._value(held, weight)
+        for index in range(self.passes):
+            before_pass = best_value
+            for model in self._models(losses, index):
+                began = time.perf_counter()
+                H, loss, gradient = model(weight)
+                if not (math.isfinite(H.value) and gradient.isfinite().all()):
+                    steps.append(Step(H.value, math.nan, 0, Stop.NOT_FINITE, 0.0, damping, 0.0))
+                    return Fit(MaskedWeight(best, mask), steps, first, best_value)
+                if math.isnan(mean):
+                    probe = trace(H, mask, probes=1, generator=generator, dtype=weight.dtype)
+                    mean = abs(probe.mean) / max(int(mask.sum()), 1)
+                g = gradient * mask
+                d, iterations, _, stop = cg(
+                    Restricted(H, mask, damping * mean), -g, rtol=self.rtol, max_iterations=self.max_iterations,
+                    preconditioner=self._preconditioner(factors, mask, damping),
+                )
+                slope, value = (g * d).sum().item(), H.value
+                del H  # the graph, before the search needs room
+                if self.gradient == "all" and held is not None:
+                    loss, value, c = held, best_value, 0.0  # of this very weight: only what is better there is accepted
+                else:
+                    value, c = value if self.gradient == "batch" else self._value(loss, weight), 1e-4
+                with torch.no_grad():
+                    search = armijo(loss, weight, d, value=value, slope=slope, c=c)
+                weight = weight + search.size * d
+                steps.append(Step(value, search.value, iterations, stop, search.size, damping, time.perf_counter() - began))
+                tell(steps[-1])
+                now = search.value if loss is held else self._value(held, weight)
+                if not now >= best_value:
+                    best, best_value = weight, now
+                # d solves the damped system in its Krylov space, so its quadratic model falls by half its slope
+                predicted = slope * search.size * (1 - search.size / 2)
+                agreement = (search.value - value) / predicted if predicted < 0 else 0.0
+                damping *= 4.0 if agreement < 0.25 else 0.5 if agreement > 0.75 else 1.0
+            if best_value > (1 - self.min_decrease) * before_pass:  # False without held-back samples
+                break
+        return Fit(MaskedWeight(best, mask), steps, first, best_value)
+
+    @staticmethod
+    def _value(loss: Loss | None, weight: Tensor) -> float:
         with torch.no_grad():
-            best = weight
-            best_value = pass_value = held(weight).item() if held else math.inf
-            for index in range(self.passes):
-                for model in self._models(losses, index):
-                    began = time.perf_counter()
-                    H, loss, before, gradient = model(weight)
-                    if not (math.isfinite(before) and gradient.isfinite().all()):
-                        steps.append(Step(before, math.nan, 0, Stop.NOT_FINITE, 0.0, damping, 0.0))
-                        return MaskedWeight(best, mask), steps
-                    if math.isnan(mean):
-                        probe = trace(H, mask, probes=1, generator=generator, dtype=weight.dtype)
-                        mean = abs(probe.mean) / max(int(mask.sum()), 1)
-                    g = gradient * mask
-                    d, iterations, _, stop = cg(
-                        Restricted(H, mask, damping * mean), -g, rtol=self.rtol, max_iterations=self.max_iterations,
-                        preconditioner=self._preconditioner(factors, mask, damping),
-                    )
-                    del H  # the graph, before the search needs room
-                    slope = (g * d).sum().item()
-                    if self.gradient == "all" and held is not None:
-                        before_search = best_value  # of this very weight: the search accepts only what is better
-                        search = armijo(held, weight, d, value=before_search, slope=slope, c=0.0)
-                        value = search.value
-                    else:
-                        before_search = before if self.gradient == "batch" else loss(weight).item()
-                        search = armijo(loss, weight, d, value=before_search, slope=slope)
-                        value = held(weight + search.size * d).item() if held else math.nan
-                    weight = weight + search.size * d
-                    steps.append(Step(before, value, iterations, stop, search.size, damping, time.perf_counter() - began))
-                    if not value >= best_value:
-                        best, best_value = weight, value
-                    # d solves the damped system in its Krylov space, so its quadratic model falls by half its slope
-                    predicted = slope * search.size * (1 - search.size / 2)
-                    agreement = (search.value - before_search) / predicted if predicted < 0 else 0.0
-                    damping *= 4.0 if agreement < 0.25 else 0.5 if agreement > 0.75 else 1.0
-                if not best_value < (1 - self.min_decrease) * pass_value:
-                    break
-                pass_value = best_value
-        return MaskedWeight(best, mask), steps
+            return loss(weight).item() if loss is not None else math.nan
 
     def _models(self, losses: Batches, index: int) -> Iterator[Callable[[Tensor], _Model]]:
         """The quadratic models of one pass, each as a function of the weight it is built at."""
         build = _CURVATURES[self.curvature]
 
         def pooled(weight: Tensor) -> _Model:
-            value, gradient = 0.0, torch.zeros_like(weight)
+            gradient = torch.zeros_like(weight)
             for i, loss in enumerate(losses):
                 if i == index % len(losses):
                     chosen, H = loss, build(loss, weight)
-                    part, slope = H.value, H.grad
+                    gradient += H.grad
                 else:
-                    part, slope = _value_and_gradient(loss, weight)
-                value, gradient = value + part / len(losses), gradient.add_(slope, alpha=1 / len(losses))
-            return _Model(H, chosen, value, gradient)
+                    gradient += _gradient(loss, weight)
+            return _Model(H, chosen, gradient / len(losses))
 
         def single(loss: Loss, weight: Tensor) -> _Model:
             H = build(loss, weight)
-            return _Model(H, loss, H.value, H.grad)
+            return _Model(H, loss, H.grad)
 
         if self.gradient == "all":
             yield pooled
@@ -316,20 +334,18 @@ class Newton:
 
 
 class _Model(NamedTuple):
-    """A quadratic model at a weight: its curvature and the loss that it is of, and the value and gradient over all it covers."""
+    """A quadratic model at a weight: its curvature and the loss that it is of, and the gradient over all it covers."""
 
     H: Curvature
     loss: Loss
-    value: float
     gradient: Tensor
 
 
-def _value_and_gradient(loss: Loss, weight: Tensor) -> tuple[float, Tensor]:
+def _gradient(loss: Loss, weight: Tensor) -> Tensor:
     with torch.enable_grad():
         at = weight.detach().clone().requires_grad_()
-        value = loss(at)
-        (gradient,) = torch.autograd.grad(value, at)
-    return value.item(), gradient
+        (gradient,) = torch.autograd.grad(loss(at), at)
+    return gradient
 
 
 _CURVATURES: dict[str, Callable[[Loss, Tensor], Curvature]] = {"gauss-newton": GaussNewton, "hessian": Hessian}

@@ -132,7 +132,7 @@ def test_the_loss_divides_each_term_by_its_targets_variance():
     assert scaled(weight).item() == pytest.approx(sum(p / v for p, v in zip(plain, variances, strict=True)), rel=1e-10)
     squares = [w * r.square().sum().item() for w, r in zip(scaled.weights, scaled.residuals(weight), strict=True)]
     assert sum(squares) == pytest.approx(scaled(weight).item(), rel=1e-12)
-    unscaled = Reconstruction(horizon, stream, targets, scaled=False)
+    unscaled = Reconstruction(horizon, stream, targets, [1.0] * len(targets))
     assert unscaled(weight).item() == pytest.approx(sum(plain), rel=1e-10)
 
 
@@ -147,7 +147,7 @@ def test_one_newton_step_at_k_0_is_masked_least_squares_for_a_convolution(groups
     with torch.no_grad():
         loss = Reconstruction(horizon, stream, horizon.outputs(weight, stream))
     newton = Newton(preconditioner="none", rtol=1e-12, max_iterations=400, damping=1e-13)
-    found, _ = newton.solve([loss], MaskedWeight(weight * mask, mask), held=loss)
+    found, *_ = newton.solve([loss], MaskedWeight(weight * mask, mask), held=loss)
     X = torch.cat(list(network.patches(stream.call)), dim=1)
     Y = X @ rows(weight).view(groups, -1, X.shape[2]).transpose(1, 2)
     wanted = [masked_least_squares(X[g], Y[g], rows(mask).view(groups, -1, X.shape[2])[g]) for g in range(groups)]

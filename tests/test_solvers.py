@@ -124,11 +124,11 @@ def test_one_newton_step_reaches_the_closed_form_on_a_linear_problem(curvature, 
     loss = LeastSquares(X, X @ W.T)
     factors = Factors((X.T @ X / 80)[None], torch.eye(5, dtype=torch.float64)[None])
     newton = Newton(gradient=gradient, curvature=curvature, preconditioner=preconditioner, rtol=1e-12, max_iterations=100, damping=1e-12)
-    found, steps = newton.solve([loss], MaskedWeight(W * mask, mask), held=loss, factors=factors)
+    found, steps, *_ = newton.solve([loss], MaskedWeight(W * mask, mask), held=loss, factors=factors)
     expected = masked_least_squares(X, X @ W.T, mask)
     assert torch.allclose(found.weight, expected, rtol=1e-6, atol=1e-8)
     assert steps[0].size == 1.0
-    assert steps[0].held == pytest.approx(loss(expected).item(), rel=1e-8)
+    assert steps[0].after == pytest.approx(loss(expected).item(), rel=1e-8)
 
 
 def test_the_best_held_back_weight_is_kept():
@@ -137,11 +137,12 @@ def test_the_best_held_back_weight_is_kept():
     mask = torch.ones(2, 4, dtype=torch.bool)
     held = LeastSquares(X, X @ good.T)
     misleading = LeastSquares(X, X @ (-good).T)
-    found, steps = Newton(preconditioner="none", gradient="batch").solve([misleading], MaskedWeight(good, mask), held=held)
+    found, steps, before, after = Newton(preconditioner="none", gradient="batch").solve([misleading], MaskedWeight(good, mask), held=held)
     assert torch.equal(found.weight, good)
     assert steps[0].size > 0
-    assert steps[0].held > 0
-    found, steps = Newton(preconditioner="none").solve([misleading], MaskedWeight(good, mask), held=held)
+    assert steps[0].after < steps[0].before  # of the misleading batch
+    assert before == after == 0
+    found, steps, *_ = Newton(preconditioner="none").solve([misleading], MaskedWeight(good, mask), held=held)
     assert torch.equal(found.weight, good)
     assert steps[0].size == 0
 
@@ -153,7 +154,7 @@ def test_the_gradient_of_all_batches_is_solved_with_the_curvature_of_one():
     start = torch.zeros(2, 3, dtype=torch.float64)
     mask = torch.ones(2, 3, dtype=torch.bool)
     newton = Newton(preconditioner="none", rtol=1e-12, damping=1e-12)
-    found, _ = newton.solve(losses, MaskedWeight(start, mask))
+    found, *_ = newton.solve(losses, MaskedWeight(start, mask))
     gradient = sum(2 * (x @ start.T - loss.Y).T @ x / 40 for x, loss in zip(X, losses, strict=True)) / 3
     expected = -gradient @ torch.linalg.inv(2 * X[0].T @ X[0] / 40)
     assert torch.allclose(found.weight, expected, atol=1e-8)
@@ -165,7 +166,7 @@ def test_a_loss_that_is_not_finite_stops_at_once():
             return [super().residuals(weight)[0] * torch.nan]
 
     start = MaskedWeight(torch.ones(2, 3), torch.ones(2, 3, dtype=torch.bool))
-    found, steps = Newton().solve([Bad(torch.ones(4, 3), torch.ones(4, 2))], start)
+    found, steps, *_ = Newton().solve([Bad(torch.ones(4, 3), torch.ones(4, 2))], start)
     assert steps[0].stop is Stop.NOT_FINITE
     assert torch.equal(found.weight, start.weight)
 

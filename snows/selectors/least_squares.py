@@ -1,16 +1,16 @@
-"""Layer-wise least squares on a fixed mask: the warm start, and the classic K = 0 reconstruction."""
+"""Layer-wise least squares on a fixed mask: the warm start for any mask, and the classic K = 0 reconstruction."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from snows.selectors.alps import alps
+from snows.selectors.scores import magnitude
 from snows.selectors.statistics import LayerStatistics, Selector
 from snows.solvers import batched_cg
 from snows.sparsity import MaskedWeight, Pattern, rows, unrows
 
 
-def least_squares(weight: Tensor, statistics: LayerStatistics, pattern: Pattern, *, select: Selector = alps,
+def least_squares(weight: Tensor, statistics: LayerStatistics, pattern: Pattern, *, select: Selector = magnitude,
                   damping: float = 0.01) -> MaskedWeight:
     """Take `select`'s mask and fit the kept weights to the dense layer's outputs on the dense stream.
 
@@ -25,10 +25,13 @@ def least_squares(weight: Tensor, statistics: LayerStatistics, pattern: Pattern,
         damping: λ relative to the Gram's mean diagonal.
     """
     chosen = select(weight, statistics, pattern)
-    gram = statistics.gram
-    dense = rows(weight).reshape(len(gram), -1, gram.shape[-1])
-    mask = rows(chosen.mask).reshape(dense.shape)
-    shift = damping * gram.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
-    right = statistics.cross(weight) + shift * dense
-    solution = batched_cg(gram, right, mask, damping=damping)
+    right = ridge(weight, statistics, damping)
+    solution = batched_cg(statistics.gram, right, rows(chosen.mask).reshape(right.shape), damping=damping)
     return MaskedWeight(unrows(solution.flatten(0, 1), weight.shape), chosen.mask)
+
+
+def ridge(weight: Tensor, statistics: LayerStatistics, damping: float) -> Tensor:
+    """The right-hand side ``w₀ X₀ Xᵀ + λ w₀`` of that least-squares problem: (groups, out / groups, in)."""
+    cross = statistics.cross(weight)
+    shift = damping * statistics.gram.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
+    return cross + shift * rows(weight).reshape(cross.shape)

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from snows.network import Call, outputs, patches
+from snows.network import Call, outputs, patches, positions
 from snows.sparsity import MaskedWeight, Pattern
 
 
@@ -32,38 +32,41 @@ class LayerStatistics:
     @cached_property
     def count(self) -> int:
         """Rows seen: images times tokens or output positions."""
-        return sum(x.shape[1] for x in self.rows())
+        return sum(positions(call) for call in self._sparse)
 
     @cached_property
     def mean(self) -> Tensor:
         """(groups, in): the mean row."""
-        return self._mean([x.sum(1) for x in self.rows()])
+        return self._mean(x.sum(1) for x in self.rows())
 
     @cached_property
     def energy(self) -> Tensor:
         """(groups, in): the mean square of each input, the diagonal of `gram`."""
-        return self._mean([x.square().sum(1) for x in self.rows()])
+        return self._mean(x.square().sum(1) for x in self.rows())
 
     @cached_property
     def gram(self) -> Tensor:
         """(groups, in, in): the mean of ``x xᵀ`` over rows x of the pruned stream."""
-        return self._mean([x.transpose(1, 2) @ x for x in self.rows()])
+        return self._mean(x.transpose(1, 2) @ x for x in self.rows())
 
     def cross(self, weight: Tensor) -> Tensor:
         """(groups, out / groups, in): the mean of ``y xᵀ``, y what `weight` makes of the dense stream, x the pruned one's row."""
-        sums = []
-        for dense, sparse in zip(self._dense, self._sparse, strict=True):
-            y, start = outputs(dense, weight), 0
-            for x in patches(sparse):
-                sums.append(y[:, start : start + x.shape[1]].transpose(1, 2) @ x)
-                start += x.shape[1]
-        return self._mean(sums)
 
-    def _mean(self, sums: list[Tensor]) -> Tensor:
-        total = sums[0].double()
-        for part in sums[1:]:
+        def products() -> Iterator[Tensor]:
+            for dense, sparse in zip(self._dense, self._sparse, strict=True):
+                y, start = outputs(dense, weight), 0
+                for x in patches(sparse):
+                    yield y[:, start : start + x.shape[1]].transpose(1, 2) @ x
+                    start += x.shape[1]
+
+        return self._mean(products())
+
+    def _mean(self, sums: Iterator[Tensor]) -> Tensor:
+        first = next(sums)
+        total = first.double()
+        for part in sums:
             total += part
-        return (total / self.count).to(sums[0].dtype)
+        return (total / self.count).to(first.dtype)
 
 
 class Selector(Protocol):
