@@ -2,7 +2,7 @@
 
     python bench/preconditioner.py --network resnet20 --pattern 1:4 --out bench/results/cpu/preconditioner-resnet20-1-4.json
 
-The system is the first Newton step's: Gauss-Newton of the horizon (K = 10) at SparseGPT's weights on one batch, damped by
+The system is the first Newton step's: Gauss-Newton of the horizon (K = 5) at ALPS's weights on one batch, damped by
 1e-3 of the curvature's mean. Iterations are counted to an unpreconditioned relative residual of 1e-2, at most 200; beside
 them the share of the loss that the quadratic model has lost after 5 iterations.
 """
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from snows import network, parse_pattern, sparsegpt, zoo
+from snows import alps, network, parse_pattern, zoo
 from snows.demo import calibration
 from snows.horizon import Horizon, Reconstruction
 from snows.operators import Factors, GaussNewton, Kronecker, Restricted, RowBlocks, trace
@@ -30,14 +30,14 @@ def layer_counts(net, layer, streams, pattern, damping=1e-3):
     weight = net.get_submodule(layer).weight.detach().clone()
     if not pattern.fits(weight.shape):
         return None
-    statistics_ = LayerStatistics(calls, calls)
-    masked = sparsegpt(weight, statistics_, pattern)
-    horizon = Horizon(net, layer, 10, streams[0])
+    horizon = Horizon(net, layer, 5, streams[0])
     with torch.no_grad():
         targets = horizon.outputs(weight, streams[0])
     loss = Reconstruction(horizon, streams[0], targets)
     generator = torch.Generator().manual_seed(0)
-    factors = Factors(statistics_.gram, loss.output_factor(masked.weight, 1, generator))
+    statistics_ = LayerStatistics(calls, calls, lambda: loss.output_factor(weight, 1, generator))
+    masked = alps(weight, statistics_, pattern)
+    factors = Factors(statistics_.gram, statistics_.sensitivity)
     H = GaussNewton(loss, masked.weight)
     mean = trace(H, masked.mask, probes=4, generator=generator).mean / int(masked.mask.sum())
     A, b = Restricted(H, masked.mask, damping * mean), -H.grad * masked.mask

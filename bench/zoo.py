@@ -1,8 +1,11 @@
-"""Accuracy and divergence of snows and its rivals on the zoo, several calibration seeds, the same masks and images for all.
+"""Accuracy and divergence of snows and its rivals on the zoo, over calibration seeds, the same images for all.
 
-    python bench/zoo.py --network resnet20 --patterns 2:4,1:4,0.8,0.9 --seeds 3 --out bench/results/cpu/zoo-resnet20.json
+    python bench/zoo.py --network resnet20 --patterns 2:4,1:4,0.8,0.9 --out bench/results/cpu/zoo-resnet20.json
+    python bench/zoo.py --network vit --patterns 2:4 --split validation --vary horizon=0,3,5,10,end
 
-Every method's BatchNorm statistics are corrected alike. The masks are SparseGPT's; "masks" keeps the dense weights on them.
+Every method's BatchNorm statistics are corrected alike. `--vary` runs the default with one setting of `snows.prune`, of
+`snows.Newton`, or `samples` or `batch`, at each value. `--split validation` measures on the 5,000 images kept out of
+training and calibration, read from `--data` as `examples/train_zoo.py` reads them.
 """
 
 from __future__ import annotations
@@ -10,7 +13,9 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import sys
 import time
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 
@@ -18,24 +23,37 @@ import torch
 
 import snows
 from snows import zoo
-from snows.demo import calibration
+from snows.demo import BATCH, SAMPLES, calibration
 from snows.evaluation import evaluate, logits_of
-from snows.sparsity import MaskedWeight
-
-
-def masks_only(weight, statistics, pattern):
-    """SparseGPT's mask with the dense weights on it."""
-    mask = snows.sparsegpt(weight, statistics, pattern).mask
-    return MaskedWeight(weight * mask, mask)
-
 
 METHODS = {
     "magnitude": dict(select=snows.magnitude, solver=None),
-    "masks": dict(select=masks_only, solver=None),
-    "sparsegpt": dict(select=snows.sparsegpt, solver=None),
-    "least squares (K = 0)": dict(select=snows.least_squares, solver=None),
+    "SparseGPT": dict(select=snows.sparsegpt, solver=None),
+    "K = 0, SparseGPT's masks": dict(select=partial(snows.least_squares, select=snows.sparsegpt), solver=None),
+    "K = 0, ALPS's masks": dict(select=snows.alps, solver=None),
+    "snows, SparseGPT's masks": dict(select=partial(snows.least_squares, select=snows.sparsegpt)),
     "snows": {},
 }
+
+
+def variants(vary):
+    """Label -> settings, for `--vary name=value,value`."""
+    name, _, values = vary.partition("=")
+    chosen = {}
+    for text in values.split(","):
+        value = json.loads(text) if text[0].isdigit() else text
+        newton = name in (f.name for f in fields(snows.Newton))
+        chosen[f"{name}={text}"] = {"solver": snows.Newton(**{name: value})} if newton else {name: value}
+    return chosen
+
+
+def images_of(split, data):
+    if split == "test":
+        return zoo.images("test")
+    sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+    import train_zoo
+
+    return train_zoo.tensors(train_zoo.splits(data)["validation"])
 
 
 def main():
@@ -43,24 +61,32 @@ def main():
     parser.add_argument("--network", default="resnet20")
     parser.add_argument("--patterns", default="2:4,1:4,0.8,0.9")
     parser.add_argument("--methods", default=",".join(METHODS))
+    parser.add_argument("--vary")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--samples", type=int, default=1024)
-    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--samples", type=int, default=SAMPLES)
+    parser.add_argument("--split", choices=["test", "validation"], default="test")
+    parser.add_argument("--data", type=Path, default=Path("/usr/share/datasets/fashion-mnist"))
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
+    torch.set_num_threads(args.threads)
     dense = zoo.load(args.network)
-    images, labels = zoo.images("test")
+    images, labels = images_of(args.split, args.data)
     test = list(zip(images.split(500), labels.split(500), strict=True))
     reference = [logits_of(dense, x) for x, _ in test]
-    result = {"network": args.network, "dense": evaluate(dense, test).top1, "samples": args.samples, "torch": torch.__version__,
-              "machine": platform.machine(), "threads": torch.get_num_threads(), "rows": []}
+    result = {"network": args.network, "split": args.split, "dense": evaluate(dense, test).top1, "samples": args.samples,
+              "torch": torch.__version__, "machine": platform.machine(), "threads": args.threads, "rows": []}
+    methods = variants(args.vary) if args.vary else {name: METHODS[name] for name in args.methods.split(",")}
     for pattern in args.patterns.split(","):
-        for method in args.methods.split(","):
-            prune = partial(snows.prune, progress=False, **METHODS[method])
+        for method, settings in methods.items():
+            settings = dict(settings)
+            samples, batch = settings.pop("samples", args.samples), settings.pop("batch", BATCH)
             for seed in range(args.seeds):
                 began = time.perf_counter()
-                sparse, _ = prune(dense, calibration(args.samples, args.batch, seed), snows.parse_pattern(pattern), seed=seed)
+                sparse, _ = snows.prune(dense, calibration(samples, batch, seed), snows.parse_pattern(pattern), seed=seed,
+                                        progress=False, **settings)
                 seconds = time.perf_counter() - began
+                sparse.to(memory_format=torch.channels_last)
                 scores = evaluate(sparse, test, reference)
                 row = {"pattern": pattern, "method": method, "seed": seed, "accuracy": scores.top1, "agreement": scores.agreement,
                        "divergence": scores.divergence, "seconds": round(seconds, 1)}

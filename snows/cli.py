@@ -30,9 +30,9 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 out_console, err_console = Console(), Console(stderr=True)
 
 RULES = {
-    "magnitude": selectors.magnitude, "wanda": selectors.wanda, "sparsegpt": selectors.sparsegpt,
-    "least-squares": selectors.least_squares, "least-squares:wanda": partial(selectors.least_squares, select=selectors.wanda),
-    "least-squares:magnitude": partial(selectors.least_squares, select=selectors.magnitude),
+    "alps": selectors.alps, "magnitude": selectors.magnitude, "wanda": selectors.wanda, "sparsegpt": selectors.sparsegpt,
+    "least-squares": selectors.least_squares, "least-squares:sparsegpt": partial(selectors.least_squares, select=selectors.sparsegpt),
+    "least-squares:wanda": partial(selectors.least_squares, select=selectors.wanda),
 }
 
 ModelOption = Annotated[str, typer.Option("--model", help="zoo:NAME, torchvision:NAME, timm:NAME, hf:FOLDER or package.module:callable")]
@@ -69,9 +69,9 @@ def prune(
     out: Annotated[Path, typer.Option(help="folder for the pruned weights, masks and report; finished layers are saved at once")],
     pattern: Annotated[str | None, typer.Option(help='"2:4" keeps two of four, "0.7" or "70%" removes that share')] = None,
     weights: WeightsOption = None,
-    select: Annotated[str, typer.Option(help=", ".join(RULES))] = "least-squares",
+    select: Annotated[str, typer.Option(help=", ".join(RULES))] = "alps",
     masks: Annotated[Path | None, typer.Option(help="safetensors of boolean masks by layer, instead of --select")] = None,
-    horizon: Annotated[str, typer.Option(help='operations matched after each layer, or "end"')] = "10",
+    horizon: Annotated[str, typer.Option(help='operations matched after each layer, or "end"')] = "5",
     samples: Annotated[int, typer.Option(help="calibration images")] = 1024,
     batch_size: Annotated[int, typer.Option(help="images a batch")] = 128,
     targets: Annotated[str, typer.Option(help="dense or local")] = "dense",

@@ -6,7 +6,7 @@ import copy
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,7 +39,7 @@ def prune(
     *,
     select: Selector | Mapping[str, Tensor] | nn.Module = alps,
     solver: Newton | None = Newton(),  # noqa: B008 - frozen
-    horizon: int | Literal["end"] = 10,
+    horizon: int | Literal["end"] = 5,
     targets: Literal["dense", "local"] = "dense",
     scaling: Literal["variance", "none"] = "variance",
     cap: float = 0.95,
@@ -163,18 +163,18 @@ class _Walk:
                 raise ValueError(f"{name}: its inputs are not finite; check the weights before it and the images")
         module: Any = self.sparse_net.get_submodule(name)
         weight = module.weight.detach().clone()
-        statistics = LayerStatistics(calls[: self.training], dense_calls[: self.training])
+        losses = _Losses(self, name, weight)
+        statistics = LayerStatistics(
+            calls[: self.training], dense_calls[: self.training],
+            lambda: losses.held.output_factor(weight, network.groups_of(module), generator),
+        )
         masked = start if start is not None else select(weight, statistics, pattern)
         if self.solver is None:
             fit = Fit(masked, [], math.nan, math.nan)
         else:
-            horizon = Horizon(self.sparse_net, name, self.horizon, self.sparse[0])
-            losses = _Losses(self, horizon, weight)
-            held = losses.at(self.training if self.held else 0)
-            factors = None
-            if self.solver.preconditioner != "none":
-                factors = Factors(statistics.gram, held.output_factor(masked.weight, network.groups_of(module), generator))
-            fit = self.solver.solve(losses, masked, held=held, factors=factors, generator=generator, tell=partial(tell.step, name))
+            factors = Factors(statistics.gram, statistics.sensitivity) if self.solver.preconditioner != "none" else None
+            fit = self.solver.solve(losses, masked, held=losses.held, factors=factors, generator=generator,
+                                    tell=partial(tell.step, name))
         report = LayerReport(
             name=name, shape=tuple(weight.shape), pattern=str(pattern) if pattern else "mask", kept=int(masked.mask.sum()),
             before=fit.before, after=fit.after, iterations=sum(s.iterations for s in fit.steps), steps=len(fit.steps),
@@ -189,9 +189,18 @@ class _Losses:
     The variances that scale the terms are those of the first batch that is asked for, so that all batches agree.
     """
 
-    def __init__(self, walk: _Walk, horizon: Horizon, weight: Tensor) -> None:
-        self.walk, self.horizon, self.weight = walk, horizon, weight
+    def __init__(self, walk: _Walk, layer: str, weight: Tensor) -> None:
+        self.walk, self.layer, self.weight = walk, layer, weight
         self.variances: Sequence[float] | None = None
+
+    @cached_property
+    def horizon(self) -> Horizon:
+        return Horizon(self.walk.sparse_net, self.layer, self.walk.horizon, self.walk.sparse[0])
+
+    @cached_property
+    def held(self) -> Reconstruction:
+        """Of the samples to judge by; of the first batch where none are held back."""
+        return self.at(self.walk.training if self.walk.held else 0)
 
     def at(self, batch: int) -> Reconstruction:
         walk = self.walk

@@ -133,12 +133,11 @@ class Unstructured:
         drop = round(self.sparsity * scores.numel())
         if drop == 0:
             return torch.ones_like(scores, dtype=torch.bool)
-        threshold = scores.flatten().kthvalue(drop).values
-        mask = scores > threshold
-        ties = (scores == threshold).flatten()  # the first of them stay, as many as are wanted
-        wanted = scores.numel() - drop - mask.sum()
-        mask.view(-1).logical_or_(ties & (ties.cumsum(0) <= wanted))
-        return mask
+        flat = scores.flatten()
+        threshold = flat.kthvalue(drop).values
+        above, ties = flat > threshold, flat == threshold
+        wanted = flat.numel() - drop - above.sum()  # of the ties: the first stay
+        return (above | (ties & (ties.cumsum(0) <= wanted))).view(scores.shape)
 
 
 def parse_pattern(text: str) -> NM | Unstructured:

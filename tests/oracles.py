@@ -73,3 +73,18 @@ def unfold_rows(x: Tensor, kernel: tuple[int, int], stride: int, padding: int, d
                     ]))
         out.append(torch.stack(rows))
     return torch.stack(out)
+
+
+def best_masks(W: Tensor, A: Tensor, G: Tensor, pattern: Any) -> dict[tuple[bool, ...], float]:
+    """For every mask of a small weight that a pattern allows, the least ``tr(G E A Eᵀ)``, E = W - W', W' on the mask."""
+    metric = torch.kron(G, A)
+    w = W.flatten()
+    values = {}
+    for bits in itertools.product((False, True), repeat=w.numel()):
+        mask = torch.tensor(bits)
+        if not torch.equal(pattern.mask(mask.view(W.shape).double()), mask.view(W.shape)):
+            continue
+        gone = ~mask  # on the mask E is free: what is left of the metric is its Schur complement
+        schur = torch.linalg.inv(torch.linalg.inv(metric)[gone][:, gone])
+        values[bits] = (w[gone] @ schur @ w[gone]).item()
+    return values

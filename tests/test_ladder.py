@@ -39,4 +39,4 @@ def test_every_module_imports_from_its_own_floor_or_below():
 
 def test_the_public_names():
     assert sorted(snows.__all__) == [
-        "NM", "Newton", "Unstructured", "least_squares", "magnitude", "parse_pattern", "prune", "sparsegpt", "wanda"]
+        "NM", "Newton", "Unstructured", "alps", "least_squares", "magnitude", "parse_pattern", "prune", "sparsegpt", "wanda"]

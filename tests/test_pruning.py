@@ -122,8 +122,10 @@ def test_the_zoos_network_keeps_its_function_better_than_masks_and_least_squares
 
     masks = divergence(solver=None, select=snows.magnitude)
     squares = divergence(solver=None, select=snows.least_squares)
-    newton = divergence(horizon=5, select=snows.least_squares, solver=Newton(max_iterations=5))
-    assert newton < 0.95 * squares < 0.5 * masks
+    newton = divergence(horizon=5, select=snows.least_squares)
+    default = divergence()
+    print(masks, squares, newton, default)
+    assert default < 0.8 * newton < 0.9 * squares < 0.5 * masks
 
 
 def test_the_same_seed_gives_the_same_bits():

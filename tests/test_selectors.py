@@ -1,9 +1,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from oracles import masked_least_squares, unfold_rows
+from oracles import best_masks, masked_least_squares, unfold_rows
 
-from snows import NM, Unstructured, least_squares, magnitude, sparsegpt, wanda
+from snows import NM, Unstructured, alps, least_squares, magnitude, sparsegpt, wanda
 from snows.network import Call
 from snows.selectors import LayerStatistics
 from snows.sparsity import rows
@@ -13,17 +13,22 @@ def conv_call(x, groups=1):
     return Call(F.conv2d, x, {"kernel": (3, 3), "stride": 1, "padding": 1, "dilation": 1, "groups": groups})
 
 
+def identity(groups, out):
+    return lambda: torch.eye(out, dtype=torch.float64).expand(groups, out, out)
+
+
 def linear_case():
     mix = torch.randn(8, 8, dtype=torch.float64)
     dense, sparse = (torch.randn(60, 8, dtype=torch.float64) @ mix for _ in range(2))
     calls = [[Call(F.linear, x[:25], {}), Call(F.linear, x[25:], {})] for x in (sparse, dense)]
-    return torch.randn(6, 8, dtype=torch.float64), LayerStatistics(*calls), sparse, dense
+    return torch.randn(6, 8, dtype=torch.float64), LayerStatistics(*calls, identity(1, 6)), sparse, dense
 
 
 def conv_case(groups):
     x = torch.randn(5, 8, 5, 6, dtype=torch.float64)
     weight = torch.randn(4, 8 // groups, 3, 3, dtype=torch.float64)
-    statistics = LayerStatistics([conv_call(x[:2], groups), conv_call(x[2:], groups)], [conv_call(x[:2], groups), conv_call(x[2:], groups)])
+    statistics = LayerStatistics([conv_call(x[:2], groups), conv_call(x[2:], groups)], [conv_call(x[:2], groups), conv_call(x[2:], groups)],
+                                 identity(groups, 4 // groups))
     return weight, statistics, unfold_rows(x, (3, 3), 1, 1, 1, groups)
 
 
@@ -42,7 +47,8 @@ def test_statistics_are_moments_over_all_batches(groups):
 def test_cross_pairs_the_dense_layer_with_the_pruned_rows(groups):
     x, d = torch.randn(2, 5, 8, 5, 6, dtype=torch.float64)
     weight = torch.randn(4, 8 // groups, 3, 3, dtype=torch.float64)
-    statistics = LayerStatistics([conv_call(x[:2], groups), conv_call(x[2:], groups)], [conv_call(d[:2], groups), conv_call(d[2:], groups)])
+    statistics = LayerStatistics([conv_call(x[:2], groups), conv_call(x[2:], groups)], [conv_call(d[:2], groups), conv_call(d[2:], groups)],
+                                 identity(groups, 4 // groups))
     X, D = (unfold_rows(v, (3, 3), 1, 1, 1, groups) for v in (x, d))
     W = rows(weight).view(groups, 4 // groups, -1)
     assert torch.allclose(statistics.cross(weight), W @ D.transpose(1, 2) @ X / X.shape[1])
@@ -51,7 +57,7 @@ def test_cross_pairs_the_dense_layer_with_the_pruned_rows(groups):
 def test_wanda_by_hand():
     weight = torch.tensor([[1.0, -2.0, 3.0, 4.0]])
     x = torch.tensor([[8.0, 0.1, 1.0, 0.2], [0.0, 0.0, 1.0, 0.0]])
-    statistics = LayerStatistics([Call(F.linear, x, {})], [Call(F.linear, x, {})])
+    statistics = LayerStatistics([Call(F.linear, x, {})], [Call(F.linear, x, {})], identity(1, 1))
     # |w| ‖x‖: 8, 0.2, 4.2, 0.8
     assert wanda(weight, statistics, NM(2, 4)).mask.tolist() == [[True, False, True, False]]
     assert wanda(weight, statistics, NM(2, 4)).weight.tolist() == [[1.0, 0.0, 3.0, 0.0]]
@@ -103,6 +109,36 @@ def test_sparsegpt_lowers_the_layers_error():
     for pattern in (NM(2, 4), NM(1, 4), Unstructured(0.7)):
         error = {f.__name__: (X @ f(weight, statistics, pattern).weight.T - target).square().sum().item() for f in (magnitude, sparsegpt)}
         assert error["sparsegpt"] < 0.9 * error["magnitude"]
+
+
+@pytest.mark.parametrize("coupled", [False, True], ids=["rows alone", "rows coupled"])
+@pytest.mark.parametrize("pattern", [NM(1, 2), NM(2, 4), Unstructured(0.5)], ids=str)
+def test_alps_comes_near_the_best_of_all_masks(pattern, coupled):
+    """Over every mask the pattern allows, by brute force, each with its own exact weights in the metric ``G ⊗ A``."""
+    found, least, chosen_by_size = [], [], []
+    for seed in range(20):
+        torch.manual_seed(seed)
+        X = torch.randn(50, 4, dtype=torch.float64) @ (torch.eye(4) + 0.4 * torch.randn(4, 4)).double()
+        weight = torch.randn(2, 4, dtype=torch.float64)
+        G = torch.randn(12, 2, dtype=torch.float64)
+        G = G.T @ G if coupled else torch.eye(2, dtype=torch.float64)
+        calls = [Call(F.linear, X, {})]
+        statistics = LayerStatistics(calls, calls, lambda G=G: G[None])
+        values = best_masks(weight, X.T @ X / 50, G, pattern)  # mask -> lowest error on it
+        mask = alps(weight, statistics, pattern, damping=1e-6, smoothing=1e-6).mask
+        assert torch.equal(pattern.mask(mask.double()), mask)
+        found.append(values[tuple(mask.flatten().tolist())])
+        chosen_by_size.append(values[tuple(magnitude(weight, statistics, pattern).mask.flatten().tolist())])
+        least.append(min(values.values()))
+    assert sum(found) <= 1.05 * sum(least)
+    assert sum(found) < 0.75 * sum(chosen_by_size)
+
+
+def test_alps_ends_in_least_squares_on_its_mask():
+    weight, statistics, sparse, dense = linear_case()
+    found = alps(weight, statistics, NM(2, 4), damping=1e-9)
+    expected = masked_least_squares(sparse, dense @ weight.T, found.mask)
+    assert torch.allclose(found.weight, expected, rtol=1e-2, atol=2e-3)
 
 
 @pytest.mark.parametrize("pattern", [NM(2, 4), Unstructured(0.6)], ids=str)

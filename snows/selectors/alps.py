@@ -1,4 +1,4 @@
-"""ALPS (Meng et al. 2024): choose a mask by ADMM, the whole row at a time, so that what stays can make up for what goes."""
+"""ALPS (Meng et al. 2024) in the horizon's metric: a mask by ADMM, so that what stays can make up for what goes."""
 
 from __future__ import annotations
 
@@ -11,48 +11,58 @@ from snows.solvers import batched_cg
 from snows.sparsity import MaskedWeight, Pattern, rows, unrows
 
 
-def alps(weight: Tensor, statistics: LayerStatistics, pattern: Pattern, *, damping: float = 0.01, penalty: float = 0.03,
-         max_iterations: int = 300) -> MaskedWeight:
-    """Minimise ``‖W X - W₀ X₀‖² + λ‖W - W₀‖²`` over weights that the pattern allows, by ADMM with a growing penalty ρ.
+def alps(weight: Tensor, statistics: LayerStatistics, pattern: Pattern, *, damping: float = 0.01, smoothing: float = 0.1,
+         penalty: float = 0.03, max_iterations: int = 300) -> MaskedWeight:
+    """Minimise ``tr(G E A Eᵀ)`` over weights that the pattern allows, by ADMM with a growing penalty ρ.
 
-    X is the pruned stream's inputs, X₀ the dense one's. In turn: W unconstrained near D (one eigendecomposition of
-    ``A = X Xᵀ + λI`` serves every ρ), D the projection of ``W + V / ρ`` on the pattern, V the dual. Columns are scaled to
-    a unit diagonal of A first. Every third iteration ρ grows by 1.3, 1.2 or 1.1, the faster the more of the mask still
-    moves, until nothing of it does (the paper's schedule). Conjugate gradients end it on the mask, as in `least_squares`.
+    E is the difference to the least-squares weight on the dense stream, ``A = X Xᵀ + λI`` the Gram matrix of the layer's
+    inputs and G the sensitivity of the features a few operations later to the layer's outputs (the identity in the paper):
+    the two factors of the curvature, after K-FAC. In turn: W unconstrained near D (one eigendecomposition of each factor
+    serves every ρ), D the projection of ``W + V / ρ`` on the pattern, V the dual. Rows and columns are scaled to unit
+    diagonals first. Every third iteration ρ grows by 1.3, 1.2 or 1.1, the faster the more of the mask still moves, until
+    nothing of it does and W is near D (the paper's schedule). Conjugate gradients end it on the mask, as in `least_squares`.
 
     Args:
-        weight: the dense weight W₀.
-        statistics: of the layer's inputs.
+        weight: the dense weight.
+        statistics: of the layer's inputs, and their sensitivity.
         pattern: which weights may stay.
-        damping: λ relative to the Gram's mean diagonal.
+        damping: λ relative to the mean diagonal of A.
+        smoothing: what is added to the diagonal of G, relative to its mean.
         penalty: the first ρ.
         max_iterations: an upper bound; 30 to 60 are usual.
     """
-    gram, right = statistics.gram, ridge(weight, statistics, damping)
-    A = damped(gram, damping)  # (groups, in, in), float64
-    scale = A.diagonal(dim1=-2, dim2=-1).sqrt().unsqueeze(-2)  # (groups, 1, in)
-    eigenvalues, Q = (x.to(weight.dtype) for x in torch.linalg.eigh(A / scale / scale.transpose(-1, -2)))
-    eigenvalues, scale = eigenvalues.unsqueeze(-2), scale.to(weight.dtype)
-    W = rows(weight).reshape(right.shape) * scale  # (groups, out / groups, in)
-    target = (right / scale) @ Q
+    gram, right = statistics.gram, ridge(weight, statistics, damping)  # (groups, in, in), (groups, out / groups, in)
+    columns, a, Q = _modes(damped(gram, damping), weight.dtype)
+    lines, g, U = _modes(damped(statistics.sensitivity, smoothing), weight.dtype)
+    scale = columns.unsqueeze(-2) * lines.unsqueeze(-1)
+    curvature = g.unsqueeze(-1) * a.unsqueeze(-2)
+    target = g.unsqueeze(-1) * (U.mT @ (right * lines.unsqueeze(-1) / columns.unsqueeze(-2)) @ Q)
 
     def mask_of(scores: Tensor) -> Tensor:
         return rows(pattern.mask(unrows(scores.abs().flatten(0, 1), weight.shape))).view_as(scores)
 
+    W = rows(weight).reshape(right.shape) * scale
     mask = settled = mask_of(W)
     D, V, rho = W * mask, torch.zeros_like(W), penalty
     kept = int(mask.sum())
     for iteration in range(1, max_iterations + 1):
-        X = ((target + (rho * D - V) @ Q) / (eigenvalues + rho)) @ Q.transpose(-1, -2)
+        X = U @ ((target + U.mT @ (rho * D - V) @ Q) / (curvature + rho)) @ Q.mT
         shifted = X + V / rho
         mask = mask_of(shifted)
         D = shifted * mask
         V += rho * (X - D)
         if iteration % 3 == 0:
             moved = int((mask & ~settled).sum())
-            if moved == 0:
+            if moved == 0 and (X - D).norm() <= 0.1 * D.norm():
                 break
             settled = mask
             rho *= 1.3 if moved >= 0.1 * kept else 1.2 if moved >= 0.005 * kept else 1.1
     solution = batched_cg(gram, right, mask, damping=damping)
     return MaskedWeight(*(unrows(x.flatten(0, 1), weight.shape) for x in (solution, mask)))
+
+
+def _modes(matrices: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """The square root of each matrix's diagonal, and eigenvalues and -vectors of the matrix scaled to a unit diagonal."""
+    scale = matrices.diagonal(dim1=-2, dim2=-1).sqrt()
+    values, vectors = torch.linalg.eigh(matrices / scale.unsqueeze(-1) / scale.unsqueeze(-2))
+    return scale.to(dtype), values.to(dtype), vectors.to(dtype)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from typing import Protocol
 
@@ -19,10 +19,16 @@ class LayerStatistics:
     Args:
         sparse: the layer's calls on the pruned network's stream, one a batch.
         dense: the same calls on the dense network's stream.
+        sensitivity: makes what `sensitivity` returns.
     """
 
-    def __init__(self, sparse: Sequence[Call], dense: Sequence[Call]) -> None:
-        self._sparse, self._dense = sparse, dense
+    def __init__(self, sparse: Sequence[Call], dense: Sequence[Call], sensitivity: Callable[[], Tensor]) -> None:
+        self._sparse, self._dense, self._sensitivity = sparse, dense, sensitivity
+
+    @cached_property
+    def sensitivity(self) -> Tensor:
+        """(groups, out / groups, out / groups): second moment of what the horizon's loss feels of the layer's outputs."""
+        return self._sensitivity()
 
     def rows(self) -> Iterator[Tensor]:
         """The input rows on the pruned stream, some at a time: (groups, positions, in)."""
