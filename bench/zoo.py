@@ -29,9 +29,9 @@ from snows.evaluation import evaluate, logits_of
 METHODS = {
     "magnitude": dict(select=snows.magnitude, solver=None),
     "SparseGPT": dict(select=snows.sparsegpt, solver=None),
-    "K = 0, SparseGPT's masks": dict(select=partial(snows.least_squares, select=snows.sparsegpt), solver=None),
-    "K = 0, ALPS's masks": dict(select=snows.alps, solver=None),
-    "snows, SparseGPT's masks": dict(select=partial(snows.least_squares, select=snows.sparsegpt)),
+    "K = 0 on SparseGPT's masks": dict(select=partial(snows.least_squares, select=snows.sparsegpt), solver=None),
+    "K = 0 on ALPS's masks": dict(select=snows.alps, solver=None),
+    "snows on SparseGPT's masks": dict(select=partial(snows.least_squares, select=snows.sparsegpt)),
     "snows": {},
 }
 
