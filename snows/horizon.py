@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from snows.network import Call, Finished, Inputs, Plan, Stream, Watch, learn_order, output_tensors, plain_forward
+from snows.network import Call, Finished, Inputs, Plan, Stream, Watch, arguments, learn_order, output_tensors, plain_forward
 
 OPERATIONS = {
     F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d, F.linear, F.bilinear,
@@ -261,8 +261,7 @@ def _convolution_backward(g: Tensor, x: Tensor, weight: Tensor, settings: Any, b
 
 def _convolution(args: Any, kwargs: Any) -> Tensor:
     """``F.conv2d`` through the function that differentiates by what needs it, input or weight."""
-    names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
-    bound = {"bias": None, "stride": 1, "padding": 0, "dilation": 1, "groups": 1} | dict(zip(names, args, strict=False)) | kwargs
+    bound: dict[str, Any] = {"bias": None, "stride": 1, "padding": 0, "dilation": 1, "groups": 1} | (arguments(F.conv2d, args, kwargs) or {})
     x, weight, bias = bound["input"], bound["weight"], bound["bias"]
     if isinstance(bound["padding"], str) or x.ndim != 4 or (x.requires_grad and weight.requires_grad):
         return F.conv2d(*args, **kwargs)

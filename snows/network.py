@@ -215,18 +215,16 @@ class Call:
     settings: dict[str, Any]
 
 
-def _read_call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor, dict[str, Any]] | None:
-    """(input, weight, settings) of a call of ``F.linear`` or ``F.conv2d``; None for any other."""
-    if func is F.linear:
-        names: tuple[str, ...] = ("input", "weight", "bias")
-    elif func is F.conv2d:
-        names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
-    else:
-        return None
-    bound = dict(zip(names, args, strict=False)) | kwargs
-    x, weight = bound.pop("input"), bound.pop("weight")
-    bound.pop("bias", None)
-    return x, weight, bound | {"kernel": tuple(weight.shape[2:])}
+_ARGUMENTS = {
+    F.linear: ("input", "weight", "bias"),
+    F.conv2d: ("input", "weight", "bias", "stride", "padding", "dilation", "groups"),
+}
+
+
+def arguments(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any] | None:
+    """The arguments of a call of ``F.linear`` or ``F.conv2d`` by name; None for any other function."""
+    names = _ARGUMENTS.get(func)
+    return dict(zip(names, args, strict=False)) | kwargs if names is not None else None
 
 
 class Finished(Exception):  # noqa: N818 - not an error
@@ -242,9 +240,11 @@ class Watch(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        call = _read_call(func, args, kwargs)
-        if call is not None and (name := self.names.get(id(call[1]))) is not None:
-            return self.layer(name, Call(func, call[0], call[2]), func, args, kwargs)
+        bound = arguments(func, args, kwargs)
+        if bound is not None and (name := self.names.get(id(bound["weight"]))) is not None:
+            settings = {key: value for key, value in bound.items() if key not in ("input", "weight", "bias")}
+            settings["kernel"] = tuple(bound["weight"].shape[2:])
+            return self.layer(name, Call(func, bound["input"], settings), func, args, kwargs)
         return self.other(func, args, kwargs)
 
     def layer(self, name: str, call: Call, func: Any, args: Any, kwargs: Any) -> Any:

@@ -8,11 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 def dense_hessian(f: Callable[[Tensor], Tensor], at: Tensor) -> Tensor:
     """The (n, n) Hessian of a scalar function, by PyTorch's functional API, entry by entry of the gradient."""
-    return torch.autograd.functional.hessian(f, at).reshape(at.numel(), at.numel())
+    with sdpa_kernel(SDPBackend.MATH):  # attention's fused kernels have no second derivative
+        return torch.autograd.functional.hessian(f, at).reshape(at.numel(), at.numel())
 
 
 def dense_gauss_newton(loss: Any, at: Tensor) -> Tensor:
