@@ -6,7 +6,7 @@
 
 The network's convolutions are a subclass of Conv2d that pads itself. 93 of the pictures have accepted ImageNet classes
 (`examples/data/imagenet_stamps.json`) and judge accuracy; 320 others, drawn by a seed, judge agreement with the dense
-network and divergence from it; the rest, without mirrored twins of those, calibrate.
+network and divergence from it; 256 of the rest, without mirrored twins of those, calibrate.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from snows.evaluation import evaluate, logits_of
 
 STAMPS = Path("/usr/share/tuxpaint/stamps")
 LABELLED = Path(__file__).parent / "data" / "imagenet_stamps.json"
-JUDGED, BATCH = 320, 32
+JUDGED, CALIBRATION, BATCH = 320, 256, 32
 
 METHODS = {
     "magnitude": dict(select=snows.magnitude, solver=None),
@@ -54,7 +54,7 @@ def split(folder: Path, seed: int = 0) -> tuple[list[Path], list[Path], list[Pat
     order = np.random.default_rng(seed).permutation(len(others))
     judged = [others[i] for i in order[:JUDGED]]
     seen = {plain_name(p) for p in [*labelled, *judged]}
-    return labelled, judged, [others[i] for i in order[JUDGED:] if plain_name(others[i]) not in seen]
+    return labelled, judged, [others[i] for i in order[JUDGED:] if plain_name(others[i]) not in seen][:CALIBRATION]
 
 
 def plain_name(path: Path) -> tuple[Path, str]:

@@ -396,11 +396,16 @@ class _Record:
 
 @dataclass
 class Plan:
-    """What all streams through one network share: its order, and which outputs are changed in place after they are returned."""
+    """What all streams through one network share: its order, and which outputs are changed in place after they are returned.
+
+    Attributes:
+        reached: layers that a stream has reached, so that all changes on the way there are known.
+    """
 
     net: nn.Module
     order: Order
     changed: set[tuple[str, int]] = field(default_factory=set)
+    reached: set[str] = field(default_factory=set)
 
 
 class Stream:
@@ -425,7 +430,7 @@ class Stream:
         while True:
             record = _Record(self.plan.changed)
             watch = _UntilLayer(self.plan.net, layer)
-            with torch.no_grad(), plain_forward(), self.answering(copies=True), \
+            with torch.no_grad(), plain_forward(), self.answering(copies=layer not in self.plan.reached), \
                     _listening(self.plan.net, record.enter, record.leave), watch, suppress(Finished):
                 self.plan.net(*self.inputs.args, **self.inputs.kwargs)
             if watch.call is None:
@@ -434,6 +439,7 @@ class Stream:
             if not changed:
                 break
             self.plan.changed |= changed  # seen once for all batches: remember a copy of these
+        self.plan.reached.add(layer)
         alive = self.plan.order.start[layer]
         self.memory = defaultdict(list)
         for name, output in record.done():

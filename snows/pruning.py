@@ -244,7 +244,7 @@ def recalibrate_statistics(sparse: nn.Module, dense: nn.Module, inputs: Sequence
     def set_statistics(name: str, before: _Moments, after: _Moments) -> None:
         mean, var = origin[name]
         own[name].running_mean.copy_(mean + after.mean - before.mean)  # type: ignore[union-attr]
-        own[name].running_var.copy_(var * after.var / before.var.clamp_min(1e-30))  # type: ignore[union-attr]
+        own[name].running_var.copy_(var * (after.var + own[name].eps) / (before.var + own[name].eps))  # type: ignore[union-attr]
 
     def watch_dense(name: str, module: nn.Module, args: tuple[Tensor, ...]) -> None:
         seen[name].append(_Moments.of(args[0]))
@@ -282,7 +282,7 @@ class _Moments:
         """Of a BatchNorm's input, (B, C, ...)."""
         moments = cls()
         _, mean, scale = torch.native_batch_norm(x.detach(), None, None, None, None, True, 0.0, 0.0)
-        var = scale.square().reciprocal()
+        var = torch.where(scale > 0, scale.square().reciprocal(), 0)  # a constant channel has a scale of zero
         moments.count, moments.mean = x.numel() // x.shape[1], mean.double()
         moments.square = var.double() + moments.mean.square()
         return moments

@@ -157,6 +157,16 @@ def test_recalibration_moves_statistics_by_what_pruning_moved():
     assert not moved[1].training
 
 
+def test_recalibration_of_a_channel_that_is_dead():
+    dense = settle(nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3)))
+    with torch.no_grad():
+        dense[0].weight[1] = 0
+    sparse = copy.deepcopy(dense)
+    recalibrate_statistics(sparse, dense, [network.as_inputs(torch.randn(4, 2, 6, 6))])
+    assert sparse[1].running_var[1].item() == pytest.approx(dense[1].running_var[1].item(), rel=1e-6)
+    assert sparse[1].running_mean[1].item() == pytest.approx(dense[1].running_mean[1].item(), abs=1e-6)
+
+
 # ---------------------------------------------------------------- runs on disk
 
 
