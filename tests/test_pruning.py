@@ -16,6 +16,7 @@ import snows
 from snows import NM, Newton, Unstructured, network, zoo
 from snows.demo import calibration
 from snows.evaluation import evaluate, logits_of
+from snows.horizon import Horizon
 from snows.pruning import recalibrate_statistics
 from snows.sparsity import rows
 
@@ -126,6 +127,26 @@ def test_the_zoos_network_keeps_its_function_better_than_masks_and_least_squares
     default = divergence()
     print(masks, squares, newton, default)
     assert default < 0.8 * newton < 0.9 * squares < 0.5 * masks
+
+
+def test_the_settings_of_the_published_method():
+    """README's row: one step a batch, local unscaled targets; each layer's loss is that of its own unpruned weight."""
+    net, batches = small()
+    solver = Newton(gradient="batch", preconditioner="none", max_iterations=10)
+    sparse, report = snows.prune(net, batches, NM(2, 4), select=snows.magnitude, targets="local", scaling="none", solver=solver, progress=False)
+    done = [x for x in report.layers if not x.reason]
+    assert all(x.steps == 3 for x in done)  # three batches, the fourth is held back
+    after, before = loss_of(report)
+    assert after < 0.8 * before
+    first = done[0].name
+    stream = [network.as_inputs(batches[-1])]
+    horizon = Horizon(net, first, 5, stream[0])
+    own, masked = net.get_submodule(first).weight.detach(), net.get_submodule(first).weight.detach()
+    masked = masked * NM(2, 4).mask(masked.abs())
+    here = horizon.stream(stream[0])
+    with torch.no_grad():
+        pairs = zip(horizon.outputs(masked, here), horizon.outputs(own, here), strict=True)
+        assert done[0].before == pytest.approx(sum((a - b).square().mean().item() for a, b in pairs), rel=1e-4)
 
 
 def test_the_same_seed_gives_the_same_bits():
