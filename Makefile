@@ -1,11 +1,14 @@
-# make demo | test | bench: each sets up .venv by itself on a fresh machine and needs nothing but packages.
+# make demo | test | bench | ablations: each sets up .venv by itself on a fresh machine and needs nothing but packages.
 
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/cpu/*)
 
-.PHONY: demo test check bench clean
+VARY := horizon=0,3,10,end targets=local scaling=none preconditioner=kronecker,none samples=256,512,3000 batch=64,256 \
+  passes=2 max_iterations=3,10 gradient=batch curvature=hessian
+
+.PHONY: demo test check bench ablations clean
 
 demo: .venv/.base
 	@$(BIN)/snows demo
@@ -35,6 +38,11 @@ bench: .venv/.test
 
 .venv/.test: .venv/.base
 	@$(PIP) --no-build-isolation --editable '.[test]' && touch $@
+
+ablations: .venv/.test
+	@for network in resnet20 vit; do \
+	  $(BIN)/python bench/zoo.py --network $$network --split validation --seeds 1 --out bench/results/cpu/ablations-$$network.json \
+	    --patterns $$(test $$network = vit && echo 2:4 || echo 1:4) --methods snows --vary $(VARY); done
 
 clean:
 	rm -rf .venv build snows.egg-info snows/_native*.so

@@ -1,9 +1,9 @@
 """Accuracy and divergence of snows and its rivals on the zoo, over calibration seeds, the same images for all.
 
     python bench/zoo.py --network resnet20 --patterns 2:4,1:4,0.8,0.9 --out bench/results/cpu/zoo-resnet20.json
-    python bench/zoo.py --network vit --patterns 2:4 --split validation --vary horizon=0,3,5,10,end
+    python bench/zoo.py --network vit --patterns 2:4 --split validation --vary horizon=0,3,5,10,end passes=2
 
-Every method's BatchNorm statistics are corrected alike. `--vary` runs the default with one setting of `snows.prune`, of
+Every method's BatchNorm statistics are corrected alike. `--vary` adds the default with one setting of `snows.prune`, of
 `snows.Newton`, or `samples` or `batch`, at each value. `--split validation` measures on the 5,000 images kept out of
 training and calibration, read from `--data` as `examples/train_zoo.py` reads them.
 """
@@ -37,13 +37,14 @@ METHODS = {
 
 
 def variants(vary):
-    """Label -> settings, for `--vary name=value,value`."""
-    name, _, values = vary.partition("=")
+    """Label -> settings, for each `name=value,value` of `--vary`."""
     chosen = {}
-    for text in values.split(","):
-        value = json.loads(text) if text[0].isdigit() else text
-        newton = name in (f.name for f in fields(snows.Newton))
-        chosen[f"{name}={text}"] = {"solver": snows.Newton(**{name: value})} if newton else {name: value}
+    for entry in vary:
+        name, _, values = entry.partition("=")
+        for text in values.split(","):
+            value = json.loads(text) if text[0].isdigit() else text
+            newton = name in (f.name for f in fields(snows.Newton))
+            chosen[f"{name} = {text}"] = {"solver": snows.Newton(**{name: value})} if newton else {name: value}
     return chosen
 
 
@@ -61,7 +62,7 @@ def main():
     parser.add_argument("--network", default="resnet20")
     parser.add_argument("--patterns", default="2:4,1:4,0.8,0.9")
     parser.add_argument("--methods", default=",".join(METHODS))
-    parser.add_argument("--vary")
+    parser.add_argument("--vary", nargs="+", default=[])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--samples", type=int, default=SAMPLES)
     parser.add_argument("--split", choices=["test", "validation"], default="test")
@@ -76,7 +77,7 @@ def main():
     reference = [logits_of(dense, x) for x, _ in test]
     result = {"network": args.network, "split": args.split, "dense": evaluate(dense, test).top1, "samples": args.samples,
               "torch": torch.__version__, "machine": platform.machine(), "threads": args.threads, "rows": []}
-    methods = variants(args.vary) if args.vary else {name: METHODS[name] for name in args.methods.split(",")}
+    methods = {name: METHODS[name] for name in args.methods.split(",")} | variants(args.vary)
     for pattern in args.patterns.split(","):
         for method, settings in methods.items():
             settings = dict(settings)
