@@ -155,6 +155,15 @@ def reestimate(net, batches):
     net.eval()
 
 
+def summary(details):
+    """A line for each method: scores with corrected statistics, and how many times its seconds the published code takes."""
+    lines = []
+    for name, row in details.items():
+        speed = row.get("published / this, seconds")
+        lines.append({"method": name, **row["corrected"], "seconds": row["seconds"]} | ({} if speed is None else {"published takes (times)": speed}))
+    return lines
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--published", type=Path, required=True)
@@ -179,12 +188,12 @@ def main():
 
     runs = {name: partial(ours, batch, arguments) for name, batch, arguments in snows_runs(masks, args.settings)} | {"published": published.run}
     result = {"network": "resnet20", "pattern": str(PATTERN), "settings": args.settings, "images": 512, "dense": evaluate(dense, test).top1,
-              "torch": torch.__version__, "machine": platform.machine(), "threads": torch.get_num_threads(), "limit": args.limit, "rows": {}}
+              "torch": torch.__version__, "machine": platform.machine(), "threads": torch.get_num_threads(), "limit": args.limit, "details": {}}
     for repeat in range(args.repeats):
         for name, run in runs.items():
             net, seconds, counts = run()
             if repeat == 0:
-                row = result["rows"][name] = {"runs": []} | counts
+                row = result["details"][name] = {"runs": []} | counts
                 row["magnitude masks"] = all(((net.get_submodule(x).weight != 0) <= mask).all().item() for x, mask in masks.items())
                 for kind, correct in (("as pruned", lambda net: None),
                                       ("corrected", lambda net: recalibrate_statistics(net, dense, [as_inputs(x) for x in batches[256]])),
@@ -194,14 +203,15 @@ def main():
                     correct(copied)
                     scores = evaluate(copied, test, reference)
                     row[kind] = {"divergence": scores.divergence, "accuracy": scores.top1}
-            row = result["rows"][name]
+            row = result["details"][name]
             row["runs"].append([round(x, 2) for x in seconds.tolist()])
             row["seconds"], row["processor seconds"] = map(statistics.median, zip(*row["runs"], strict=True))
             print(repeat, name, row, flush=True)
-            if "published" in result["rows"]:
-                for x in result["rows"].values():
+            if "published" in result["details"]:
+                for x in result["details"].values():
                     for clock in ("seconds", "processor seconds"):
-                        x[f"published / this, {clock}"] = round(result["rows"]["published"][clock] / x[clock], 2)
+                        x[f"published / this, {clock}"] = round(result["details"]["published"][clock] / x[clock], 2)
+            result["rows"] = summary(result["details"])
             if args.out:
                 args.out.parent.mkdir(parents=True, exist_ok=True)
                 args.out.write_text(json.dumps(result, indent=1) + "\n")

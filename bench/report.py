@@ -29,7 +29,7 @@ def table(result: dict) -> str:
     for row in rows:
         groups.setdefault(tuple(str(row[x]) for x in labels), []).append(row)
     dense = result.get("dense")
-    lost = ["lost"] if isinstance(dense, float) and "accuracy" in numbers else []
+    lost = ["lost"] if isinstance(dense, float) and "accuracy" in numbers and "network" not in labels else []
     lines = ["| " + " | ".join([*labels, *lost, *numbers]) + " |", "| " + " | ".join(["---"] * len(labels) + ["---:"] * len(lost + numbers)) + " |"]
     for key, group in groups.items():
         medians = {x: statistics.median(row[x] for row in group) for x in numbers}

@@ -45,8 +45,7 @@ class _Window(Watch):
         else:
             kwargs = {**kwargs, "weight": self.weight}
         out = _convolution(args, kwargs) if func is F.conv2d else func(*args, **kwargs)
-        self.gather(out)
-        return out
+        return self.gather(out)
 
     def other(self, func: Any, args: Any, kwargs: Any) -> Any:
         if func is F.batch_norm and not _bound(args, kwargs, 5, "training", False):
@@ -60,8 +59,10 @@ class _Window(Watch):
             self.operation(out)
         return out
 
-    def gather(self, out: Tensor) -> None:
+    def gather(self, out: Tensor) -> Tensor:
+        """Note an output, and return what the network goes on with."""
         self.outputs.append(out)
+        return out
 
     def operation(self, out: Any) -> None:
         raise NotImplementedError
@@ -75,13 +76,16 @@ class _Learn(_Window):
         self.k, self.counted = k, [0]
         self.versions: list[int] = []
 
-    def gather(self, out: Tensor) -> None:
-        super().gather(out)
+    def gather(self, out: Tensor) -> Tensor:
         self.versions.append(out._version)
+        super().gather(out)
+        if len(self.outputs) > self.k:
+            raise Finished
+        return out
 
     def operation(self, out: Any) -> None:
         out = out[0] if isinstance(out, tuple) else out
-        if len(self.counted) <= self.k and out.requires_grad:
+        if out.requires_grad:
             self.counted.append(self.ordinal)
             self.gather(out)
 
@@ -93,11 +97,14 @@ class _Follow(_Window):
         super().__init__(net, layer, weight)
         self.horizon = horizon
 
-    def gather(self, out: Tensor) -> None:
-        copied = self.ordinal in self.horizon.changed
-        super().gather(out.clone() if copied else out)
+    def gather(self, out: Tensor) -> Tensor:
+        changed = self.ordinal in self.horizon.changed  # later, in place
+        super().gather(out.clone() if changed and self.ordinal else out)
+        if changed and not self.ordinal:  # the layer's own output stays on the path of the gradients: the network gets the copy
+            out = out.clone()
         if not self.horizon.to_end and self.ordinal == self.horizon.counted[-1]:
             raise Finished
+        return out
 
     def operation(self, out: Any) -> None:
         if self.ordinal in self.horizon.counted:
@@ -126,9 +133,11 @@ class Horizon:
         stream = sample if isinstance(sample, Stream) else self.stream(sample)
         weight = self.parameter.detach().clone().requires_grad_()
         watch = _Learn(net, layer, weight, float("inf") if k == "end" else int(k))
-        with torch.enable_grad(), _frozen(net), plain_forward(), stream.answering(copies=True), watch:
-            net(*stream.inputs.args, **stream.inputs.kwargs)
+        output = None
+        with torch.enable_grad(), _frozen(net), plain_forward(), stream.answering(copies=True), watch, suppress(Finished):
+            output = net(*stream.inputs.args, **stream.inputs.kwargs)
         self.counted = watch.counted
+        self.ends = [i for i, x in enumerate(output_tensors(output)) if x.requires_grad]  # outputs that depend on the weight
         self.changed = {o for o, x, v in zip(watch.counted, watch.outputs, watch.versions, strict=True) if x._version != v}
 
     def stream(self, inputs: Inputs) -> Stream:
@@ -150,8 +159,8 @@ class Horizon:
         with _frozen(net), plain_forward(), x.answering(), watch, suppress(Finished):
             output = net(*x.inputs.args, **x.inputs.kwargs)
         if self.to_end:
-            seen = {id(x) for x in watch.outputs}
-            watch.outputs += [x for x in output_tensors(output) if id(x) not in seen]
+            seen, tensors = {id(x) for x in watch.outputs}, output_tensors(output)
+            watch.outputs += [tensors[i] for i in self.ends if id(tensors[i]) not in seen]
         return watch.outputs
 
 

@@ -255,8 +255,12 @@ class RowBlocks(LinearOperator):
             real = self._real[part]
             block *= real[:, :, None] & real[:, None, :]
             block *= (sensitivity[part] / scale)[:, None, None]
-            block.diagonal(dim1=-2, dim2=-1).add_(torch.ones_like(block[..., 0]).masked_fill_(real, damping))
-            self._inverse[part] = torch.cholesky_inverse(torch.linalg.cholesky(block)).to(self._inverse.dtype)
+            shift = torch.ones_like(block[..., 0]).masked_fill_(real, damping)
+            factor, failed = torch.linalg.cholesky_ex(block + torch.diag_embed(shift))
+            while failed.any():  # features so extreme that float32 moments are not positive definite any more
+                shift[failed > 0] *= 10
+                factor, failed = torch.linalg.cholesky_ex(block + torch.diag_embed(shift))
+            self._inverse[part] = torch.cholesky_inverse(factor).to(self._inverse.dtype)
 
     @classmethod
     def fits(cls, mask: Tensor) -> bool:

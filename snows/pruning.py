@@ -55,8 +55,8 @@ def prune(
     Args:
         model: any module in evaluation mode, in float32 or float64; left as it was.
         batches: unlabelled calibration batches: tensors, `(images, labels)` pairs (labels ignored) or mappings of
-            keyword inputs. Read once and kept on the host. The last one (or the last eighth of it, with fewer than
-            four) is held back: each layer keeps the weight that is best there.
+            keyword inputs. Read once and kept. The last of the largest (or an eighth of the last, with fewer than four) is
+            held back: each layer keeps the weight that is best there.
         pattern: for all layers, by layer name, or a function of name and module that may return None for dense. An
             `Unstructured` given alone is one exact budget over the prunable weights. None with masks from elsewhere.
         select: a rule, masks by layer name (bool, weight.shape), or a network that is already pruned. By default
@@ -85,13 +85,13 @@ def prune(
     masks, starts = _given(model, select, pattern)
     dense, sparse = _working_copy(model), _working_copy(model)
     _check_weights(sparse)
+    device = next(sparse.parameters()).device
+    inputs = [x.to(device) for x in inputs]
     _prefer_channels_last((sparse, dense), inputs[0])
     order = network.learn_order(sparse, inputs[0])
     _check_forward(sparse, inputs, order)
     report = Report(weights=sum(p.numel() for p in model.parameters()))
     patterns = _assign(sparse, order, pattern, masks, only, report)
-    device = next(sparse.parameters()).device
-    inputs = [x.to(device) for x in inputs]
     settings = {
         "pattern": {name: str(p) for name, p in patterns.items()} if isinstance(pattern, Mapping) or callable(pattern) else str(pattern),
         "select": _name(select), "solver": str(solver), "horizon": horizon, "targets": targets, "scaling": scaling,
@@ -108,7 +108,7 @@ def prune(
         for index, (name, layer_pattern) in enumerate(patterns.items()):
             finished = run.finished(index) if run else None
             if finished is None:
-                start = MaskedWeight(starts[name], masks[name]) if masks else None
+                start = MaskedWeight(starts[name].to(device), masks[name].to(device)) if masks else None
                 masked, layer_report = walk.layer(index, name, layer_pattern, chooser, start, tell)
                 if run:
                     run.keep(index, masked, layer_report)
@@ -147,7 +147,8 @@ class _Walk:
         self.training, self.held = len(training), held is not None
         batches = [*training, *([held] if held else [])]
         self.dense_net, self.sparse_net = dense, sparse
-        plans = Plan(dense, order), Plan(sparse, order)
+        changed: set[tuple[str, int]] = set()  # one for both: what is learnt on one network holds for its twin
+        plans = Plan(dense, order, changed), Plan(sparse, order, changed)
         self.dense = [Stream(plans[0], x) for x in batches]
         self.sparse = [Stream(plans[1], x) for x in batches]
         self.masks: dict[str, Tensor] = {}
@@ -281,7 +282,7 @@ class _Moments:
     def of(cls, x: Tensor) -> _Moments:
         """Of a BatchNorm's input, (B, C, ...)."""
         moments = cls()
-        _, mean, scale = torch.native_batch_norm(x.detach(), None, None, None, None, True, 0.0, 0.0)
+        _, mean, scale = torch.native_batch_norm(x.detach().contiguous(), None, None, None, None, True, 0.0, 0.0)
         var = torch.where(scale > 0, scale.square().reciprocal(), 0)  # a constant channel has a scale of zero
         moments.count, moments.mean = x.numel() // x.shape[1], mean.double()
         moments.square = var.double() + moments.mean.square()
@@ -499,9 +500,10 @@ def _budget(net: nn.Module, patterns: Mapping[str, Pattern | None], budget: Unst
 
 
 def _hold_back(inputs: Sequence[Inputs]) -> tuple[list[Inputs], Inputs | None]:
-    """The batches to fit, and the samples to judge by: the last batch, or the last eighth of it with fewer than four."""
+    """The batches to fit, and the samples to judge by: the last of the largest batches, or an eighth of the last with fewer than four."""
     if len(inputs) >= 4:
-        return list(inputs[:-1]), inputs[-1]
+        judge = max(range(len(inputs)), key=lambda i: (len(inputs[i].tensors()[0]), i))
+        return [x for i, x in enumerate(inputs) if i != judge], inputs[judge]
     last = inputs[-1]
     size = len(last.tensors()[0])
     keep = size - max(1, size // 8)

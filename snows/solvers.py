@@ -311,11 +311,11 @@ class Newton:
             gradient = torch.zeros_like(weight)
             for i, loss in enumerate(losses):
                 if i == index % len(losses):
-                    chosen, H = loss, build(loss, weight)
-                    gradient += H.grad
+                    chosen = loss
                 else:
                     gradient += _gradient(loss, weight)
-            return _Model(H, chosen, gradient / len(losses))
+            H = build(chosen, weight)  # last, so that its graph is not kept through the others'
+            return _Model(H, chosen, (gradient + H.grad) / len(losses))
 
         def single(loss: Loss, weight: Tensor) -> _Model:
             H = build(loss, weight)

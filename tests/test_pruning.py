@@ -17,7 +17,7 @@ from snows import NM, Newton, Unstructured, network, zoo
 from snows.demo import calibration
 from snows.evaluation import evaluate, logits_of
 from snows.horizon import Horizon
-from snows.pruning import recalibrate_statistics
+from snows.pruning import _hold_back, recalibrate_statistics
 from snows.sparsity import rows
 
 quiet = partial(snows.prune, select=snows.magnitude, progress=False, horizon=4, solver=Newton(max_iterations=4))
@@ -149,6 +149,29 @@ def test_the_settings_of_the_published_method():
         assert done[0].before == pytest.approx(sum((a - b).square().mean().item() for a, b in pairs), rel=1e-4)
 
 
+def test_the_last_of_the_largest_batches_is_held_back():
+    sizes = [8, 8, 8, 8, 1]
+    training, held = _hold_back([network.as_inputs(torch.full((n, 2), float(i))) for i, n in enumerate(sizes)])
+    assert held.args[0].tolist() == [[3.0, 3.0]] * 8
+    assert [x.args[0][0, 0].item() for x in training] == [0, 1, 2, 4]
+
+
+def test_an_output_that_does_not_depend_on_the_layer_is_not_matched():
+    class Features(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second, self.third = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 4)
+
+        def forward(self, x):
+            features = self.first(x).tanh()
+            return {"features": features, "logits": self.third(self.second(features).tanh())}
+
+    _, report = quiet(settle(Features()), [torch.randn(16, 8) for _ in range(4)], NM(2, 4), horizon="end")
+    (done,) = [x for x in report.layers if not x.reason]
+    assert done.name == "second"
+    assert done.after < 0.9 * done.before
+
+
 def test_the_same_seed_gives_the_same_bits():
     net, batches = small()
     a, _ = quiet(net, batches, NM(2, 4), seed=3)
@@ -191,7 +214,8 @@ def test_recalibration_of_a_channel_that_is_dead():
 # ---------------------------------------------------------------- runs on disk
 
 
-def test_a_run_that_was_stopped_goes_on_and_ends_with_the_same_bits(tmp_path):
+@pytest.mark.parametrize("damaged", [False, True], ids=["whole files", "half a file"])
+def test_a_run_that_was_stopped_goes_on_and_ends_with_the_same_bits(tmp_path, damaged):
     net, batches = small()
     whole, _ = quiet(net, batches, NM(2, 4), out=tmp_path / "whole")
 
@@ -211,7 +235,8 @@ def test_a_run_that_was_stopped_goes_on_and_ends_with_the_same_bits(tmp_path):
     with pytest.raises(StopError):
         quiet(net, batches, NM(2, 4), out=tmp_path / "part", select=only_twice)
     assert len(list((tmp_path / "part" / "layers").iterdir())) == 2
-    (tmp_path / "part" / "layers" / "0001.safetensors").write_bytes(b"half a file")
+    if damaged:
+        (tmp_path / "part" / "layers" / "0001.safetensors").write_bytes(b"half a file")
     resumed, report = quiet(net, batches, NM(2, 4), out=tmp_path / "part", resume=True)
     assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), resumed.state_dict().values(), strict=True))
     assert (tmp_path / "part" / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
