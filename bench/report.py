@@ -46,8 +46,11 @@ def main() -> None:
     for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
         text = page.read_text()
 
-        def fill(match: re.Match[str]) -> str:
+        def fill(match: re.Match[str], page: Path = page) -> str:
             name = match[1]
+            if not (RESULTS / f"{name}.json").is_file():
+                print(f"{page.relative_to(ROOT)}: no {name}.json; its table stays as it is")
+                return match[0]
             return f"<!-- {name} -->\n{table(json.loads((RESULTS / f'{name}.json').read_text()))}\n<!-- /{name} -->"
 
         filled = re.sub(r"<!-- ([\w/.-]+) -->\n.*?<!-- /\1 -->", fill, text, flags=re.DOTALL)
