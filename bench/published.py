@@ -52,7 +52,7 @@ def clocks():
     return torch.tensor([time.perf_counter(), time.process_time()], dtype=torch.float64)
 
 
-def in_block(name, module):
+def in_block(name, _):
     return name.startswith("layer") and name.endswith(("conv1", "conv2"))
 
 
