@@ -2,7 +2,7 @@
 
     python bench/preconditioner.py --network resnet20 --pattern 1:4 --out bench/results/cpu/preconditioner-resnet20-1-4.json
 
-The system is the first Newton step's: Gauss-Newton of the horizon (K = 5) at ALPS's weights on one batch, damped by
+The system is the first Newton step's: Gauss-Newton of the horizon (K = 3) at ALPS's weights on one batch, damped by
 1e-3 of the curvature's mean. Iterations are counted to an unpreconditioned relative residual of 1e-2, at most 200; beside
 them the share of the loss that the quadratic model has lost after 5 iterations.
 """
@@ -19,7 +19,7 @@ import torch
 
 from snows import alps, network, parse_pattern, zoo
 from snows.demo import calibration
-from snows.horizon import Horizon, Reconstruction
+from snows.horizon import Horizon, Metric, Reconstruction
 from snows.operators import Factors, GaussNewton, Kronecker, Restricted, RowBlocks, trace
 from snows.selectors import LayerStatistics
 from snows.solvers import cg
@@ -30,12 +30,14 @@ def layer_counts(net, layer, streams, pattern, damping=1e-3):
     weight = net.get_submodule(layer).weight.detach().clone()
     if not pattern.fits(weight.shape):
         return None
-    horizon = Horizon(net, layer, 5, streams[0])
+    horizon, whole = Horizon(net, layer, 3, streams[0]), Horizon(net, layer, "end", streams[0])
+    generator = torch.Generator().manual_seed(0)
+    gradients = whole.gradients(weight, streams[-1], len(horizon.counted), generator)
+    metrics = [Metric.felt(g, channel, generator) for g, channel in zip(gradients, horizon.channels, strict=True)]
     with torch.no_grad():
         targets = horizon.outputs(weight, streams[0])
-    loss = Reconstruction(horizon, streams[0], targets)
-    generator = torch.Generator().manual_seed(0)
-    statistics_ = LayerStatistics(calls, calls, lambda: loss.output_factor(weight, 1, generator))
+    loss = Reconstruction(horizon, streams[0], targets, metrics)
+    statistics_ = LayerStatistics(calls, calls, lambda: (gradients[0].T @ gradients[0]).unsqueeze(0))
     masked = alps(weight, statistics_, pattern)
     factors = Factors(statistics_.gram, statistics_.sensitivity)
     H = GaussNewton(loss, masked.weight)

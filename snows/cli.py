@@ -71,11 +71,11 @@ def prune(
     weights: WeightsOption = None,
     select: Annotated[str, typer.Option(help=", ".join(RULES))] = "alps",
     masks: Annotated[Path | None, typer.Option(help="safetensors of boolean masks by layer, instead of --select")] = None,
-    horizon: Annotated[str, typer.Option(help='operations matched after each layer, or "end"')] = "5",
+    horizon: Annotated[str, typer.Option(help='operations matched after each layer, or "end"')] = "3",
     samples: Annotated[int, typer.Option(help="calibration images")] = 1024,
     batch_size: Annotated[int, typer.Option(help="images a batch")] = 128,
     targets: Annotated[str, typer.Option(help="dense or local")] = "dense",
-    scaling: Annotated[str, typer.Option(help="variance or none")] = "variance",
+    scaling: Annotated[str, typer.Option(help="output, variance or none")] = "output",
     passes: Annotated[int, typer.Option(help="over the calibration images, at most")] = 1,
     iterations: Annotated[int, typer.Option(help="conjugate-gradient iterations a step, at most")] = snows.Newton().max_iterations,
     cap: Annotated[float, typer.Option(help="largest share a layer may lose under a sparsity budget")] = 0.95,
@@ -92,7 +92,7 @@ def prune(
         raise ValueError(f"--select: expected one of {', '.join(RULES)}, got {select!r}")
     if not (horizon == "end" or horizon.isdigit()):
         raise ValueError(f'--horizon: expected a number or "end", got {horizon!r}')
-    for name, value, allowed in (("targets", targets, ("dense", "local")), ("scaling", scaling, ("variance", "none"))):
+    for name, value, allowed in (("targets", targets, ("dense", "local")), ("scaling", scaling, ("output", "variance", "none"))):
         if value not in allowed:
             raise ValueError(f"--{name}: expected {' or '.join(allowed)}, got {value!r}")
     if samples < 1 or batch_size < 1:
@@ -111,7 +111,7 @@ def prune(
     try:
         _, report = snows.prune(
             net, batches, chosen, select=rule, solver=solver, horizon="end" if horizon == "end" else int(horizon),
-            targets=cast(Literal["dense", "local"], targets), scaling=cast(Literal["variance", "none"], scaling), cap=cap,
+            targets=cast(Literal["dense", "local"], targets), scaling=cast(Literal["output", "variance", "none"], scaling), cap=cap,
             recalibrate=recalibrate, out=out, resume=resume, seed=seed, progress=err_console.is_terminal,
         )
     except KeyboardInterrupt:

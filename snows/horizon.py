@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,12 @@ OPERATIONS = {
 }  # fmt: skip
 
 
+CHANNELS_SECOND = {
+    F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d, F.batch_norm, F.group_norm, F.instance_norm,
+}  # fmt: skip
+CHANNELS_LAST = {F.linear, F.bilinear, F.layer_norm, F.rms_norm, F.scaled_dot_product_attention, F.multi_head_attention_forward}
+
+
 class _Window(Watch):
     """Puts a weight in place of the layer's own and gathers the operations after it."""
 
@@ -36,6 +42,7 @@ class _Window(Watch):
         self.target, self.weight = layer, weight
         self.outputs: list[Tensor] = []
         self.ordinal = 0  # operations called since the layer ran
+        self.channel = 1 if weight.ndim == 4 else -1  # where the last function that has channels keeps them
 
     def layer(self, name: str, call: Call, func: Any, args: Any, kwargs: Any) -> Any:
         if name != self.target:
@@ -54,9 +61,11 @@ class _Window(Watch):
             out = _convolution(args, kwargs)
         else:
             out = func(*args, **kwargs)
-        if self.outputs and func in OPERATIONS:
-            self.ordinal += 1
-            self.operation(out)
+        if self.outputs:
+            self.channel = 1 if func in CHANNELS_SECOND else -1 if func in CHANNELS_LAST else self.channel
+            if func in OPERATIONS:
+                self.ordinal += 1
+                self.operation(out)
         return out
 
     def gather(self, out: Tensor) -> Tensor:
@@ -75,9 +84,11 @@ class _Learn(_Window):
         super().__init__(net, layer, weight)
         self.k, self.counted = k, [0]
         self.versions: list[int] = []
+        self.channels: list[int] = []
 
     def gather(self, out: Tensor) -> Tensor:
         self.versions.append(out._version)
+        self.channels.append(self.channel if self.channel < out.ndim else -1)
         super().gather(out)
         if len(self.outputs) > self.k:
             raise Finished
@@ -136,8 +147,10 @@ class Horizon:
         output = None
         with torch.enable_grad(), _frozen(net), plain_forward(), stream.answering(copies=True), watch, suppress(Finished):
             output = net(*stream.inputs.args, **stream.inputs.kwargs)
-        self.counted = watch.counted
+        self.counted, self.channels = watch.counted, watch.channels
         self.ends = [i for i, x in enumerate(output_tensors(output)) if x.requires_grad]  # outputs that depend on the weight
+        if self.to_end:
+            self.channels += [watch.channel if watch.channel < output_tensors(output)[i].ndim else -1 for i in self.ends]
         self.changed = {o for o, x, v in zip(watch.counted, watch.outputs, watch.versions, strict=True) if x._version != v}
 
     def stream(self, inputs: Inputs) -> Stream:
@@ -153,15 +166,47 @@ class Horizon:
             weight: the layer's shape; gradients flow to it alone.
             x: a stream advanced to the layer, through this network or through another copy of it.
         """
+        return _joined(*self._run(weight, x))
+
+    def gradients(self, weight: Tensor, x: Stream, count: int | None = None,
+                  generator: torch.Generator | None = None) -> list[Tensor]:
+        """How the network's output feels the first `count` of `outputs`: one backward pass, for a horizon that reaches the end.
+
+        With Gaussian noise in place of the output's error, divided so that a mismatch e at one position, ``Σ (gᵀ e)²`` over all
+        rows g, is in the mean the part of the output's variance that it makes up, where positions err independently.
+
+        Args:
+            weight: where.
+            x: a stream advanced to the layer.
+            count: how many, the layer's own the first; all without it.
+            generator: source of the noise, on the CPU.
+
+        Returns:
+            One (images and positions, channels) each; empty if no output depends on the weight.
+        """
+        with torch.enable_grad():
+            operations, ends = self._run(weight.detach().clone().requires_grad_(), x)
+            if not ends:
+                return []
+            noise = [torch.randn(y.shape, generator=generator, dtype=y.dtype).to(y.device) / (y.numel() * _variance(y.detach())) ** 0.5
+                     for y in ends]
+            found = torch.autograd.grad(ends, _joined(operations, ends)[:count], noise, materialize_grads=True)
+        return [g.movedim(channel, -1).flatten(0, -2) for g, channel in zip(found, self.channels, strict=False)]
+
+    def _run(self, weight: Tensor, x: Stream) -> tuple[list[Tensor], list[Tensor]]:
+        """The operations' outputs, and those of the network that depend on the weight if the horizon reaches them."""
         net = x.plan.net
         watch = _Follow(net, self.name, weight, self)
         output = None
         with _frozen(net), plain_forward(), x.answering(), watch, suppress(Finished):
             output = net(*x.inputs.args, **x.inputs.kwargs)
-        if self.to_end:
-            seen, tensors = {id(x) for x in watch.outputs}, output_tensors(output)
-            watch.outputs += [tensors[i] for i in self.ends if id(tensors[i]) not in seen]
-        return watch.outputs
+        tensors = output_tensors(output) if self.to_end else []
+        return watch.outputs, [tensors[i] for i in self.ends] if tensors else []
+
+
+def _joined(operations: list[Tensor], ends: list[Tensor]) -> list[Tensor]:
+    seen = {id(x) for x in operations}
+    return operations + [x for x in ends if id(x) not in seen]
 
 
 class _frozen:  # noqa: N801 - reads as a verb where it is used
@@ -279,51 +324,87 @@ def _convolution(args: Any, kwargs: Any) -> Tensor:
     return out if bias is None else out + bias.view(-1, 1, 1)
 
 
-class Reconstruction:
-    """One batch's loss: the mismatch of a horizon with its targets, each term divided by its target's variance.
+class Metric(NamedTuple):
+    """How the mismatch e of one operation's output is measured: ``floor ‖e‖² + ‖e basis‖²`` at each position.
 
-    ``Σ_k mean((f_k(W) - y_k)²) / var(y_k)``, so that every operation weighs alike whatever its scale and size.
+    Attributes:
+        floor: the weight of every direction alike.
+        basis: (channels, rank), directions that weigh more; None for none.
+        channel: the dimension of an output that holds its channels; all others are positions.
+    """
+
+    floor: float
+    basis: Tensor | None = None
+    channel: int = -1
+
+    @classmethod
+    def plain(cls, y: Tensor, scaling: Literal["variance", "none"] = "variance") -> Metric:
+        """The mean over all elements, divided by the variance of the target `y`, or, as the published code has it, not."""
+        return cls(1.0 / (y.shape[-1] * (_variance(y) if scaling == "variance" else 1.0)))
+
+    @classmethod
+    def felt(cls, gradients: Tensor, channel: int, generator: torch.Generator | None = None, *, smoothing: float = 0.1,
+             rank: int = 64) -> Metric:
+        """By ``G = Σ g gᵀ`` over rows g, with its eigenvalues below the mean replaced by theirs.
+
+        The larger ones by subspace iteration (Halko et al. 2011), so that a wide layer's G is never decomposed.
+
+        Args:
+            gradients: (positions, channels), as `Horizon.gradients` gives them.
+            channel: the dimension of an output that holds its channels.
+            generator: source of the first subspace, on the CPU.
+            smoothing: added to every eigenvalue, relative to their mean.
+            rank: the most directions kept.
+        """
+        width = gradients.shape[1]
+        trace = gradients.square().sum().item()
+        mean = trace / width
+        gram = gradients.T @ gradients if width <= len(gradients) else None
+        Q = torch.randn(width, min(rank, width), generator=generator, dtype=gradients.dtype).to(gradients.device)
+        for _ in range(5):
+            product = gram @ Q if gram is not None else gradients.T @ (gradients @ Q)
+            last, Q = Q, torch.linalg.qr(product).Q
+        values, vectors = torch.linalg.eigh(last.T @ product)
+        keep = values > mean
+        rest = max(trace - values[keep].sum().item(), 0.0) / max(width - int(keep.sum()), 1)
+        return cls(rest + smoothing * mean, last @ vectors[:, keep] * (values[keep] - rest).sqrt(), channel)
+
+
+class Reconstruction:
+    """One batch's loss: the mismatch of a horizon with its targets, summed over its terms.
+
+    Each is the mean over images and positions of its metric. Without metrics that is
+    ``Σ_k mean((f_k(W) - y_k)²) / var(y_k)``: every operation weighs alike whatever its scale and size.
 
     Args:
         horizon: f.
         x: the batch's stream, advanced to the layer.
         targets: y, as `Horizon.outputs` gives them.
-        variances: one a target, measured on these targets unless given; ones leave the terms as they are, as the
-            published code does.
+        metrics: one a target.
     """
 
-    def __init__(self, horizon: Horizon, x: Stream, targets: Sequence[Tensor], variances: Sequence[float] | None = None) -> None:
+    def __init__(self, horizon: Horizon, x: Stream, targets: Sequence[Tensor], metrics: Sequence[Metric] | None = None) -> None:
         self.horizon, self.x, self.targets = horizon, x, list(targets)
-        self.variances = list(variances) if variances is not None else [_variance(y) for y in targets]
-        self.weights = [1.0 / (y.numel() * v) for y, v in zip(self.targets, self.variances, strict=True)]
+        self.metrics = list(metrics) if metrics is not None else [Metric.plain(y) for y in targets]
+        self.weights = []  # one a residual
+        for y, metric in zip(self.targets, self.metrics, strict=True):
+            channels = y.shape[metric.channel] / y.numel()  # one over the positions
+            self.weights += [metric.floor * channels] + ([channels] if metric.basis is not None else [])
 
     def __call__(self, weight: Tensor) -> Tensor:
         total = torch.zeros((), dtype=weight.dtype, device=weight.device)
-        for f, y, scale in zip(self.horizon.outputs(weight, self.x), self.targets, self.weights, strict=True):
-            total = total + scale * F.mse_loss(f, y, reduction="sum")
+        for residual, scale in zip(self.residuals(weight), self.weights, strict=True):
+            total = total + scale * residual.square().sum()
         return total
 
     def residuals(self, weight: Tensor) -> list[Tensor]:
-        return [f - y for f, y in zip(self.horizon.outputs(weight, self.x), self.targets, strict=True)]
-
-    def output_factor(self, weight: Tensor, groups: int, generator: torch.Generator | None = None) -> Tensor:
-        """Second moment of ``∂loss/∂(layer output)`` under random residuals, per group: (groups, out, out) / groups².
-
-        One backward pass with a Gaussian vector in place of the residuals; the mean over images and positions of ``g gᵀ``.
-
-        Args:
-            weight: where.
-            groups: of the convolution.
-            generator: source of the vector, on the CPU.
-        """
-        with torch.enable_grad():
-            outputs = self.horizon.outputs(weight.detach().clone().requires_grad_(), self.x)
-            noise = [scale**0.5 * torch.randn(f.shape, generator=generator, dtype=f.dtype).to(f.device)
-                     for f, scale in zip(outputs, self.weights, strict=True)]
-            (g,) = torch.autograd.grad(outputs, outputs[0], noise)
-        channels = g.flatten(0, -2) if self.horizon.parameter.ndim == 2 else g.movedim(1, -1).flatten(0, -2)
-        grouped = channels.view(len(channels), groups, -1).transpose(0, 1)  # (groups, positions, out / groups)
-        return grouped.transpose(1, 2) @ grouped
+        residuals = []
+        for f, y, metric in zip(self.horizon.outputs(weight, self.x), self.targets, self.metrics, strict=True):
+            e = f - y
+            residuals.append(e)
+            if metric.basis is not None:
+                residuals.append(e.movedim(metric.channel, -1) @ metric.basis)
+        return residuals
 
 
 def _variance(y: Tensor) -> float:

@@ -19,7 +19,7 @@ from torch.nn.utils import prune as torch_prune
 from torch.utils._pytree import tree_map
 
 from snows import network
-from snows.horizon import Horizon, Reconstruction
+from snows.horizon import Horizon, Metric, Reconstruction
 from snows.network import Inputs, Order, Plan, Stream
 from snows.operators import Factors
 from snows.report import LayerReport, Report
@@ -39,9 +39,9 @@ def prune(
     *,
     select: Selector | Mapping[str, Tensor] | nn.Module = alps,
     solver: Newton | None = Newton(),  # noqa: B008 - frozen
-    horizon: int | Literal["end"] = 5,
+    horizon: int | Literal["end"] = 3,
     targets: Literal["dense", "local"] = "dense",
-    scaling: Literal["variance", "none"] = "variance",
+    scaling: Literal["output", "variance", "none"] = "output",
     cap: float = 0.95,
     only: Only | None = None,
     recalibrate: bool = True,
@@ -65,7 +65,9 @@ def prune(
         horizon: operations matched after each layer; "end" matches up to and with the network's output.
         targets: "dense": what the dense network computes on its own; "local": what the layer's dense weight computes
             from the pruned network's features, as published.
-        scaling: "variance" divides each matched output's mismatch by its variance; "none" does not, as published.
+        scaling: how a matched output's mismatch is measured: "output": by how strongly the network's output feels it,
+            channel by channel (one backward pass on the held-back samples a layer); "variance": divided by the variance;
+            "none": as it is, as published.
         cap: the largest share a layer may lose under an `Unstructured` budget.
         only: which layers to prune; by default all that run but the first and the last.
         recalibrate: correct the statistics of BatchNorm at the end by how far pruning moved them.
@@ -144,7 +146,8 @@ class _Walk:
                  horizon: int | Literal["end"], targets: str, scaling: str, seed: int) -> None:
         self.solver, self.horizon, self.targets, self.scaling, self.seed = solver, horizon, targets, scaling, seed
         training, held = _hold_back(inputs)
-        self.training, self.held = len(training), held is not None
+        self.training = len(training)
+        self.judge = self.training if held is not None else 0  # the batch to judge by
         batches = [*training, *([held] if held else [])]
         self.dense_net, self.sparse_net = dense, sparse
         changed: set[tuple[str, int]] = set()  # one for both: what is learnt on one network holds for its twin
@@ -164,11 +167,9 @@ class _Walk:
                 raise ValueError(f"{name}: its inputs are not finite; check the weights before it and the images")
         module: Any = self.sparse_net.get_submodule(name)
         weight = module.weight.detach().clone()
-        losses = _Losses(self, name, weight)
-        statistics = LayerStatistics(
-            calls[: self.training], dense_calls[: self.training],
-            lambda: losses.held.output_factor(weight, network.groups_of(module), generator),
-        )
+        losses = _Losses(self, name, weight, generator)
+        statistics = LayerStatistics(calls[: self.training], dense_calls[: self.training],
+                                     lambda: losses.sensitivity(network.groups_of(module)))
         masked = start if start is not None else select(weight, statistics, pattern)
         if self.solver is None:
             fit = Fit(masked, [], math.nan, math.nan)
@@ -185,34 +186,45 @@ class _Walk:
 
 
 class _Losses:
-    """One reconstruction a batch, each with its targets made when it is used and dropped after.
+    """One reconstruction a batch, each with its targets made when it is used and dropped after; all in the same metrics."""
 
-    The variances that scale the terms are those of the first batch that is asked for, so that all batches agree.
-    """
-
-    def __init__(self, walk: _Walk, layer: str, weight: Tensor) -> None:
-        self.walk, self.layer, self.weight = walk, layer, weight
-        self.variances: Sequence[float] | None = None
+    def __init__(self, walk: _Walk, layer: str, weight: Tensor, generator: torch.Generator) -> None:
+        self.walk, self.layer, self.weight, self.generator = walk, layer, weight, generator
+        self.metrics: list[Metric] | None = None
 
     @cached_property
     def horizon(self) -> Horizon:
         return Horizon(self.walk.sparse_net, self.layer, self.walk.horizon, self.walk.sparse[0])
 
     @cached_property
+    def gradients(self) -> list[Tensor]:
+        """`Horizon.gradients` of the dense network on the samples to judge by."""
+        judge = self.walk.dense[self.walk.judge]
+        whole = Horizon(self.walk.sparse_net, self.layer, "end", self.walk.sparse[0])
+        count = None if self.horizon.to_end else len(self.horizon.counted)
+        return whole.gradients(self.weight, judge, count, self.generator)
+
+    def sensitivity(self, groups: int) -> Tensor:
+        """Of the network's output to the layer's, per group: (groups, out / groups, out / groups)."""
+        rows = self.gradients[0].view(-1, groups, len(self.weight) // groups).transpose(0, 1) if self.gradients else None
+        return rows.mT @ rows if rows is not None else torch.eye(len(self.weight) // groups).to(self.weight).repeat(groups, 1, 1)
+
+    @cached_property
     def held(self) -> Reconstruction:
         """Of the samples to judge by; of the first batch where none are held back."""
-        return self.at(self.walk.training if self.walk.held else 0)
+        return self.at(self.walk.judge)
 
     def at(self, batch: int) -> Reconstruction:
         walk = self.walk
         source = walk.dense[batch] if walk.targets == "dense" else walk.sparse[batch]
         with torch.no_grad():
             targets = self.horizon.outputs(self.weight, source)
-        if walk.scaling == "none":
-            self.variances = [1.0] * len(targets)
-        loss = Reconstruction(self.horizon, walk.sparse[batch], targets, self.variances)
-        self.variances = loss.variances
-        return loss
+        if self.metrics is None and walk.scaling == "output":
+            self.metrics = [Metric.felt(g, channel, self.generator)
+                            for g, channel in zip(self.gradients, self.horizon.channels, strict=False)] or None
+        if self.metrics is None:  # the variances of the first batch that is asked for, so that all agree
+            self.metrics = [Metric.plain(y, "none" if walk.scaling == "none" else "variance") for y in targets]
+        return Reconstruction(self.horizon, walk.sparse[batch], targets, self.metrics)
 
     def __len__(self) -> int:
         return self.walk.training

@@ -8,7 +8,7 @@ from torch import nn
 from torch.func import functional_call
 
 from snows import Newton, network
-from snows.horizon import Horizon, Reconstruction
+from snows.horizon import Horizon, Metric, Reconstruction
 from snows.network import Plan, Stream, as_inputs, learn_order
 from snows.operators import GaussNewton, Hessian
 from snows.sparsity import MaskedWeight, rows
@@ -135,7 +135,7 @@ def test_the_loss_divides_each_term_by_its_targets_variance():
     assert scaled(weight).item() == pytest.approx(sum(p / v for p, v in zip(plain, variances, strict=True)), rel=1e-10)
     squares = [w * r.square().sum().item() for w, r in zip(scaled.weights, scaled.residuals(weight), strict=True)]
     assert sum(squares) == pytest.approx(scaled(weight).item(), rel=1e-12)
-    unscaled = Reconstruction(horizon, stream, targets, [1.0] * len(targets))
+    unscaled = Reconstruction(horizon, stream, targets, [Metric.plain(y, "none") for y in targets])
     assert unscaled(weight).item() == pytest.approx(sum(plain), rel=1e-10)
 
 
@@ -158,26 +158,86 @@ def test_one_newton_step_at_k_0_is_masked_least_squares_for_a_convolution(groups
 
 
 @pytest.mark.parametrize("activation", [nn.Tanh(), nn.ReLU(inplace=True)], ids=["tanh", "relu in place"])
-def test_the_output_factor_is_the_second_moment_of_the_pulled_back_noise(activation):
-    """Averaged over many draws it is Σ_positions Jᵀ J, here by the dense Jacobian of the horizon in the layer's output."""
+def test_the_gradients_second_moment_is_that_of_the_outputs_jacobian(activation):
+    """Averaged over many draws it is Σ_positions Jᵀ J / (n var), here by the dense Jacobian of the network's output."""
     net = nn.Sequential(nn.Linear(3, 4), activation, nn.Linear(4, 2)).double().eval()
     inputs = as_inputs(torch.randn(5, 3).double())
     stream = stream_to(net, inputs, "0")
     horizon = Horizon(net, "0", "end", stream)
     weight = net[0].weight.detach()
-    loss = Reconstruction(horizon, stream, [torch.randn_like(y) for y in horizon.outputs(weight, stream)])
     generator = torch.Generator().manual_seed(0)
-    draws = torch.stack([loss.output_factor(weight, 1, generator)[0] for _ in range(3000)]).mean(0)
-
-    def later(a):
-        h = activation(a.clone())
-        return torch.cat([s**0.5 * y.flatten() for s, y in zip(loss.weights, (a, h, net[2](h)), strict=True)])
-
+    draws = [horizon.gradients(weight, stream, None, generator) for _ in range(3000)]
     with torch.no_grad():
-        a = net[0](inputs.args[0])
-    J = torch.autograd.functional.jacobian(later, a).reshape(-1, 5, 4)
-    expected = torch.einsum("rpi,rpj->ij", J, J)
-    assert (draws - expected).norm() <= 0.05 * expected.norm()
+        first = net[0](inputs.args[0])
+        second = activation(first.clone())
+        output = net[2](second)
+    scale = 1 / (output.numel() * output.var(unbiased=False))
+    for k, (later, at) in enumerate([(lambda a: net[2](activation(a.clone())), first), (net[2], second), (lambda a: a, output)]):
+        J = torch.autograd.functional.jacobian(later, at).reshape(-1, *at.shape)
+        expected = scale * torch.einsum("rpi,rpj->ij", J, J)
+        found = torch.stack([d[k].T @ d[k] for d in draws]).mean(0)
+        assert (found - expected).norm() <= 0.05 * expected.norm()
+
+
+def test_outputs_of_any_layout_are_told_by_channel():
+    """A convolution, its activation, attention's heads, LayerNorm: the width of each gradient is the count of channels."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm, self.qkv, self.head = nn.Conv2d(3, 5, 3), nn.LayerNorm(5), nn.Linear(5, 18), nn.Linear(6, 4)
+
+        def forward(self, x):
+            x = self.norm(self.conv(x).relu().flatten(2).transpose(1, 2))
+            q, k, v = self.qkv(x).unflatten(-1, (3, 2, 3)).permute(2, 0, 3, 1, 4)
+            x = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+            return self.head(x.tanh())
+
+    net = Net().eval()
+    stream = stream_to(net, as_inputs(torch.randn(2, 3, 6, 6)), "conv")
+    horizon = Horizon(net, "conv", "end", stream)
+    found = horizon.gradients(net.conv.weight.detach(), stream)
+    assert [tuple(g.shape) for g in found] == [(32, 5), (32, 5), (32, 5), (32, 18), (64, 3), (32, 6), (32, 4)]
+
+
+@pytest.mark.parametrize("rows", [200, 7], ids=["more rows than channels", "fewer"])
+def test_a_metric_is_the_gram_with_its_small_eigenvalues_averaged(rows):
+    gradients = torch.randn(rows, 12).double() * torch.linspace(3, 0.1, 12).double()
+    metric = Metric.felt(gradients, 1, torch.Generator().manual_seed(0), smoothing=0.5)
+    values, vectors = torch.linalg.eigh(gradients.T @ gradients)
+    small = values <= values.mean()
+    values[small] = values[small].mean()
+    wanted = (vectors * (values + 0.5 * values.mean())) @ vectors.T
+    found = metric.floor * torch.eye(12).double() + metric.basis @ metric.basis.T
+    assert (found - wanted).norm() <= 1e-8 * wanted.norm()
+
+
+def test_a_wide_metric_finds_the_directions_that_count():
+    basis = torch.linalg.qr(torch.randn(300, 5).double()).Q
+    gradients = torch.randn(900, 5).double() @ (basis * torch.tensor([9.0, 7, 5, 4, 3])).T + 0.01 * torch.randn(900, 300).double()
+    metric = Metric.felt(gradients, -1, torch.Generator().manual_seed(0), rank=16)
+    gram = gradients.T @ gradients
+    assert metric.basis.shape == (300, 5)
+    assert torch.allclose((metric.basis @ metric.basis.T - gram).norm(), torch.tensor(0.0).double(), atol=1e-2 * gram.norm())
+
+
+def test_the_loss_measures_each_term_by_its_metric():
+    net = nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Conv2d(4, 3, 1)).double().eval()
+    stream = stream_to(net, as_inputs(torch.randn(3, 2, 6, 6).double()), "0")
+    horizon = Horizon(net, "0", "end", stream)
+    weight = torch.randn(4, 2, 3, 3).double()
+    with torch.no_grad():
+        outputs = horizon.outputs(weight, stream)
+    targets = [torch.randn_like(y) for y in outputs]
+    metrics = [Metric(0.3 + k, torch.randn(y.shape[1], 2).double(), 1) for k, y in enumerate(outputs)]
+    wanted = 0.0
+    for f, y, metric in zip(outputs, targets, metrics, strict=True):
+        G = metric.floor * torch.eye(f.shape[1]).double() + metric.basis @ metric.basis.T
+        wanted += torch.einsum("bchw,cd,bdhw->bhw", f - y, G, f - y).mean().item()
+    loss = Reconstruction(horizon, stream, targets, metrics)
+    assert loss(weight).item() == pytest.approx(wanted, rel=1e-10)
+    squares = [w * r.square().sum().item() for w, r in zip(loss.weights, loss.residuals(weight), strict=True)]
+    assert sum(squares) == pytest.approx(wanted, rel=1e-10)
 
 
 def test_a_network_is_left_as_it_was():
