@@ -132,7 +132,8 @@ def test_the_settings_of_the_published_method():
     """README's row: one step a batch, local unscaled targets; each layer's loss is that of its own unpruned weight."""
     net, batches = small()
     solver = Newton(gradient="batch", preconditioner="none", max_iterations=10)
-    _, report = snows.prune(net, batches, NM(2, 4), select=snows.magnitude, targets="local", scaling="none", solver=solver, progress=False)
+    _, report = snows.prune(net, batches, NM(2, 4), select=snows.magnitude, targets="local", scaling="none", horizon=5, solver=solver,
+                            progress=False)
     done = [x for x in report.layers if not x.reason]
     assert all(x.steps == 3 for x in done)  # three batches, the fourth is held back
     after, before = loss_of(report)
