@@ -66,7 +66,7 @@ def prune(
         targets: "dense": what the dense network computes on its own; "local": what the layer's dense weight computes
             from the pruned network's features, as published.
         scaling: how a matched output's mismatch is measured: "output": by how strongly the network's output feels it,
-            channel by channel (one backward pass on the held-back samples a layer); "variance": divided by the variance;
+            channel by channel (one backward pass on one batch a layer); "variance": divided by the variance;
             "none": as it is, as published.
         cap: the largest share a layer may lose under an `Unstructured` budget.
         only: which layers to prune; by default all that run but the first and the last.
@@ -149,6 +149,7 @@ class _Walk:
         self.training = len(training)
         self.judge = self.training if held is not None else 0  # the batch to judge by
         batches = [*training, *([held] if held else [])]
+        self.largest = max(range(len(batches)), key=lambda i: (len(batches[i].tensors()[0]), i))  # the last of them
         self.dense_net, self.sparse_net = dense, sparse
         changed: set[tuple[str, int]] = set()  # one for both: what is learnt on one network holds for its twin
         plans = Plan(dense, order, changed), Plan(sparse, order, changed)
@@ -198,11 +199,10 @@ class _Losses:
 
     @cached_property
     def gradients(self) -> list[Tensor]:
-        """`Horizon.gradients` of the dense network on the samples to judge by."""
-        judge = self.walk.dense[self.walk.judge]
+        """`Horizon.gradients` of the dense network on the largest batch."""
         whole = Horizon(self.walk.sparse_net, self.layer, "end", self.walk.sparse[0])
         count = None if self.horizon.to_end else len(self.horizon.counted)
-        return whole.gradients(self.weight, judge, count, self.generator)
+        return whole.gradients(self.weight, self.walk.dense[self.walk.largest], count, self.generator)
 
     def sensitivity(self, groups: int) -> Tensor:
         """Of the network's output to the layer's, per group: (groups, out / groups, out / groups)."""

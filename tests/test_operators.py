@@ -103,6 +103,25 @@ def test_row_blocks_invert_each_rows_block_on_its_mask(groups):
         assert not found[i, ~keep].any()
 
 
+def test_row_blocks_of_moments_that_rounding_made_indefinite_are_damped_until_they_factor():
+    """Two rows share an A whose smallest eigenvalue is -0.5 (what float32 leaves of extreme features); a third row keeps one column."""
+    Q = torch.linalg.qr(torch.randn(6, 6).double()).Q
+    A = (Q * torch.tensor([-0.5, 0.1, 1.0, 1.0, 2.0, 3.0])) @ Q.T
+    G = torch.eye(3).double()
+    mask = torch.ones(3, 6, dtype=torch.bool)
+    mask[2, 1:] = False
+    P = RowBlocks(Factors(A[None], G[None]), mask, damping=1e-3)
+    scale = A.diagonal().mean()
+    v = torch.randn(3, 6).double()
+    found = P @ v
+    shift = 1e-3
+    while torch.linalg.eigvalsh(A / scale + shift * torch.eye(6).double()).min() <= 0:
+        shift *= 10
+    block = A / scale + shift * torch.eye(6).double()
+    assert torch.allclose(found[:2], torch.linalg.solve(block, v[:2].T).T, rtol=1e-8)
+    assert found[2, 0].item() == pytest.approx((v[2, 0] / (A[0, 0] / scale + 1e-3)).item(), rel=1e-9)  # no more than it needs
+
+
 def test_trace_is_unbiased_with_an_honest_error():
     matrix = torch.randn(30, 30, dtype=torch.float64)
     matrix = matrix + matrix.T
