@@ -149,12 +149,13 @@ class _Walk:
         self.training = len(training)
         self.judge = self.training if held is not None else 0  # the batch to judge by
         batches = [*training, *([held] if held else [])]
-        self.largest = max(range(len(batches)), key=lambda i: (len(batches[i].tensors()[0]), i))  # the last of them
+        largest = max(batches, key=_size)
         self.dense_net, self.sparse_net = dense, sparse
         changed: set[tuple[str, int]] = set()  # one for both: what is learnt on one network holds for its twin
         plans = Plan(dense, order, changed), Plan(sparse, order, changed)
         self.dense = [Stream(plans[0], x) for x in batches]
         self.sparse = [Stream(plans[1], x) for x in batches]
+        self.probes = [Stream(plans[0], x) for x in _split(largest, 32)]  # small: they are followed to the network's end
         self.masks: dict[str, Tensor] = {}
 
     def layer(self, index: int, name: str, pattern: Pattern | None, select: Any, start: MaskedWeight | None,
@@ -163,6 +164,8 @@ class _Walk:
         generator = torch.Generator().manual_seed(self.seed * 100_003 + index)
         calls = [stream.advance(name) for stream in self.sparse]
         dense_calls = [stream.advance(name) for stream in self.dense]
+        for stream in self.probes:
+            stream.advance(name)
         for call in calls:
             if not call.x.sum().isfinite():  # one pass; isfinite().all() takes twenty times as long
                 raise ValueError(f"{name}: its inputs are not finite; check the weights before it and the images")
@@ -200,9 +203,10 @@ class _Losses:
     @cached_property
     def gradients(self) -> list[Tensor]:
         """`Horizon.gradients` of the dense network on the largest batch."""
-        whole = Horizon(self.walk.sparse_net, self.layer, "end", self.walk.sparse[0])
+        whole = Horizon(self.walk.sparse_net, self.layer, "end", self.walk.probes[0])
         count = None if self.horizon.to_end else len(self.horizon.counted)
-        return whole.gradients(self.weight, self.walk.dense[self.walk.largest], count, self.generator)
+        parts = [whole.gradients(self.weight, probe, count, self.generator) for probe in self.walk.probes]
+        return [torch.cat(rows) / len(parts) ** 0.5 for rows in zip(*parts, strict=True)]
 
     def sensitivity(self, groups: int) -> Tensor:
         """Of the network's output to the layer's, per group: (groups, out / groups, out / groups)."""
@@ -514,16 +518,23 @@ def _budget(net: nn.Module, patterns: Mapping[str, Pattern | None], budget: Unst
 def _hold_back(inputs: Sequence[Inputs]) -> tuple[list[Inputs], Inputs | None]:
     """The batches to fit, and the samples to judge by: the last of the largest batches, or an eighth of the last with fewer than four."""
     if len(inputs) >= 4:
-        judge = max(range(len(inputs)), key=lambda i: (len(inputs[i].tensors()[0]), i))
+        judge = max(range(len(inputs)), key=lambda i: (_size(inputs[i]), i))
         return [x for i, x in enumerate(inputs) if i != judge], inputs[judge]
-    last = inputs[-1]
-    size = len(last.tensors()[0])
-    keep = size - max(1, size // 8)
-    if keep < 1 or any(len(x) != size for x in last.tensors()):
-        return list(inputs), None
-    first, held = (Inputs(*tree_map(lambda x, s=s: x[s] if isinstance(x, Tensor) else x, tuple(last)))
-                   for s in (slice(0, keep), slice(keep, None)))
-    return [*inputs[:-1], first], held
+    size = _size(inputs[-1])
+    parts = _split(inputs[-1], size - max(1, size // 8))
+    return ([*inputs[:-1], parts[0]], parts[1]) if len(parts) > 1 else (list(inputs), None)
+
+
+def _size(x: Inputs) -> int:
+    return len(x.tensors()[0])
+
+
+def _split(x: Inputs, size: int) -> list[Inputs]:
+    """A batch in parts of `size` samples; whole if its tensors do not agree on how many there are."""
+    count = _size(x)
+    if size < 1 or any(len(t) != count for t in x.tensors()):
+        return [x]
+    return [Inputs(*tree_map(lambda t, i=i: t[i : i + size] if isinstance(t, Tensor) else t, tuple(x))) for i in range(0, count, size)]
 
 
 def _name(select: Any) -> str:
