@@ -1,4 +1,5 @@
 # make demo | test | bench | ablations: each sets up .venv by itself on a fresh machine and needs nothing but packages.
+# make gpu OUT=folder BUDGET=seconds: with the Python and the torch that are there, which must see a GPU; installs nothing.
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -8,7 +9,7 @@ SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/cpu/*)
 VARY := horizon=0,3,10,end targets=local scaling=none preconditioner=kronecker,none samples=256,512,3000 batch=64,256 \
   passes=2 max_iterations=3,10 gradient=batch curvature=hessian
 
-.PHONY: demo test check bench ablations clean
+.PHONY: demo test check bench ablations gpu clean
 
 demo: .venv/.base
 	@$(BIN)/snows demo
@@ -43,6 +44,9 @@ ablations: .venv/.test
 	@for network in resnet20 vit; do \
 	  $(BIN)/python bench/zoo.py --network $$network --split validation --seeds 1 --out bench/results/cpu/ablations-$$network.json \
 	    --patterns $$(test $$network = vit && echo 2:4 || echo 1:4) --methods snows --vary $(VARY); done
+
+gpu:
+	@$(PYTHON) bench/gpu.py --out $(or $(OUT),bench/results/gpu) --budget $(or $(BUDGET),1500)
 
 clean:
 	rm -rf .venv build snows.egg-info snows/_native*.so
