@@ -60,9 +60,12 @@ def steps(out: Path) -> list[Step]:
 
 def machine() -> dict[str, object]:
     """What was measured on."""
-    import torch
-
-    facts: dict[str, object] = {"python": sys.version.split()[0], "torch": torch.__version__, "cuda": torch.version.cuda}
+    facts: dict[str, object] = {"python": sys.version.split()[0]}
+    try:
+        import torch
+    except ImportError:
+        return facts
+    facts |= {"torch": torch.__version__, "cuda": torch.version.cuda}
     try:
         import triton
 
@@ -123,14 +126,15 @@ def main() -> int:
     parser.add_argument("--only", default="", help="steps whose name holds this")
     args = parser.parse_args()
     began = time.monotonic()
+    found = machine()
+    report: dict[str, object] = {"machine": found}
+    if "device" not in found:
+        print("make gpu: expected a torch that sees a CUDA device, got none; run it on a machine with a GPU")
+        return 2
     out = args.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     log = out / "gpu.log"
     log.write_text("")
-    report: dict[str, object] = {"machine": machine()}
-    if "device" not in report["machine"]:  # type: ignore[operator]
-        print("make gpu: expected a torch that sees a CUDA device, got none; run it on a machine with a GPU")
-        return 2
     done: list[dict[str, object]] = []
     report["steps"] = done
     for step in steps(out):
