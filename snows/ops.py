@@ -21,7 +21,7 @@ _SCHEMAS = {
     "cg_direction": "(Tensor(a!) p, Tensor r, Tensor z, Tensor(b!) state) -> ()",
     "cg_update": "(Tensor(a!) x, Tensor(b!) r, Tensor p, Tensor Ap, Tensor(c!) state, float rtol) -> ()",
     "batched_cg_update": "(Tensor(a!) x, Tensor(b!) r, Tensor(c!) p, Tensor(d!) rz, Tensor product, Tensor mask, "
-                         "Tensor diagonal, Tensor target) -> ()",
+                         "Tensor inverse, Tensor target) -> ()",
 }
 OPS = tuple(_SCHEMAS)
 
@@ -170,7 +170,7 @@ def cg_update(x: Tensor, r: Tensor, p: Tensor, Ap: Tensor, state: Tensor, rtol: 
     torch.ops.snows.cg_update(x, r, p.contiguous(), Ap.contiguous(), state, rtol)
 
 
-def batched_cg_update(x: Tensor, r: Tensor, p: Tensor, rz: Tensor, product: Tensor, mask: Tensor, diagonal: Tensor,
+def batched_cg_update(x: Tensor, r: Tensor, p: Tensor, rz: Tensor, product: Tensor, mask: Tensor, inverse: Tensor,
                       target: Tensor) -> None:
     """Make one step of conjugate gradients in place, in every row that is not done.
 
@@ -181,7 +181,7 @@ def batched_cg_update(x: Tensor, r: Tensor, p: Tensor, rz: Tensor, product: Tens
         rz: (groups, rows), float64: r·z, 0 where a row is done; likewise.
         product: p times the row's matrix, before the mask.
         mask: bool, the entries that a row may change.
-        diagonal: (groups, columns), the preconditioner's, above 0.
+        inverse: (groups, columns), the preconditioner: one over the matrix's diagonal.
         target: (groups, rows), float64, the r·r at which a row is done.
 
     Raises:
@@ -193,9 +193,9 @@ def batched_cg_update(x: Tensor, r: Tensor, p: Tensor, rz: Tensor, product: Tens
     _check_vectors(op, {"x": x, "r": r, "p": p}, {"product": product})
     groups, rows, columns = x.shape
     _check_like(op, "mask", mask, (groups, rows, columns), torch.bool, x.device)
-    _check_like(op, "diagonal", diagonal, (groups, columns), x.dtype, x.device)
+    _check_like(op, "inverse", inverse, (groups, columns), x.dtype, x.device)
     for name, value in (("rz", rz), ("target", target)):
         _check_like(op, name, value, (groups, rows), torch.float64, x.device)
     if not rz.is_contiguous():
         raise ValueError(f"{op}: expected rz to be contiguous, since it is changed in place, got strides {rz.stride()}")
-    torch.ops.snows.batched_cg_update(x, r, p, rz, product.contiguous(), mask.contiguous(), diagonal.contiguous(), target.contiguous())
+    torch.ops.snows.batched_cg_update(x, r, p, rz, product.contiguous(), mask.contiguous(), inverse.contiguous(), target.contiguous())

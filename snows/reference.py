@@ -104,7 +104,7 @@ def cg_update(x: Tensor, r: Tensor, p: Tensor, Ap: Tensor, state: Tensor, rtol: 
     state[RR] = rr
 
 
-def batched_cg_update(x: Tensor, r: Tensor, p: Tensor, rz: Tensor, product: Tensor, mask: Tensor, diagonal: Tensor,
+def batched_cg_update(x: Tensor, r: Tensor, p: Tensor, rz: Tensor, product: Tensor, mask: Tensor, inverse: Tensor,
                       target: Tensor) -> None:
     """Make one step of conjugate gradients in every row that is not done, preconditioned by the diagonal.
 
@@ -112,10 +112,10 @@ def batched_cg_update(x: Tensor, r: Tensor, p: Tensor, rz: Tensor, product: Tens
         x: (groups, rows, columns), the solutions so far; changed.
         r: the residuals, changed.
         p: the directions, changed.
-        rz: (groups, rows), float64, r·z with z = r / diagonal; changed. 0 where a row is done: it keeps x, r and p.
+        rz: (groups, rows), float64, r·z with z = r · inverse; changed. 0 where a row is done: it keeps x, r and p.
         product: p times the row's matrix, before the mask.
         mask: bool, the entries that a row may change.
-        diagonal: (groups, columns), above 0.
+        inverse: (groups, columns), above 0: one over the diagonal.
         target: (groups, rows), float64, the r·r at which a row is done.
     """
     Ap = product * mask
@@ -124,7 +124,7 @@ def batched_cg_update(x: Tensor, r: Tensor, p: Tensor, rz: Tensor, product: Tens
     alpha = torch.where(going, rz / curvature, 0).to(x.dtype).unsqueeze(-1)
     x.addcmul_(alpha, p)
     r.addcmul_(alpha, Ap, value=-1)
-    z = r / diagonal.unsqueeze(-2)
+    z = r * inverse.unsqueeze(-2)
     left = torch.where(going & ((r * r).sum(-1).double() > target), (r * z).sum(-1).double(), 0)
     turning = left > 0
     beta = torch.where(turning, left / rz, 1).to(x.dtype).unsqueeze(-1)

@@ -110,14 +110,14 @@ def batched_cg(gram: Tensor, right: Tensor, mask: Tensor, *, damping: float = 0.
     matrix = gram.clone()
     diagonal = matrix.diagonal(dim1=-2, dim2=-1)
     diagonal += damping * diagonal.mean(-1, keepdim=True)
-    diagonal = diagonal.clamp_min(torch.finfo(gram.dtype).tiny)
+    inverse = diagonal.clamp_min(torch.finfo(gram.dtype).tiny).reciprocal()
     r = (right * mask).contiguous()
-    x, p = torch.zeros_like(r), r / diagonal.unsqueeze(-2)
+    x, p = torch.zeros_like(r), r * inverse.unsqueeze(-2)
     rz, target = (r * p).sum(-1).double(), rtol * rtol * (r * r).sum(-1).double()
     for iteration in range(max_iterations):
         if _look(iteration, r) and not (rz > 0).any():
             break
-        ops.batched_cg_update(x, r, p, rz, p @ matrix, mask, diagonal, target)
+        ops.batched_cg_update(x, r, p, rz, p @ matrix, mask, inverse, target)
     return x
 
 

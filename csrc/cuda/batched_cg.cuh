@@ -20,7 +20,7 @@ struct Rows {
   double* rz;        // (groups * rows), 0 where a row is done
   const T* product;  // p times its group's Gram matrix
   const uint8_t* mask;
-  const T* diagonal;  // (groups, columns)
+  const T* inverse;  // (groups, columns)
   const double* target;
   int64_t rows, columns;  // rows of one group
 };
@@ -31,7 +31,7 @@ __global__ void __launch_bounds__(THREADS) batched_cg_kernel(Rows<T> s) {
   const double rz = s.rz[row];
   if (!(rz > 0)) return;
   T *x = s.x + at, *r = s.r + at, *p = s.p + at;
-  const T *product = s.product + at, *diagonal = s.diagonal + row / s.rows * s.columns;
+  const T *product = s.product + at, *inverse = s.inverse + row / s.rows * s.columns;
   const uint8_t* mask = s.mask + at;
 
   double sum = 0;
@@ -50,14 +50,14 @@ __global__ void __launch_bounds__(THREADS) batched_cg_kernel(Rows<T> s) {
     double rr = 0, next = 0;
     each<V>(threadIdx.x, blockDim.x, s.columns, [&](auto N, int64_t i) {
       Wide<T> a[N], b[N], c[N], d[N], e[N];
-      load(p + i, a), load(product + i, b), load(x + i, c), load(r + i, d), load(diagonal + i, e);
+      load(p + i, a), load(product + i, b), load(x + i, c), load(r + i, d), load(inverse + i, e);
       const auto kept = *reinterpret_cast<const Kept<N>*>(mask + i);
 #pragma unroll
       for (int j = 0; j < N; ++j) {
         c[j] += alpha * a[j];
         d[j] -= kept.at[j] ? alpha * b[j] : 0;
         rr += double(d[j]) * d[j];
-        next += double(d[j]) * (d[j] / e[j]);
+        next += double(d[j]) * (d[j] * e[j]);
       }
       store(x + i, c), store(r + i, d);
     });
@@ -69,9 +69,9 @@ __global__ void __launch_bounds__(THREADS) batched_cg_kernel(Rows<T> s) {
     const Wide<T> beta = left / rz;
     each<V>(threadIdx.x, blockDim.x, s.columns, [&](auto N, int64_t i) {
       Wide<T> a[N], b[N], e[N];
-      load(p + i, a), load(r + i, b), load(diagonal + i, e);
+      load(p + i, a), load(r + i, b), load(inverse + i, e);
 #pragma unroll
-      for (int j = 0; j < N; ++j) a[j] = b[j] / e[j] + beta * a[j];
+      for (int j = 0; j < N; ++j) a[j] = b[j] * e[j] + beta * a[j];
       store(p + i, a);
     });
   }

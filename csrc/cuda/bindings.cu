@@ -111,18 +111,18 @@ void cg_direction(at::Tensor& p, const at::Tensor& r, const at::Tensor& z, at::T
 }
 
 void batched_cg_update(at::Tensor& x, at::Tensor& r, at::Tensor& p, at::Tensor& rz, const at::Tensor& product,
-                       const at::Tensor& mask, const at::Tensor& diagonal, const at::Tensor& target) {
+                       const at::Tensor& mask, const at::Tensor& inverse, const at::Tensor& target) {
   const c10::cuda::CUDAGuard guard(x.device());
   const int64_t rows = x.size(0) * x.size(1), columns = x.size(2);
   TORCH_CHECK_VALUE(rows <= INT32_MAX, "batched_cg_update: expected x to have at most 2^31 - 1 rows in all groups, got ", rows);
   if (rows == 0) return;
   DISPATCH(x, "batched_cg_update", [&] {
     constexpr int V = snows::WIDTH<T>;
-    const bool wide = columns % V == 0 && aligned({&x, &r, &p, &product, &mask, &diagonal});
+    const bool wide = columns % V == 0 && aligned({&x, &r, &p, &product, &mask, &inverse});
     int threads = 32;
     while (threads < snows::THREADS && threads * (wide ? V : 1) < columns) threads *= 2;
     const snows::Rows<T> system{data<T>(x), data<T>(r), data<T>(p), data<double>(rz), data<T>(product), data<uint8_t>(mask),
-                                data<T>(diagonal), data<double>(target), x.size(1), columns};
+                                data<T>(inverse), data<double>(target), x.size(1), columns};
     launch(wide ? snows::batched_cg_kernel<T, V> : snows::batched_cg_kernel<T, 1>, unsigned(rows), threads, system);
   });
 }

@@ -59,8 +59,11 @@ cg_update_kernel(T* x, T* r, const T* p, const T* Ap, int64_t n, State* state, d
       }
       store(x + i, c), store(r + i, d);
     });
-    s.rr = grid_sum(sum, partials + gridDim.x);
-    if (s.status == RUNNING && s.rr <= rtol * rtol * s.bb) s.status = CONVERGED;
+    const double rr = grid_sum(sum, partials + gridDim.x);
+    if (s.status == RUNNING) {
+      s.rr = rr;
+      if (rr <= rtol * rtol * s.bb) s.status = CONVERGED;
+    }
   }
   if (thread == 0) *state = s;  // every block has passed a barrier since it read the state
 }

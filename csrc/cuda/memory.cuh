@@ -88,7 +88,7 @@ __device__ inline double block_sum(double value) {
   __shared__ double part[THREADS];
   part[threadIdx.x] = value;
   __syncthreads();
-  for (int half = blockDim.x / 2; half > 0; half /= 2) {
+  for (unsigned half = blockDim.x / 2; half > 0; half /= 2) {
     if (threadIdx.x < half) part[threadIdx.x] += part[threadIdx.x + half];
     __syncthreads();
   }
