@@ -327,7 +327,7 @@ DIRECTION = "template __global__ void snows::cg_direction_kernel<{0}, {1}>({0}*,
 BATCHED = "template __global__ void snows::batched_cg_kernel<{0}, {1}>(snows::Rows<{0}>);"
 WIDE = [("float", 4), ("double", 2), ("__half", 8), ("__nv_bfloat16", 8)]
 COMPILED = {  # by header: what is instantiated, and the most registers that a thread may take
-    "nm_select": ([NM.format(T, 4, "true") for T, _ in WIDE] + [NM.format("float", M, "true") for M in (2, 8, 16)], 72),
+    "nm_select": ([NM.format(T, 4, "true") for T, _ in WIDE] + [NM.format("float", M, "true") for M in (2, 8, 16)], 64),
     "nm_select of 32": ([NM.format("float", 32, "true"), NM.format("double", 32, "false")], 128),
     "cg": ([kernel.format(*w) for kernel in (UPDATE, DIRECTION) for w in WIDE], 80),
     "batched_cg": ([BATCHED.format(*w) for w in WIDE], 80),

@@ -10,9 +10,9 @@
 
 namespace snows {
 
-template <int N> struct alignas(N) Kept {  // N entries of a mask
-  uint8_t at[N];
-};
+// N entries of a mask in one load: entry j is bit 8 j.
+template <int N>
+using Kept = std::conditional_t<N == 8, uint64_t, std::conditional_t<N == 4, uint32_t, std::conditional_t<N == 2, uint16_t, uint8_t>>>;
 
 template <typename T>
 struct Rows {
@@ -40,7 +40,7 @@ __global__ void __launch_bounds__(THREADS) batched_cg_kernel(Rows<T> s) {
     load(p + i, a), load(product + i, b);
     const auto kept = *reinterpret_cast<const Kept<N>*>(mask + i);
 #pragma unroll
-    for (int j = 0; j < N; ++j) sum += kept.at[j] ? double(a[j]) * b[j] : 0.0;
+    for (int j = 0; j < N; ++j) sum += kept >> 8 * j & 1 ? double(a[j]) * b[j] : 0.0;
   });
   const double curvature = block_sum(sum);
 
@@ -55,7 +55,7 @@ __global__ void __launch_bounds__(THREADS) batched_cg_kernel(Rows<T> s) {
 #pragma unroll
       for (int j = 0; j < N; ++j) {
         c[j] += alpha * a[j];
-        d[j] -= kept.at[j] ? alpha * b[j] : 0;
+        d[j] -= kept >> 8 * j & 1 ? alpha * b[j] : 0;
         rr += double(d[j]) * d[j];
         next += double(d[j]) * (d[j] * e[j]);
       }

@@ -52,7 +52,7 @@ struct Tiling {
 };
 
 template <typename T, int M, bool Whole>
-__global__ void __launch_bounds__(THREADS, 2) nm_select_kernel(Selection<T> s) {
+__global__ void __launch_bounds__(THREADS, M == 32 ? 2 : 4) nm_select_kernel(Selection<T> s) {
   using Tile = Tiling<T, M, Whole>;
   constexpr int UNIT = Tile::UNIT, UNITS = Tile::UNITS, WORDS = THREADS * UNITS * UNIT / 32;
   __shared__ uint32_t chosen[WORDS];
