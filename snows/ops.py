@@ -81,8 +81,12 @@ def _check_vectors(op: str, changed: dict[str, Tensor], read: dict[str, Tensor])
     for name, value in (changed | read).items():
         _check_like(op, name, value, (*lead.shape,), lead.dtype, lead.device)
     for name, value in changed.items():
-        if not value.is_contiguous():
-            raise ValueError(f"{op}: expected {name} to be contiguous, since it is changed in place, got strides {value.stride()}")
+        _check_contiguous(op, name, value)
+
+
+def _check_contiguous(op: str, name: str, value: Tensor) -> None:
+    if not value.is_contiguous():
+        raise ValueError(f"{op}: expected {name} to be contiguous, since it is changed in place, got strides {value.stride()}")
 
 
 def nm_mask(scores: Tensor, n: int, m: int) -> Tensor:
@@ -148,6 +152,7 @@ def cg_direction(p: Tensor, r: Tensor, z: Tensor, state: Tensor) -> None:
     """
     _check_vectors("cg_direction", {"p": p}, {"r": r, "z": z})
     _check_like("cg_direction", "state", state, (5,), torch.float64, p.device)
+    _check_contiguous("cg_direction", "state", state)
     torch.ops.snows.cg_direction(p, r.contiguous(), z.contiguous(), state)
 
 
@@ -167,6 +172,7 @@ def cg_update(x: Tensor, r: Tensor, p: Tensor, Ap: Tensor, state: Tensor, rtol: 
     """
     _check_vectors("cg_update", {"x": x, "r": r}, {"p": p, "Ap": Ap})
     _check_like("cg_update", "state", state, (5,), torch.float64, x.device)
+    _check_contiguous("cg_update", "state", state)
     torch.ops.snows.cg_update(x, r, p.contiguous(), Ap.contiguous(), state, rtol)
 
 
@@ -196,6 +202,5 @@ def batched_cg_update(x: Tensor, r: Tensor, p: Tensor, rz: Tensor, product: Tens
     _check_like(op, "inverse", inverse, (groups, columns), x.dtype, x.device)
     for name, value in (("rz", rz), ("target", target)):
         _check_like(op, name, value, (groups, rows), torch.float64, x.device)
-    if not rz.is_contiguous():
-        raise ValueError(f"{op}: expected rz to be contiguous, since it is changed in place, got strides {rz.stride()}")
+    _check_contiguous(op, "rz", rz)
     torch.ops.snows.batched_cg_update(x, r, p, rz, product.contiguous(), mask.contiguous(), inverse.contiguous(), target.contiguous())

@@ -129,4 +129,4 @@ def batched_cg_update(x: Tensor, r: Tensor, p: Tensor, rz: Tensor, product: Tens
     turning = left > 0
     beta = torch.where(turning, left / rz, 1).to(x.dtype).unsqueeze(-1)
     p.mul_(beta).addcmul_(z, turning.to(x.dtype).unsqueeze(-1))
-    rz.copy_(left)
+    rz.copy_(torch.where(turning, left, 0))

@@ -31,20 +31,23 @@ def run(*command):
     return done.stdout + done.stderr
 
 
-class OnDevice:
-    """The ops as they are, on a device; arguments and results stay on the CPU."""
+REFERENCE = {op: getattr(reference, op) for op in ops.OPS}
 
-    def __init__(self, device):
-        self.device = device
+
+class OnDevice:
+    """The ops as they are, or their references, on a device; arguments and results stay on the CPU."""
+
+    def __init__(self, device, functions):
+        self.device, self.functions = device, functions
 
     def select(self, scores, n, m):
         scores = scores.to(self.device)
-        return PUBLIC["nm_mask"](scores, n, m).cpu(), *(out.cpu() for out in PUBLIC["nm_select"](scores, n, m))
+        return self.functions["nm_mask"](scores, n, m).cpu(), *(out.cpu() for out in self.functions["nm_select"](scores, n, m))
 
     def __getattr__(self, op):
         def changed(*arguments):
             moved = [a.to(self.device, copy=True) if isinstance(a, Tensor) else a for a in arguments]
-            PUBLIC[op](*moved)
+            self.functions[op](*moved)
             for before, after in zip(arguments, moved, strict=True):
                 if isinstance(before, Tensor):
                     before.copy_(after)
@@ -101,9 +104,11 @@ def library(tmp_path_factory):
 gpu = pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")])
 
 
-@pytest.fixture(params=["cpu", "emulated", gpu])
+@pytest.fixture(params=["reference", "cpu", "emulated", gpu])
 def kernels(request):
-    return Emulated(request.getfixturevalue("library")) if request.param == "emulated" else OnDevice(request.param)
+    if request.param == "emulated":
+        return Emulated(request.getfixturevalue("library"))
+    return OnDevice("cpu", REFERENCE) if request.param == "reference" else OnDevice(request.param, PUBLIC)
 
 
 def selected(scores, n, m):

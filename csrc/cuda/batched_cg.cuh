@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(THREADS) batched_cg_kernel(Rows<T> s) {
     });
     rr = block_sum(rr);
     next = block_sum(next);
-    if (rr > s.target[row]) left = next;
+    if (rr > s.target[row] && next > 0) left = next;
   }
   if (left > 0) {
     const Wide<T> beta = left / rz;
