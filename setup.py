@@ -22,7 +22,8 @@ def give_up(why: str) -> dict:
 def native() -> dict:
     """Arguments for `setup` that build `snows/_native*.so`, or none."""
     try:
-        from torch.utils.cpp_extension import BuildExtension, CppExtension
+        import torch
+        from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
     except ImportError:
         return give_up("torch is not visible to the build; use pip install --no-build-isolation")
     if shutil.which(os.environ.get("CXX", "c++")) is None:
@@ -45,8 +46,11 @@ def native() -> dict:
                     give_up("the build left no library")
 
     openmp = [] if sys.platform == "darwin" else ["-fopenmp"]
-    sources = sorted(str(p) for p in Path("csrc/cpu").glob("*.cpp"))
-    extension = CppExtension("snows._native", sources, extra_compile_args=["-O3", "-g0", *openmp], extra_link_args=[*openmp, "-s"])
+    cuda = torch.version.cuda is not None and CUDA_HOME is not None and shutil.which("nvcc", path=f"{CUDA_HOME}/bin") is not None
+    sources = sorted(str(p) for p in [*Path("csrc/cpu").glob("*.cpp"), *(Path("csrc/cuda").glob("*.cu") if cuda else [])])
+    extension = (CUDAExtension if cuda else CppExtension)(
+        "snows._native", sources, extra_link_args=[*openmp, "-s"],
+        extra_compile_args={"cxx": ["-O3", "-g0", *openmp], "nvcc": ["-O3"]})
     return {"ext_modules": [extension], "cmdclass": {"build_ext": Build.with_options(use_ninja=shutil.which("ninja") is not None)}}
 
 

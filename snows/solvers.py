@@ -13,6 +13,7 @@ from typing import Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from snows import ops, reference
 from snows.operators import Curvature, Factors, GaussNewton, Hessian, Kronecker, LinearOperator, Loss, Restricted, RowBlocks, trace
 from snows.sparsity import MaskedWeight
 
@@ -27,12 +28,18 @@ class Stop(enum.Enum):
     NOT_FINITE = "a number stopped being finite; look at the loss and its scale"
 
 
+_STOPS = {
+    reference.RUNNING: Stop.ITERATIONS, reference.CONVERGED: Stop.CONVERGED, reference.ZERO: Stop.ZERO,
+    reference.NEGATIVE_CURVATURE: Stop.NEGATIVE_CURVATURE, reference.NOT_FINITE: Stop.NOT_FINITE,
+}
+
+
 class Solution(NamedTuple):
     """What conjugate gradients found.
 
     Attributes:
         x: the solution, shaped like the right-hand side.
-        iterations: products made.
+        iterations: made until it stopped, a product each.
         residual: ``|b - A x| / |b|`` by the recurrence.
         stop: why it ended.
     """
@@ -55,33 +62,32 @@ def cg(A: LinearOperator, b: Tensor, *, preconditioner: LinearOperator | None = 
         rtol: the relative residual (2-norm, not preconditioned) at which to stop.
         max_iterations: the most products with `A`.
     """
-    x = torch.zeros_like(b)
-    r = b.clone()
-    norm = b.norm().item()
-    if norm == 0:
-        return Solution(x, 0, 0.0, Stop.ZERO)
-    if not math.isfinite(norm):
-        return Solution(x, 0, math.nan, Stop.NOT_FINITE)
-    z = r if preconditioner is None else preconditioner @ r
-    p = z.clone()
-    rz = (r * z).sum()
-    for iteration in range(1, max_iterations + 1):
-        Ap = A @ p
-        curvature = (p * Ap).sum()
-        if not math.isfinite(curvature.item()):
-            return Solution(x, iteration, math.nan, Stop.NOT_FINITE)
-        if curvature.item() <= 0:
-            return Solution(p if iteration == 1 else x, iteration, (r.norm() / norm).item(), Stop.NEGATIVE_CURVATURE)
-        alpha = rz / curvature
-        x.addcmul_(p, alpha)
-        r.addcmul_(Ap, alpha, value=-1)
-        residual = r.norm().item() / norm
-        if residual <= rtol:
-            return Solution(x, iteration, residual, Stop.CONVERGED)
-        z = r if preconditioner is None else preconditioner @ r
-        previous, rz = rz, (r * z).sum()
-        p.mul_(rz / previous).add_(z)
-    return Solution(x, max_iterations, residual, Stop.ITERATIONS)
+    r = b.clone(memory_format=torch.contiguous_format)
+    x, p = torch.zeros_like(r), torch.zeros_like(r)
+    state = _start(r)
+    for iteration in range(max_iterations):
+        if _look(iteration, r) and state[reference.STATUS].item() != reference.RUNNING:
+            break  # until then a state that has stopped leaves everything as it is
+        ops.cg_direction(p, r, r if preconditioner is None else preconditioner @ r, state)
+        ops.cg_update(x, r, p, A @ p, state, rtol)
+    status, iterations, _, rr, bb = state.tolist()
+    stop = _STOPS[int(status)]
+    residual = math.nan if stop is Stop.NOT_FINITE else math.sqrt(rr / bb) if bb > 0 else 0.0
+    return Solution(x, int(iterations), residual, stop)
+
+
+def _start(b: Tensor) -> Tensor:
+    """The scalars of conjugate gradients before the first direction, which r·z = ∞ makes ``p = z``."""
+    bb = (b * b).sum().double()
+    status = torch.where(bb == 0, reference.ZERO, torch.where(bb.isfinite(), reference.RUNNING, reference.NOT_FINITE))
+    zero = torch.zeros_like(bb)
+    return torch.stack([status.double(), zero, zero + math.inf, bb, bb])
+
+
+def _look(iteration: int, b: Tensor) -> bool:
+    """Whether to read a scalar before this iteration: always on a CPU; after 7, 15, … elsewhere, where the host has to wait for it."""
+    every = 1 if b.is_cpu else 8
+    return iteration % every == every - 1
 
 
 def batched_cg(gram: Tensor, right: Tensor, mask: Tensor, *, damping: float = 0.01, rtol: float = 1e-4,
@@ -101,27 +107,17 @@ def batched_cg(gram: Tensor, right: Tensor, mask: Tensor, *, damping: float = 0.
     Returns:
         x, (groups, rows, in), zero off the mask.
     """
-    diagonal = gram.diagonal(dim1=-2, dim2=-1)
-    shift = damping * diagonal.mean(-1, keepdim=True).unsqueeze(-1)  # (groups, 1, 1)
-    scale = (diagonal.unsqueeze(1) + shift).clamp_min(torch.finfo(gram.dtype).tiny)
-    r = right * mask
-    target = rtol * r.norm(dim=-1, keepdim=True)
-    x = torch.zeros_like(r)
-    z = r / scale
-    p = z.clone()
-    rz = (r * z).sum(-1, keepdim=True)
-    for _ in range(max_iterations):
-        active = r.norm(dim=-1, keepdim=True) > target
-        if not active.any():
+    matrix = gram.clone()
+    diagonal = matrix.diagonal(dim1=-2, dim2=-1)
+    diagonal += damping * diagonal.mean(-1, keepdim=True)
+    inverse = diagonal.clamp_min(torch.finfo(gram.dtype).tiny).reciprocal()
+    r = (right * mask).contiguous()
+    x, p = torch.zeros_like(r), r * inverse.unsqueeze(-2)
+    rz, target = (r * p).sum(-1).double(), rtol * rtol * (r * r).sum(-1).double()
+    for iteration in range(max_iterations):
+        if _look(iteration, r) and not (rz > 0).any():
             break
-        Ap = (p @ gram + shift * p) * mask
-        curvature = (p * Ap).sum(-1, keepdim=True)
-        alpha = torch.where(active & (curvature > 0), rz / curvature, 0)
-        x.addcmul_(alpha, p)
-        r.addcmul_(alpha, Ap, value=-1)
-        z = r / scale
-        previous, rz = rz, (r * z).sum(-1, keepdim=True)
-        p.mul_(torch.where(active, rz / previous, 0)).add_(z)
+        ops.batched_cg_update(x, r, p, rz, p @ matrix, mask, inverse, target)
     return x
 
 
