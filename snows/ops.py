@@ -61,8 +61,8 @@ def _check_selection(op: str, scores: Tensor, n: int, m: int) -> None:
     if scores.ndim != 2 or scores.dtype not in _FLOATS:
         raise ValueError(f"{op}: expected scores to be a matrix of float16, bfloat16, float32 or float64, "
                          f"got {tuple(scores.shape)} {scores.dtype}")
-    if not 0 < n < m <= 32:
-        raise ValueError(f"{op}: expected 0 < n < m <= 32, got n = {n}, m = {m}")
+    if not 0 < n < m:
+        raise ValueError(f"{op}: expected 0 < n < m, got n = {n}, m = {m}")
     if scores.isnan().any():
         raise ValueError(f"{op}: expected scores without NaN, got NaN; check the weights and the calibration images")
 
@@ -95,7 +95,7 @@ def nm_mask(scores: Tensor, n: int, m: int) -> Tensor:
     Args:
         scores: (rows, columns), floating point.
         n: entries kept in each group, 0 < n < m.
-        m: entries in a group, at most 32.
+        m: entries in a group; above 32 the reference does it.
 
     Returns:
         (rows, columns), bool.
@@ -108,7 +108,8 @@ def nm_mask(scores: Tensor, n: int, m: int) -> Tensor:
         [[1, 0, 1, 0]]
     """
     _check_selection("nm_mask", scores, n, m)
-    mask: Tensor = torch.ops.snows.nm_mask(scores.contiguous(), n, m)
+    select = torch.ops.snows.nm_mask if m <= 32 else reference.nm_mask
+    mask: Tensor = select(scores.contiguous(), n, m)
     return mask
 
 
@@ -118,7 +119,7 @@ def nm_select(scores: Tensor, n: int, m: int) -> tuple[Tensor, Tensor]:
     Args:
         scores: (rows, columns), floating point.
         n: entries kept in each group, 0 < n < m.
-        m: entries in a group, at most 32.
+        m: entries in a group; above 32 the reference does it.
 
     Returns:
         bits: (rows, ceil(columns / 8)), uint8: bit j of byte b is column 8 b + j.
@@ -134,7 +135,8 @@ def nm_select(scores: Tensor, n: int, m: int) -> tuple[Tensor, Tensor]:
         '11000101 11101000'
     """
     _check_selection("nm_select", scores, n, m)
-    bits, codes = torch.ops.snows.nm_select(scores.contiguous(), n, m)
+    select = torch.ops.snows.nm_select if m <= 32 else reference.nm_select
+    bits, codes = select(scores.contiguous(), n, m)
     return bits, codes
 
 

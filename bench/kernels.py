@@ -1,0 +1,139 @@
+"""Each op of the solver beside eager PyTorch and torch.compile, on real shapes, and its share of a large copy's bandwidth.
+
+    python -m pytest bench/kernels.py                                                   # on a GPU if there is one, else on the CPU
+    python -m pytest bench/kernels.py --benchmark-json=bench/results/cpu/kernels.json -k "not compile"
+
+A case is right (against float64, or bit for bit where it selects) before it is timed. `bytes` are those that cannot be avoided: each input read once, each
+output written once. Inputs rotate, so that no run finds its own in the cache; on a GPU a run ends when the device has finished.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from snows import ops
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+LARGE = DEVICE == "cuda"  # 64 MB and more, so that the chip is filled
+SETS = 4
+
+
+class Case(NamedTuple):
+    """An op at one shape.
+
+    Attributes:
+        make: inputs, anew.
+        op: ours, of those inputs.
+        eager: the same in plain PyTorch.
+        bytes: moved at the least.
+    """
+
+    name: str
+    make: Callable[[], tuple[Tensor, ...]]
+    op: Callable[..., object]
+    eager: Callable[..., object]
+    bytes: int
+
+
+def randn(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, device=DEVICE, dtype=dtype)
+
+
+def select(scores: Tensor, n: int, m: int) -> Tensor:
+    kept = scores.view(len(scores), -1, m).topk(n, dim=-1).indices
+    return torch.zeros_like(scores, dtype=torch.bool).view(len(scores), -1, m).scatter_(2, kept, True).view_as(scores)
+
+
+def cg_update(x: Tensor, r: Tensor, p: Tensor, Ap: Tensor, state: Tensor) -> Tensor:
+    ops.cg_update(x, r, p, Ap, state, 1e-9)
+    return state
+
+
+def cg_eager(x: Tensor, r: Tensor, p: Tensor, Ap: Tensor, state: Tensor) -> Tensor:
+    alpha = (state[2] / (p * Ap).sum()).to(x.dtype)
+    x.addcmul_(p, alpha)
+    r.addcmul_(Ap, alpha, value=-1)
+    return (r * r).sum()
+
+
+def cases() -> list[Case]:
+    tokens, width = (197 * 256, 3072) if LARGE else (197 * 8, 3072)
+    rows, columns = (16384, 4096) if LARGE else (3072, 768)
+    n = rows * columns
+    d = tokens * width
+    found = [
+        Case(f"nm_mask 2:4 {rows}x{columns}", lambda: (randn(rows, columns),), lambda s: ops.nm_mask(s, 2, 4), lambda s: select(s, 2, 4), 5 * n),
+        Case(f"nm_mask 1:4 {rows}x{columns}", lambda: (randn(rows, columns),), lambda s: ops.nm_mask(s, 1, 4), lambda s: select(s, 1, 4), 5 * n),
+        Case(f"nm_select 2:4 {rows}x{columns}", lambda: (randn(rows, columns),), lambda s: ops.nm_select(s, 2, 4), lambda s: select(s, 2, 4),
+             4 * n + n // 4),
+        Case(f"masked {rows}x{columns}", lambda: (randn(rows, columns), ops.pack_bits(randn(rows, columns) > 0)), ops.masked,
+             lambda w, b: w * ((b.unsqueeze(1) >> torch.arange(8, device=w.device)) & 1).view_as(w), 8 * n + n // 8),
+        Case(f"cg_update {n}", lambda: (*(randn(n) for _ in range(4)), torch.tensor([0.0, 0, 1e-30, 1, 1], dtype=torch.float64, device=DEVICE)),
+             cg_update, cg_eager, 24 * n),
+        Case(f"gelu {tokens}x{width}", lambda: (randn(tokens, width),), ops.gelu, F.gelu, 8 * d),
+        Case(f"layer_norm {tokens}x{width}", lambda: (randn(tokens, width), randn(width), randn(width)),
+             lambda x, w, b: ops.layer_norm(x, (width,), w, b), lambda x, w, b: F.layer_norm(x, (width,), w, b), 8 * d),
+    ]
+    return found
+
+
+@pytest.fixture(scope="session")
+def copy_bandwidth() -> float:
+    """GB/s of a large copy, bytes read and written, on this device in this run."""
+    x = torch.randn(2**28 if LARGE else 2**25, device=DEVICE)
+    y = torch.empty_like(x)
+    seconds = []
+    for _ in range(12):
+        began = time.perf_counter()
+        y.copy_(x)
+        wait()
+        seconds.append(time.perf_counter() - began)
+    return 2 * x.nbytes / statistics.median(seconds[2:]) / 1e9
+
+
+def wait() -> None:
+    if LARGE:
+        torch.cuda.synchronize()
+
+
+def largest_error(found: object, wanted: object) -> float:
+    if isinstance(found, tuple):
+        return 0.0  # packed results: the tests hold them to the reference bit for bit
+    if found.dtype in (torch.bool, torch.uint8):  # type: ignore[attr-defined]
+        return float((found != wanted).any())  # type: ignore[attr-defined]
+    return ((found.double() - wanted).norm() / wanted.norm().clamp_min(1e-30)).item()  # type: ignore[attr-defined]
+
+
+def doubled(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(x.double() if x.dtype == torch.float32 else x.clone() for x in inputs)
+
+
+@pytest.mark.parametrize("implementation", ["snows", "eager", "compile"])
+@pytest.mark.parametrize("case", cases(), ids=lambda c: c.name)
+def test_op(case: Case, implementation: str, benchmark, copy_bandwidth: float) -> None:
+    torch.manual_seed(0)
+    function = {"snows": case.op, "eager": case.eager, "compile": None}[implementation] or torch.compile(case.eager)
+    inputs = case.make()
+    if "cg_update" not in case.name:  # changed in place; held to its reference by the tests
+        assert largest_error(case.op(*(x.clone() for x in inputs)), case.eager(*doubled(inputs))) < 1e-5
+    turns = [inputs, *(case.make() for _ in range(SETS - 1))]
+    count = iter(range(10**9))
+
+    def one() -> None:
+        function(*turns[next(count) % SETS])
+        wait()
+
+    one()
+    benchmark.pedantic(one, rounds=40 if LARGE else 15, warmup_rounds=SETS)
+    rate = case.bytes / benchmark.stats.stats.median / 1e9
+    benchmark.extra_info |= {"op": case.name, "implementation": implementation, "device": DEVICE, "threads": torch.get_num_threads(),
+                             "runs": ops.implementation(case.name.split()[0], DEVICE.upper()), "bytes": case.bytes, "GB/s": rate,
+                             "share of copy": rate / copy_bandwidth}
