@@ -107,9 +107,9 @@ def _asked(ctx: Any, index: int) -> bool:
     ``needs_input_grad`` only says that some pass might: a Gauss-Newton product goes through an adjoint by its cotangent alone,
     and the second derivative by the point would be thrown away. PyTorch's own formulas ask the engine the same question.
     """
-    if not ctx.needs_input_grad[index]:
-        return False
     node = ctx.next_functions[index][0]
+    if not ctx.needs_input_grad[index] or node is None:
+        return False
     if node.name() == "torch::autograd::AccumulateGrad":  # the engine does not tell about leaves
         return True
     return bool(torch._C._will_engine_execute_node(node))

@@ -221,7 +221,7 @@ def layer_norm_curve(g: Tensor, v: Tensor, x: Tensor, mean: Tensor, rstd: Tensor
 
 
 # Attention works through a few heads at a time, so that its (queries, keys) matrices stay in the cache.
-ATTENTION_BLOCK = 2**18
+ATTENTION_BLOCK = 2**19
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, keep: bool) -> tuple[Tensor, Tensor]:
