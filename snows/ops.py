@@ -6,6 +6,8 @@ they serve, and PyTorch's dispatcher chooses. `SNOWS_REFERENCE=1`, set before th
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import os
 import warnings
 from collections.abc import Callable, Sequence
@@ -63,11 +65,53 @@ def _load_native() -> str:
 
 native = _load_native()
 
+TRITON = {  # file in kernels/ -> the ops in it
+    "masked": ("masked",),
+    "gelu": ("gelu", "gelu_curve"),
+    "affine_relu": ("affine_relu", "affine_relu_grad"),
+    "layer_norm": ("layer_norm", "layer_norm_grad", "layer_norm_curve"),
+    "attention": ("attention", "attention_grad", "attention_tangent"),
+}
+
+
+def _from_triton(file: str, name: str) -> Callable[..., Any]:
+    """The op's launcher, imported when it is first called; the reference takes what the kernel does not."""
+
+    def call(*args: Any) -> Any:
+        kernel = importlib.import_module(f"snows.kernels.{file}")
+        old = torch.cuda.get_device_capability(args[0].device) < (8, 0)
+        large = any(isinstance(x, Tensor) and x.numel() >= 2**31 for x in args)
+        run = reference if old or large or not kernel.takes(*args) else kernel
+        with torch.cuda.device_of(args[0]):
+            return getattr(run, name)(*args)
+
+    return call
+
+
+def _register_triton() -> str:
+    """Register the Triton kernels for CUDA where both are there; say in one phrase what happened."""
+    if os.environ.get("SNOWS_REFERENCE") == "1":
+        return "left out by SNOWS_REFERENCE=1"
+    if torch.version.cuda is None:
+        return "not for this build of torch"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    for file, names in TRITON.items():
+        for name in names:
+            if not torch._C._dispatch_has_kernel_for_dispatch_key(f"snows::{name}", "CUDA"):
+                _library.impl(name, _from_triton(file, name), "CUDA")
+    return "registered"
+
+
+triton = _register_triton()
+
 
 def implementation(op: str, device: str = "CPU") -> str:
-    """Name what runs `op` on `device`: "native" or "reference"."""
-    registered = torch._C._dispatch_has_kernel_for_dispatch_key(f"snows::{op}", device)
-    return "native" if registered else "reference"
+    """Name what runs `op` on `device`: "native", "triton" or "reference"."""
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"snows::{op}", device):
+        return "reference"
+    ours = device == "CUDA" and triton == "registered" and any(op in names for names in TRITON.values())
+    return "triton" if ours else "native"
 
 
 def nm_mask(scores: Tensor, n: int, m: int) -> Tensor:
