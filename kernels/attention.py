@@ -15,8 +15,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-ROWS, COLUMNS = 32, 32  # queries and keys of a block; 64 x 32 in float32 spills on sm_80
+ROWS, COLUMNS = 32, 32  # queries and keys of a block
+TANGENT_ROWS = 16  # it holds two blocks of queries and would spill at 32
+# Eight warps and no pipelining: with four, or with loads in flight, float32 derivatives at width 64 spill on sm_80 (252 registers as it
+# is), and shared memory passes the 99 KB of sm_86.
+LAYOUT = {"num_warps": 8, "num_stages": 1}
+WIDEST = {torch.float32: 64, torch.bfloat16: 128, torch.float16: 128}  # of a head; wider ones spill
 
 
 @triton.jit
@@ -140,12 +144,13 @@ def attention_grad_key_kernel(g, q, k, v, out, kept, bias, grad_k, grad_v, queri
 
 
 def takes(*args: Any) -> bool:
-    """Heads up to 128 wide, and P not kept: who kept it has it in memory, where the reference reads it."""
+    """Heads as wide as `WIDEST`, and P not kept: who kept it has it in memory, where the reference reads it."""
     tensors = [x for x in args if isinstance(x, Tensor)]
-    kept = next((x for x in tensors if x.ndim == 2), None)
-    wanted = args[-1] is not True and (kept is not None or args[-1] is False)
-    return wanted and all(x is kept or x.dtype in DTYPES for x in tensors) and all(x.shape[-1] <= 128 for x in tensors[:3]) \
-        and tensors[0].shape[0] < 2**16
+    wide = [x for x in tensors if x.ndim == 3]
+    made_again = args[-1] is False or len(wide) < len(tensors)  # attention is asked; its derivatives get the logarithms
+    dtype = wide[0].dtype
+    return made_again and dtype in WIDEST and all(x.dtype == dtype for x in wide) and wide[0].shape[0] < 2**16 \
+        and all(x.shape[2] <= WIDEST[dtype] for x in (wide[:3] if args[-1] is False else wide[:4]))
 
 
 def _settings(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -153,7 +158,7 @@ def _settings(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float
     sizes = (q.shape[1], k.shape[1], q.shape[2], v.shape[2], *strides, scale)
     padded = {name: max(16, triton.next_power_of_2(x.shape[2])) for name, x in (("WIDTH", q), ("DEPTH", v))}
     return sizes, {"BIAS": bias is not None, "PRECISION": "tf32x3" if q.dtype == torch.float32 else "tf32", **padded,
-                   "ROWS": ROWS, "COLUMNS": COLUMNS, "num_warps": 4}
+                   "ROWS": ROWS, "COLUMNS": COLUMNS, **LAYOUT}
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, keep: bool) -> tuple[Tensor, Tensor]:
@@ -171,8 +176,8 @@ def attention_tangent(dq: Tensor, dk: Tensor, dv: Tensor, q: Tensor, k: Tensor, 
     result = torch.empty_like(tensors[6])
     sizes, settings = _settings(q, k, v, bias, scale)
     if kept.numel():
-        grid = (triton.cdiv(q.shape[1], ROWS), q.shape[0])
-        attention_tangent_kernel[grid](*tensors, q if bias is None else bias, result, *sizes, **settings)
+        grid = (triton.cdiv(q.shape[1], TANGENT_ROWS), q.shape[0])
+        attention_tangent_kernel[grid](*tensors, q if bias is None else bias, result, *sizes, **settings | {"ROWS": TANGENT_ROWS})
     return result
 
 

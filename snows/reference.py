@@ -155,10 +155,10 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, shape: Seq
         eps: added to the variance.
 
     Returns:
-        The result, and the mean and r of each row, with ones for the dimensions of `shape`.
+        The result, and the mean and r of each row in at least float32, with ones for the dimensions of `shape`.
     """
-    y, mean, rstd = torch.native_layer_norm(x, list(shape), weight, bias, eps)
-    return y, mean, rstd
+    y, mean, rstd = torch.native_layer_norm(_wide(x), list(shape), _wide_or_none(weight), _wide_or_none(bias), eps)
+    return y.to(x.dtype), mean, rstd
 
 
 def layer_norm_grad(g: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, before: Tensor | None, after: Tensor | None,
@@ -179,8 +179,11 @@ def layer_norm_grad(g: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, before: Te
     Returns:
         x.shape.
     """
-    out: Tensor = torch.ops.aten.native_layer_norm_backward(g.contiguous(), x, list(shape), mean, rstd, before, None, [True, False, False])[0]
-    return out if after is None else out.mul_(after)
+    out: Tensor = torch.ops.aten.native_layer_norm_backward(
+        _wide(g).contiguous(), _wide(x), list(shape), mean, rstd, _wide_or_none(before), None, [True, False, False])[0]
+    if after is not None:
+        out.mul_(after)
+    return out.to(x.dtype)
 
 
 def layer_norm_curve(g: Tensor, v: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, before: Tensor | None, after: Tensor | None,
@@ -396,6 +399,10 @@ def _narrowed(grads: tuple[Tensor, Tensor, Tensor], like: Tensor) -> tuple[Tenso
 
 def _channels(x: Tensor, like: Tensor) -> Tensor:
     return x.view((1, -1) + (1,) * (like.ndim - 2))
+
+
+def _wide_or_none(x: Tensor | None) -> Tensor | None:
+    return None if x is None else _wide(x)
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -43,7 +43,7 @@ def _layer_norm(input: Tensor, normalized_shape: Any, weight: Tensor | None = No
 
 def _batch_norm(input: Tensor, running_mean: Tensor | None, running_var: Tensor | None, weight: Tensor | None = None,
                 bias: Tensor | None = None, training: bool = False, momentum: float = 0.1, eps: float = 1e-5) -> Tensor:
-    """Evaluated BatchNorm as the one multiplication and addition per channel that it is."""
+    """Evaluated BatchNorm as the one multiplication and addition per channel that it is; how it was made stays with it, for a ReLU."""
     if training or running_mean is None or running_var is None:
         return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
     scale = (running_var + eps).rsqrt()
@@ -51,7 +51,22 @@ def _batch_norm(input: Tensor, running_mean: Tensor | None, running_var: Tensor 
         scale = scale * weight
     shift = -running_mean * scale if bias is None else bias - running_mean * scale
     shape = (1, -1) + (1,) * (input.ndim - 2)
-    return torch.addcmul(shift.view(shape), input, scale.view(shape))
+    out = torch.addcmul(shift.view(shape), input, scale.view(shape))
+    if _differentiated((input,), (scale, shift)) and scale.dtype == shift.dtype == input.dtype:
+        out._affine = (out._version, input, input._version, scale, shift)  # type: ignore[attr-defined]
+    return out
+
+
+def _relu(func: Callable[..., Any]) -> Callable[..., Any]:
+    """A ReLU that, after evaluated BatchNorm, is one op with it. In place it is left alone: others may hold the tensor it changes."""
+
+    def call(input: Tensor, inplace: bool = False) -> Tensor:
+        made: tuple[int, Tensor, int, Tensor, Tensor] | None = getattr(input, "_affine", None)
+        if inplace or made is None or (made[0], made[2]) != (input._version, made[1]._version):
+            return F.relu(input, inplace) if func is F.relu else func(input)
+        return ops.affine_relu(made[1], made[3], made[4])
+
+    return call
 
 
 def _attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
@@ -88,6 +103,7 @@ ROUTES: dict[Callable[..., Any], Callable[..., Any]] = {
     F.gelu: _gelu,
     F.layer_norm: _layer_norm,
     F.batch_norm: _batch_norm,
+    **{func: _relu(func) for func in (F.relu, torch.relu, Tensor.relu)},
     F.scaled_dot_product_attention: _attention,
     F.multi_head_attention_forward: _entered(F.multi_head_attention_forward),
 }

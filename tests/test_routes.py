@@ -48,6 +48,24 @@ class Closed(nn.Module):
         return self.last(x + self.attention(x, x, x, need_weights=False)[0])
 
 
+class Residual(nn.Module):
+    """BatchNorm and ReLU in all spellings; one in place, one on a tensor that was changed after its BatchNorm."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(2, 3, 1), nn.Conv2d(3, 3, 3, padding=1)
+        self.bn, self.last, self.relu = nn.BatchNorm2d(3), nn.Conv2d(3, 2, 1), nn.ReLU(inplace=True)
+
+    def forward(self, x):
+        x = self.bn(self.first(x))
+        y = F.relu(x) + x
+        y = torch.tanh(self.second(y))
+        y = y + torch.relu(self.bn(y)) + self.bn(y).relu()
+        z = self.bn(y)
+        z += y
+        return self.last(self.relu(self.bn(z)) + F.relu(z).square())
+
+
 class Block(nn.Module):
     def __init__(self):
         super().__init__()
@@ -69,6 +87,7 @@ def tokens():
 CASES = {  # network, its input, the layer, the ops that must run
     "functional": (Functional, tokens, "first", {"gelu": 2, "layer_norm": 1, "attention": 3}),
     "closed attention": (Closed, tokens, "first", {"attention": 1}),
+    "residual": (Residual, lambda: torch.randn(2, 2, 4, 4).double(), "first", {"affine_relu": 3}),
     "block": (Block, lambda: torch.randn(2, 2, 4, 6).double(), "embed", {"gelu": 1, "layer_norm": 2, "attention": 1}),
 }
 cases = pytest.mark.parametrize("name", CASES)
@@ -104,7 +123,7 @@ def test_curvature_through_every_op_against_dense_matrices_of_eager_pytorch(name
 @cases
 def test_the_ops_run_where_gradients_flow_and_the_operations_are_the_same(name, monkeypatch):
     called = Counter()
-    for op in ("gelu", "layer_norm", "attention"):
+    for op in ("gelu", "layer_norm", "attention", "affine_relu"):
         original = getattr(ops, op)
         monkeypatch.setattr(ops, op, lambda *a, op=op, original=original: (called.update([op]), original(*a))[1])
     found, stream, at = horizon(name)
