@@ -421,6 +421,10 @@ def layer_norm(x: Tensor, shape: Sequence[int], weight: Tensor | None = None, bi
     return result
 
 
+# The devices on which a kernel makes attention's matrix again. Found once: what asks the dispatcher cannot be traced.
+MADE_AGAIN = {device for device in ("cpu", "cuda") if implementation("attention", device.upper()) != "reference"}
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, scale: float | None = None) -> Tensor:
     """``softmax(scale q kᵀ + bias) v`` (Vaswani et al. 2017), differentiable twice by q, k and v.
 
@@ -454,6 +458,6 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, scale
         bias = bias.expand(full).reshape(-1, *full[-2:])
     lead = q.shape[:-2]
     q, k, v = (x.reshape(-1, *x.shape[-2:]) if x.numel() else x.reshape(lead.numel(), *x.shape[-2:]) for x in (q, k, v))
-    keep = implementation("attention", q.device.type.upper()) == "reference"
+    keep = q.device.type not in MADE_AGAIN
     out: Tensor = _ops.attention(q, k, v, bias, q.shape[-1] ** -0.5 if scale is None else scale, keep)[0]
     return out.view(*lead, *out.shape[-2:])

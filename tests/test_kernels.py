@@ -121,8 +121,9 @@ def test_a_kernel_against_the_reference_and_float64(name, dtype, device):
 
 
 @pytest.fixture
-def registered():
+def registered(monkeypatch):
     """Without a GPU, the kernels under the dispatcher's CPU key while the test runs."""
+    monkeypatch.setattr(ops, "MADE_AGAIN", {"cpu", "cuda"})
     library = torch.library.Library("snows", "IMPL")
     for file, names in ops.TRITON.items() if not GPU else ():
         for name in names:
@@ -162,6 +163,35 @@ def test_both_derivatives_through_the_kernels_are_those_of_the_reference_in_floa
     assert all(ops.implementation(name, device.upper()) == expected for names in ops.TRITON.values() for name in names)
     for one, other in zip(derivatives(torch.float32, device), oracle, strict=True):
         assert (one - other).norm() <= 1e-5 * other.norm()
+
+
+@pytest.mark.parametrize(("capability", "dtype", "kernel"), [
+    ((9, 0), torch.float32, True), ((8, 0), torch.bfloat16, True), ((9, 0), torch.float64, False), ((7, 5), torch.float32, False),
+])  # fmt: skip
+@pytest.mark.skipif(GPU, reason="the interpreter is for machines without a GPU")
+def test_what_a_kernel_does_not_take_goes_to_the_reference(capability, dtype, kernel, monkeypatch):
+    ran = []
+    gelu = import_module("snows.kernels.gelu")
+    for name, module in (("kernel", gelu), ("reference", reference)):
+        monkeypatch.setattr(module, "gelu", lambda *a, name=name, run=module.gelu: (ran.append(name), run(*a))[1])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    x = torch.randn(5).to(dtype)
+    value, slope = ops._from_triton("gelu", "gelu")(x, "none")
+    assert ran == ["kernel" if kernel else "reference"]
+    assert (value - torch.nn.functional.gelu(x)).norm() <= 1e-2
+    assert value.dtype == slope.dtype == dtype
+
+
+@pytest.mark.parametrize(("dtype", "width", "keep", "taken"), [
+    (torch.float32, 64, False, True), (torch.float32, 65, False, False), (torch.bfloat16, 128, False, True), (torch.float32, 8, True, False),
+])  # fmt: skip
+def test_attention_takes_heads_up_to_its_widest(dtype, width, keep, taken):
+    attention = import_module("snows.kernels.attention")
+    q, k, v = (torch.randn(2, 3, width).to(dtype) for _ in range(3))
+    out, kept = reference.attention(q, k, v, None, 0.1, keep)
+    assert attention.takes(q, k, v, None, 0.1, keep) == taken
+    assert attention.takes(out, q, k, v, out, kept, None, 0.1) == taken
+    assert attention.takes(q, k, v, q, k, v, out, kept, None, 0.1) == taken
 
 
 def compile_all(tmp_path, *targets):

@@ -226,3 +226,22 @@ def test_empty_tensors(call, shape):
 def test_a_callers_mistake_is_named(call, words):
     with pytest.raises(ValueError, match=words):
         call(torch.randn(3, 4))
+
+
+class Everything(torch.nn.Module):
+    """All ops in a row."""
+
+    def forward(self, x):
+        x = ops.layer_norm(x, (6,), torch.linspace(0.5, 2, 6))
+        q = x.unflatten(-1, (2, 3)).transpose(1, 2)
+        x = x + ops.attention(q, q, q, torch.linspace(-1, 1, 4).expand(4, 4)).transpose(1, 2).flatten(2)
+        x = ops.affine_relu(x, torch.linspace(0.5, 2, 4), torch.linspace(-0.5, 1, 4))
+        return ops.gelu(ops.masked(x, torch.tensor([203, 94, 171, 85, 240, 15], dtype=torch.uint8)), "tanh")
+
+
+def test_a_model_of_ops_is_traced_whole_and_exported():
+    net, x = Everything(), torch.randn(2, 4, 6)
+    wanted = net(x)
+    assert torch.equal(torch.export.export(net, (x,)).module()(x), wanted)
+    assert torch.equal(torch.compile(net, fullgraph=True, backend="aot_eager")(x), wanted)
+    torch.compiler.reset()
