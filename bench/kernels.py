@@ -3,8 +3,9 @@
     python -m pytest bench/kernels.py                                                   # on a GPU if there is one, else on the CPU
     python -m pytest bench/kernels.py --benchmark-json=bench/results/cpu/kernels.json -k "not compile"
 
-A case is right (against float64, or bit for bit where it selects) before it is timed. `bytes` are those that cannot be avoided: each input read once, each
-output written once. Inputs rotate, so that no run finds its own in the cache; on a GPU a run ends when the device has finished.
+A case is right (against float64, or bit for bit where it selects) before it is timed. `bytes` are those that cannot be avoided: each
+input read once, each output written once. Inputs rotate, so that no run finds its own in the cache; on a GPU a run ends when the device
+has finished.
 """
 
 from __future__ import annotations

@@ -190,6 +190,7 @@ def info() -> None:
     table.add_row("torch", f"{torch.__version__}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
     table.add_row("CUDA", torch.cuda.get_device_name() if torch.cuda.is_available() else "none")
     table.add_row("native kernels", ops.native)
+    table.add_row("Triton kernels", ops.triton)
     for op in ops.OPS:
         devices = ("CPU", "CUDA") if torch.cuda.is_available() else ("CPU",)
         table.add_row(f"op {op}", ", ".join(f"{device}: {ops.implementation(op, device)}" for device in devices))

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from snows.network import Call, Finished, Inputs, Plan, Stream, Watch, arguments, learn_order, output_tensors, plain_forward
+from snows.routes import reroute
 
 OPERATIONS = {
     F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d, F.linear, F.bilinear,
@@ -55,12 +56,7 @@ class _Window(Watch):
         return self.gather(out)
 
     def other(self, func: Any, args: Any, kwargs: Any) -> Any:
-        if func is F.batch_norm and not _bound(args, kwargs, 5, "training", False):
-            out = _affine(*args, **kwargs)
-        elif func is F.conv2d and self.outputs:
-            out = _convolution(args, kwargs)
-        else:
-            out = func(*args, **kwargs)
+        out = _convolution(args, kwargs) if func is F.conv2d and self.outputs else reroute(func, args, kwargs)
         if self.outputs:
             self.channel = 1 if func in CHANNELS_SECOND else -1 if func in CHANNELS_LAST else self.channel
             if func in OPERATIONS:
@@ -222,21 +218,6 @@ class _frozen:  # noqa: N801 - reads as a verb where it is used
     def __exit__(self, *exc: object) -> None:
         for p in self.parameters:
             p.requires_grad_(True)
-
-
-def _bound(args: Any, kwargs: Any, index: int, name: str, default: Any) -> Any:
-    return args[index] if len(args) > index else kwargs.get(name, default)
-
-
-def _affine(x: Tensor, running_mean: Tensor, running_var: Tensor, weight: Tensor | None = None, bias: Tensor | None = None,
-            training: bool = False, momentum: float = 0.1, eps: float = 1e-5) -> Tensor:
-    """Evaluated BatchNorm as the one multiplication and addition per channel that it is; cheap to differentiate twice."""
-    scale = (running_var + eps).rsqrt()
-    if weight is not None:
-        scale = scale * weight
-    shift = -running_mean * scale if bias is None else bias - running_mean * scale
-    shape = (1, -1) + (1,) * (x.ndim - 2)
-    return torch.addcmul(shift.view(shape), x, scale.view(shape))
 
 
 def _apply(function: type[torch.autograd.Function], *args: Any) -> Tensor:

@@ -6,29 +6,52 @@ they serve, and PyTorch's dispatcher chooses. `SNOWS_REFERENCE=1`, set before th
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import os
 import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from snows import reference
-
-_SCHEMAS = {
-    "nm_mask": "(Tensor scores, int n, int m) -> Tensor",
-    "nm_select": "(Tensor scores, int n, int m) -> (Tensor bits, Tensor codes)",
-    "cg_direction": "(Tensor(a!) p, Tensor r, Tensor z, Tensor(b!) state) -> ()",
-    "cg_update": "(Tensor(a!) x, Tensor(b!) r, Tensor p, Tensor Ap, Tensor(c!) state, float rtol) -> ()",
-    "batched_cg_update": "(Tensor(a!) x, Tensor(b!) r, Tensor(c!) p, Tensor(d!) rz, Tensor product, Tensor mask, "
-                         "Tensor inverse, Tensor target) -> ()",
-}
-OPS = tuple(_SCHEMAS)
+from snows import derivatives, reference
 
 _library = torch.library.Library("snows", "DEF")
-for _name, _schema in _SCHEMAS.items():
-    _library.define(_name + _schema)
+
+# Tensors that take gradients come first; of several results the first is the op's own, the others are kept for its derivatives.
+SCHEMAS = (
+    "nm_mask(Tensor scores, int n, int m) -> Tensor",
+    "nm_select(Tensor scores, int n, int m) -> (Tensor bits, Tensor codes)",
+    "cg_direction(Tensor(a!) p, Tensor r, Tensor z, Tensor(b!) state) -> ()",
+    "cg_update(Tensor(a!) x, Tensor(b!) r, Tensor p, Tensor Ap, Tensor(c!) state, float rtol) -> ()",
+    "batched_cg_update(Tensor(a!) x, Tensor(b!) r, Tensor(c!) p, Tensor(d!) rz, Tensor product, Tensor mask, Tensor inverse, Tensor target)"
+    " -> ()",
+    "masked(Tensor weight, Tensor bits) -> Tensor",
+    "gelu(Tensor x, str approximate) -> (Tensor, Tensor)",
+    "gelu_curve(Tensor x, Tensor g, str approximate) -> Tensor",
+    "affine_relu(Tensor x, Tensor scale, Tensor shift) -> Tensor",
+    "affine_relu_grad(Tensor g, Tensor y, Tensor scale) -> Tensor",
+    "layer_norm(Tensor x, Tensor? weight, Tensor? bias, SymInt[] shape, float eps) -> (Tensor, Tensor, Tensor)",
+    "layer_norm_grad(Tensor g, Tensor x, Tensor mean, Tensor rstd, Tensor? before, Tensor? after, SymInt[] shape) -> Tensor",
+    "layer_norm_curve(Tensor g, Tensor v, Tensor x, Tensor mean, Tensor rstd, Tensor? before, Tensor? after, SymInt[] shape) -> Tensor",
+    "attention(Tensor q, Tensor k, Tensor v, Tensor? bias, float scale, bool keep) -> (Tensor, Tensor)",
+    "attention_grad(Tensor g, Tensor q, Tensor k, Tensor v, Tensor out, Tensor kept, Tensor? bias, float scale) -> (Tensor, Tensor, Tensor)",
+    "attention_tangent(Tensor dq, Tensor dk, Tensor dv, Tensor q, Tensor k, Tensor v, Tensor out, Tensor kept, Tensor? bias, float scale)"
+    " -> Tensor",
+    "attention_curve(Tensor g, Tensor dq, Tensor dk, Tensor dv, Tensor q, Tensor k, Tensor v, Tensor out, Tensor kept, Tensor? bias,"
+    " float scale) -> (Tensor, Tensor, Tensor)",
+)
+OPS = tuple(schema.split("(")[0] for schema in SCHEMAS)
+
+for _schema, _name in zip(SCHEMAS, OPS, strict=True):
+    _library.define(_schema)
     _library.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
+derivatives.register(_library)
+
+_ops = torch.ops.snows
 
 
 def _load_native() -> str:
@@ -50,11 +73,53 @@ native = _load_native()
 
 _FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
+TRITON = {  # file in kernels/ -> the ops in it
+    "masked": ("masked",),
+    "gelu": ("gelu", "gelu_curve"),
+    "affine_relu": ("affine_relu", "affine_relu_grad"),
+    "layer_norm": ("layer_norm", "layer_norm_grad", "layer_norm_curve"),
+    "attention": ("attention", "attention_grad", "attention_tangent"),
+}
+
+
+def _from_triton(file: str, name: str) -> Callable[..., Any]:
+    """The op's launcher, imported when it is first called; the reference takes what the kernel does not."""
+
+    def call(*args: Any) -> Any:
+        kernel = importlib.import_module(f"snows.kernels.{file}")
+        old = torch.cuda.get_device_capability(args[0].device) < (8, 0)
+        large = any(isinstance(x, Tensor) and x.numel() >= 2**31 for x in args)
+        run = reference if old or large or not kernel.takes(*args) else kernel
+        with torch.cuda.device_of(args[0]):
+            return getattr(run, name)(*args)
+
+    return call
+
+
+def _register_triton() -> str:
+    """Register the Triton kernels for CUDA where both are there; say in one phrase what happened."""
+    if os.environ.get("SNOWS_REFERENCE") == "1":
+        return "left out by SNOWS_REFERENCE=1"
+    if torch.version.cuda is None:
+        return "not for this build of torch"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    for file, names in TRITON.items():
+        for name in names:
+            if not torch._C._dispatch_has_kernel_for_dispatch_key(f"snows::{name}", "CUDA"):
+                _library.impl(name, _from_triton(file, name), "CUDA")
+    return "registered"
+
+
+triton = _register_triton()
+
 
 def implementation(op: str, device: str = "CPU") -> str:
-    """Name what runs `op` on `device`: "native" or "reference"."""
-    registered = torch._C._dispatch_has_kernel_for_dispatch_key(f"snows::{op}", device)
-    return "native" if registered else "reference"
+    """Name what runs `op` on `device`: "native", "triton" or "reference"."""
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"snows::{op}", device):
+        return "reference"
+    ours = device == "CUDA" and triton == "registered" and any(op in names for names in TRITON.values())
+    return "triton" if ours else "native"
 
 
 def _check_selection(op: str, scores: Tensor, n: int, m: int) -> None:
@@ -206,3 +271,178 @@ def batched_cg_update(x: Tensor, r: Tensor, p: Tensor, rz: Tensor, product: Tens
         _check_like(op, name, value, (groups, rows), torch.float64, x.device)
     _check_contiguous(op, "rz", rz)
     torch.ops.snows.batched_cg_update(x, r, p, rz, product.contiguous(), mask.contiguous(), inverse.contiguous(), target.contiguous())
+
+
+def _expect(right: bool, op: str, argument: str, expected: str, got: object) -> None:
+    if not right:
+        raise ValueError(f"{op}: {argument}: expected {expected}, got {got}")
+
+
+def _describe(x: Tensor) -> str:
+    return f"{tuple(x.shape)} {x.dtype} on {x.device}"
+
+
+def _check_real(op: str, argument: str, x: Tensor) -> None:
+    _expect(x.is_floating_point(), op, argument, "floating point", x.dtype)
+
+
+def _check_constant(op: str, argument: str, x: Tensor | None, shape: Sequence[int], like: Tensor) -> None:
+    """A parameter of the op: this shape, `like`'s dtype and device, and no gradient asked of it."""
+    if x is None:
+        return
+    right = tuple(x.shape) == tuple(shape) and x.dtype == like.dtype and x.device == like.device
+    _expect(right, op, argument, f"{tuple(shape)} {like.dtype} on {like.device}", _describe(x))
+    _expect(not (x.requires_grad and torch.is_grad_enabled()), op, argument, "a constant", "a tensor that requires grad")
+
+
+def pack_bits(mask: Tensor) -> Tensor:
+    """Pack a mask into bytes, as `masked` takes it: bit j of byte b is element 8 b + j of the flattened mask.
+
+    Args:
+        mask: any shape, bool.
+
+    Returns:
+        (ceil(elements / 8),), uint8.
+
+    Raises:
+        ValueError: `mask` is not bool.
+
+    Example:
+        >>> pack_bits(torch.tensor([True, False, True, False, False, False, False, False, True])).tolist()
+        [5, 1]
+    """
+    _expect(mask.dtype == torch.bool, "pack_bits", "mask", "bool", mask.dtype)
+    return reference.pack_bits(mask)
+
+
+def masked(weight: Tensor, bits: Tensor) -> Tensor:
+    """Keep the weight where its bit is set; +0.0 elsewhere, whatever stood there. Differentiable any number of times.
+
+    Args:
+        weight: any shape, floating point.
+        bits: (ceil(elements / 8),), uint8, as `pack_bits` gives them.
+
+    Returns:
+        weight.shape, contiguous.
+
+    Raises:
+        ValueError: a dtype, shape or device is wrong.
+
+    Example:
+        >>> masked(torch.tensor([3.0, -2.0, 1.0]), torch.tensor([5], dtype=torch.uint8))
+        tensor([3., 0., 1.])
+    """
+    _check_real("masked", "weight", weight)
+    shape = (-(-weight.numel() // 8),)
+    right = bits.shape == shape and bits.dtype == torch.uint8 and bits.device == weight.device
+    _expect(right, "masked", "bits", f"{shape} torch.uint8 on {weight.device}", _describe(bits))
+    result: Tensor = _ops.masked(weight, bits)
+    return result
+
+
+def gelu(x: Tensor, approximate: str = "none") -> Tensor:
+    """GELU, ``x Φ(x)``, or its tanh approximation (Hendrycks & Gimpel 2016); differentiable twice.
+
+    Args:
+        x: any shape, floating point.
+        approximate: "none" or "tanh".
+
+    Returns:
+        x.shape.
+
+    Raises:
+        ValueError: `x` is not floating point, or `approximate` is neither.
+    """
+    _check_real("gelu", "x", x)
+    _expect(approximate in ("none", "tanh"), "gelu", "approximate", '"none" or "tanh"', repr(approximate))
+    result: Tensor = _ops.gelu(x, approximate)[0]
+    return result
+
+
+def affine_relu(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """``max(0, scale x + shift)``, channel by channel; differentiable twice by x.
+
+    Args:
+        x: (batch, channels, ...), floating point.
+        scale: (channels,), a constant.
+        shift: (channels,), a constant.
+
+    Returns:
+        x.shape.
+
+    Raises:
+        ValueError: a dtype, shape or device is wrong, or a constant requires grad.
+    """
+    _check_real("affine_relu", "x", x)
+    _expect(x.ndim >= 2, "affine_relu", "x", "(batch, channels, ...)", tuple(x.shape))
+    _check_constant("affine_relu", "scale", scale, x.shape[1:2], x)
+    _check_constant("affine_relu", "shift", shift, x.shape[1:2], x)
+    result: Tensor = _ops.affine_relu(x, scale, shift)
+    return result
+
+
+def layer_norm(x: Tensor, shape: Sequence[int], weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
+    """LayerNorm over the last dimensions (Ba et al. 2016); differentiable twice by x.
+
+    Args:
+        x: (..., *shape), floating point.
+        shape: the last dimensions of x, one at least.
+        weight: shape, a constant; None for ones.
+        bias: shape, a constant; None for zeros.
+        eps: added to the variance.
+
+    Returns:
+        x.shape.
+
+    Raises:
+        ValueError: a dtype, shape or device is wrong, or a constant requires grad.
+    """
+    _check_real("layer_norm", "x", x)
+    shape = tuple(shape)
+    _expect(0 < len(shape) <= x.ndim and tuple(x.shape[-len(shape):]) == shape, "layer_norm", "x", f"(..., *{shape})", tuple(x.shape))
+    _check_constant("layer_norm", "weight", weight, shape, x)
+    _check_constant("layer_norm", "bias", bias, shape, x)
+    result: Tensor = _ops.layer_norm(x, weight, bias, shape, eps)[0]
+    return result
+
+
+# The devices on which a kernel makes attention's matrix again. Found once: what asks the dispatcher cannot be traced.
+MADE_AGAIN = {device for device in ("cpu", "cuda") if implementation("attention", device.upper()) != "reference"}
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, scale: float | None = None) -> Tensor:
+    """``softmax(scale q kᵀ + bias) v`` (Vaswani et al. 2017), differentiable twice by q, k and v.
+
+    The reference, which fills the (queries, keys) matrix anyway, keeps it for the derivatives; a kernel makes it again.
+
+    Args:
+        q: (..., queries, width), floating point.
+        k: (..., keys, width), leading dimensions as q's.
+        v: (..., keys, depth), likewise.
+        bias: broadcasts to (..., queries, keys); a constant, -inf for what is masked.
+        scale: 1 / sqrt(width) without it.
+
+    Returns:
+        (..., queries, depth).
+
+    Raises:
+        ValueError: a dtype, shape or device is wrong, or the bias requires grad.
+    """
+    _check_real("attention", "q", q)
+    _expect(q.ndim >= 2, "attention", "q", "(..., queries, width)", tuple(q.shape))
+    for name, x in (("k", k), ("v", v)):
+        right = x.ndim == q.ndim and x.shape[:-2] == q.shape[:-2] and x.dtype == q.dtype and x.device == q.device
+        _expect(right, "attention", name, f"{(*q.shape[:-2], '...', '...')} {q.dtype} on {q.device}", _describe(x))
+    _expect(k.shape[-1] == q.shape[-1], "attention", "k", f"width {q.shape[-1]}", k.shape[-1])
+    _expect(v.shape[-2] == k.shape[-2], "attention", "v", f"{k.shape[-2]} keys", v.shape[-2])
+    if bias is not None:
+        full = (*q.shape[:-1], k.shape[-2])
+        fits = bias.ndim <= len(full) and all(b in (1, f) for b, f in zip(bias.shape[::-1], full[::-1], strict=False))
+        _expect(fits, "attention", "bias", f"what broadcasts to {full}", tuple(bias.shape))
+        _check_constant("attention", "bias", bias, bias.shape, q)
+        bias = bias.expand(full).reshape(-1, *full[-2:])
+    lead = q.shape[:-2]
+    q, k, v = (x.reshape(-1, *x.shape[-2:]) if x.numel() else x.reshape(lead.numel(), *x.shape[-2:]) for x in (q, k, v))
+    keep = q.device.type not in MADE_AGAIN
+    out: Tensor = _ops.attention(q, k, v, bias, q.shape[-1] ** -0.5 if scale is None else scale, keep)[0]
+    return out.view(*lead, *out.shape[-2:])

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
+collect_ignore = ["compile_kernels.py"]  # a program of its own
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 import snows
 
 FLOORS = [
-    {"reference", "ops"}, {"sparsity"}, {"operators", "solvers"}, {"network", "horizon"},
+    {"kernels"}, {"reference", "derivatives", "ops"}, {"sparsity"}, {"operators", "solvers"}, {"network", "routes", "horizon"},
     {"selectors", "report", "run", "evaluation", "pruning"}, {"zoo", "sources", "demo", "cli", "__main__"},
 ]
 PACKAGE = Path(snows.__file__).parent

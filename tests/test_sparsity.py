@@ -6,7 +6,7 @@ from snows import NM, Unstructured, ops, parse_pattern, reference
 from snows.sparsity import allocate, rows, unrows
 
 
-@pytest.mark.parametrize(("n", "m", "columns"), [(1, 4, 16), (2, 4, 20), (3, 8, 24), (2, 4, 7), (5, 32, 70), (1, 2, 1)])
+@pytest.mark.parametrize(("n", "m", "columns"), [(1, 4, 16), (2, 4, 20), (3, 8, 24), (2, 4, 7), (3, 32, 70), (1, 2, 1)])
 def test_nm_mask_is_the_best_of_all_choices(n, m, columns):
     scores = torch.randn(9, columns, dtype=torch.float64)
     mask = ops.nm_mask(scores, n, m)

@@ -1,0 +1,160 @@
+"""The derivatives of the ops on a loss's path, made of ops again, so that a loss through them can be differentiated twice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_ops = torch.ops.snows
+
+
+def register(library: torch.library.Library) -> None:
+    """Give each op its derivative."""
+    for name, (backward, setup) in RULES.items():
+        torch.library.register_autograd(f"snows::{name}", backward, setup_context=_remembering(setup), lib=library)
+
+
+def _remembering(setup: Callable[..., None] | None) -> Callable[..., None]:
+    def remember(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.set_materialize_grads(False)
+        if setup is not None:
+            setup(ctx, inputs, output)
+
+    return remember
+
+
+def _asked(ctx: Any, index: int) -> bool:
+    """Whether the pass that is running wants the gradient by input `index`.
+
+    ``needs_input_grad`` only says that some pass might: a Gauss-Newton product goes through an adjoint by its cotangent alone,
+    and the second derivative by the point would be thrown away. PyTorch's own formulas ask the engine the same question.
+    """
+    node = ctx.next_functions[index][0]
+    if not ctx.needs_input_grad[index] or node is None:
+        return False
+    if node.name() == "torch::autograd::AccumulateGrad":  # the engine does not tell about leaves
+        return True
+    return bool(torch._C._will_engine_execute_node(node))
+
+
+def _no_third(ctx: Any, *grads: Tensor) -> Any:
+    raise NotImplementedError("snows: the ops have no third derivative")
+
+
+def _masked_setup(ctx: Any, inputs: Any, output: Tensor) -> None:
+    ctx.save_for_backward(inputs[1])
+
+
+def _masked_backward(ctx: Any, g: Tensor | None) -> Any:
+    return None if g is None else _ops.masked(g, *ctx.saved_tensors), None
+
+
+def _gelu_setup(ctx: Any, inputs: Any, output: Any) -> None:
+    x, ctx.approximate = inputs
+    ctx.save_for_backward(x, output[1])
+
+
+def _gelu_backward(ctx: Any, g: Tensor | None, g_slope: Tensor | None) -> Any:
+    x, slope = ctx.saved_tensors
+    total = None if g is None else g * slope
+    if g_slope is not None:
+        bent = _ops.gelu_curve(x, g_slope, ctx.approximate)
+        total = bent if total is None else total + bent
+    return total, None
+
+
+def _affine_relu_setup(ctx: Any, inputs: Any, output: Tensor) -> None:
+    ctx.save_for_backward(output, inputs[1])
+
+
+def _affine_relu_backward(ctx: Any, g: Tensor | None) -> Any:
+    return None if g is None else _ops.affine_relu_grad(g, *ctx.saved_tensors), None, None
+
+
+def _affine_relu_grad_setup(ctx: Any, inputs: Any, output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[1:])
+
+
+def _layer_norm_setup(ctx: Any, inputs: Any, output: Any) -> None:
+    x, weight, _, ctx.shape, _ = inputs
+    ctx.save_for_backward(x, *output[1:], weight)
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _layer_norm_backward(ctx: Any, g: Tensor | None, *_: Any) -> Any:
+    x, mean, rstd, weight = ctx.saved_tensors
+    grad = None if g is None else _ops.layer_norm_grad(g, x, mean, rstd, weight, None, ctx.shape)
+    return grad, None, None, None, None
+
+
+def _layer_norm_grad_setup(ctx: Any, inputs: Any, output: Tensor) -> None:
+    *tensors, ctx.shape = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _layer_norm_grad_backward(ctx: Any, v: Tensor | None) -> Any:
+    g, x, mean, rstd, before, after = ctx.saved_tensors
+    by_g = by_x = None
+    if v is not None and _asked(ctx, 0):
+        by_g = _ops.layer_norm_grad(v, x, mean, rstd, after, before, ctx.shape)
+    if v is not None and _asked(ctx, 1):
+        by_x = _ops.layer_norm_curve(g, v, x, mean, rstd, before, after, ctx.shape)
+    return by_g, by_x, None, None, None, None, None
+
+
+def _attention_setup(ctx: Any, inputs: Any, output: Any) -> None:
+    *tensors, bias, ctx.scale, _ = inputs
+    ctx.save_for_backward(*tensors, *output, bias)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _attention_backward(ctx: Any, g: Tensor | None, _: Any) -> Any:
+    grads = (None,) * 3 if g is None else _ops.attention_grad(g, *ctx.saved_tensors, ctx.scale)
+    return *grads, None, None, None
+
+
+def _attention_derivative_setup(ctx: Any, inputs: Any, output: Any) -> None:
+    *tensors, ctx.scale = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _attention_grad_backward(ctx: Any, *tangents: Tensor | None) -> Any:
+    g, *point = ctx.saved_tensors
+    by_g, by_point = None, (None,) * 3
+    if any(t is not None for t in tangents):
+        tangents = tuple(torch.zeros_like(x) if t is None else t for t, x in zip(tangents, point, strict=False))
+        if _asked(ctx, 0):
+            by_g = _ops.attention_tangent(*tangents, *point, ctx.scale)
+        if any(_asked(ctx, i) for i in (1, 2, 3)):
+            by_point = _ops.attention_curve(g, *tangents, *point, ctx.scale)
+    return by_g, *by_point, None, None, None, None
+
+
+def _attention_tangent_backward(ctx: Any, g: Tensor | None) -> Any:
+    tangents, point = ctx.saved_tensors[:3], ctx.saved_tensors[3:]
+    by_tangents, by_point = (None,) * 3, (None,) * 3
+    if g is not None and any(_asked(ctx, i) for i in (0, 1, 2)):
+        by_tangents = _ops.attention_grad(g, *point, ctx.scale)
+    if g is not None and any(_asked(ctx, i) for i in (3, 4, 5)):
+        by_point = _ops.attention_curve(g, *tangents, *point, ctx.scale)
+    return *by_tangents, *by_point, None, None, None, None
+
+
+# op -> its backward, and what it remembers for it
+RULES: dict[str, tuple[Callable[..., Any], Callable[..., None] | None]] = {
+    "masked": (_masked_backward, _masked_setup),
+    "gelu": (_gelu_backward, _gelu_setup),
+    "gelu_curve": (_no_third, None),
+    "affine_relu": (_affine_relu_backward, _affine_relu_setup),
+    "affine_relu_grad": (_affine_relu_backward, _affine_relu_grad_setup),
+    "layer_norm": (_layer_norm_backward, _layer_norm_setup),
+    "layer_norm_grad": (_layer_norm_grad_backward, _layer_norm_grad_setup),
+    "layer_norm_curve": (_no_third, None),
+    "attention": (_attention_backward, _attention_setup),
+    "attention_grad": (_attention_grad_backward, _attention_derivative_setup),
+    "attention_tangent": (_attention_tangent_backward, _attention_derivative_setup),
+    "attention_curve": (_no_third, None),
+}
