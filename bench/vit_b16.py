@@ -52,7 +52,8 @@ def main():
     layers = [x for x in report.layers if not x.reason]
     result = {
         "network": "torchvision vit_b_16", "pattern": args.pattern, "images": args.images, "batch": args.batch, "blocks": args.blocks,
-        "torch": torch.__version__, "machine": platform.machine(), "threads": torch.get_num_threads(), "seconds": round(seconds, 1), "processor seconds": round(processor, 1),
+        "torch": torch.__version__, "machine": platform.machine(), "threads": torch.get_num_threads(),
+        "seconds": round(seconds, 1), "processor seconds": round(processor, 1),
         "peak GB": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
         "rows": [{"layer": x.name, "step": round(steps[i], 2), "seconds": round(x.seconds, 1), "before": x.before, "after": x.after}
                  for i, x in enumerate(layers)],

@@ -202,11 +202,12 @@ class _Losses:
 
     @cached_property
     def gradients(self) -> list[Tensor]:
-        """`Horizon.gradients` of the dense network on the largest batch."""
+        """`Horizon.gradients` of the dense network on the largest batch; empty where its output does not feel the layer at all."""
         whole = Horizon(self.walk.sparse_net, self.layer, "end", self.walk.probes[0])
         count = None if self.horizon.to_end else len(self.horizon.counted)
         parts = [whole.gradients(self.weight, probe, count, self.generator) for probe in self.walk.probes]
-        return [torch.cat(rows) / len(parts) ** 0.5 for rows in zip(*parts, strict=True)]
+        joined = [torch.cat(rows) / len(parts) ** 0.5 for rows in zip(*parts, strict=True)]
+        return joined if any(rows.any() for rows in joined) else []
 
     def sensitivity(self, groups: int) -> Tensor:
         """Of the network's output to the layer's, per group: (groups, out / groups, out / groups)."""
