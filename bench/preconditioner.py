@@ -19,25 +19,24 @@ import torch
 
 from snows import alps, network, parse_pattern, zoo
 from snows.demo import calibration
-from snows.horizon import Horizon, Metric, Reconstruction
+from snows.horizon import Horizon, Reconstruction, Sensitivities
 from snows.operators import Factors, GaussNewton, Kronecker, Restricted, RowBlocks, trace
 from snows.selectors import LayerStatistics
 from snows.solvers import cg
 
 
-def layer_counts(net, layer, streams, pattern, damping=1e-3):
+def layer_counts(net, layer, streams, sensitivities, pattern, damping=1e-3):
     calls = [stream.advance(layer) for stream in streams]
     weight = net.get_submodule(layer).weight.detach().clone()
     if not pattern.fits(weight.shape):
         return None
-    horizon, whole = Horizon(net, layer, 3, streams[0]), Horizon(net, layer, "end", streams[0])
+    horizon = Horizon(net, layer, 3, streams[0])
     generator = torch.Generator().manual_seed(0)
-    gradients = whole.gradients(weight, streams[-1], len(horizon.counted), generator)
-    metrics = [Metric.felt(g, channel, generator) for g, channel in zip(gradients, horizon.channels, strict=True)]
+    metrics = sensitivities.of(layer, horizon.counted)
     with torch.no_grad():
         targets = horizon.outputs(weight, streams[0])
     loss = Reconstruction(horizon, streams[0], targets, metrics)
-    statistics_ = LayerStatistics(calls, calls, lambda: (gradients[0].T @ gradients[0]).unsqueeze(0))
+    statistics_ = LayerStatistics(calls, calls, lambda: metrics[0].matrix(len(weight)))
     masked = alps(weight, statistics_, pattern)
     factors = Factors(statistics_.gram, statistics_.sensitivity)
     H = GaussNewton(loss, masked.weight)
@@ -63,7 +62,8 @@ def main():
     order = network.learn_order(net, inputs[0])
     plan = network.Plan(net, order)
     streams = [network.Stream(plan, x) for x in inputs]
-    rows = [row for layer in order.layers[1:-1] if (row := layer_counts(net, layer, streams, parse_pattern(args.pattern)))]
+    sensitivities = Sensitivities(net, inputs[-1], torch.Generator().manual_seed(0))
+    rows = [row for layer in order.layers[1:-1] if (row := layer_counts(net, layer, streams, sensitivities, parse_pattern(args.pattern)))]
     medians = {name: statistics.median(row[name] for row in rows) for name in ("none", "kronecker", "rows")}
     ratio = statistics.median(row["rows"] / row["none"] for row in rows)
     result = {"network": args.network, "pattern": args.pattern, "torch": torch.__version__, "machine": platform.machine(),

@@ -43,7 +43,6 @@ class _Window(Watch):
         self.target, self.weight = layer, weight
         self.outputs: list[Tensor] = []
         self.ordinal = 0  # operations called since the layer ran
-        self.channel = 1 if weight.ndim == 4 else -1  # where the last function that has channels keeps them
 
     def layer(self, name: str, call: Call, func: Any, args: Any, kwargs: Any) -> Any:
         if name != self.target:
@@ -57,11 +56,9 @@ class _Window(Watch):
 
     def other(self, func: Any, args: Any, kwargs: Any) -> Any:
         out = _convolution(args, kwargs) if func is F.conv2d and self.outputs else reroute(func, args, kwargs)
-        if self.outputs:
-            self.channel = 1 if func in CHANNELS_SECOND else -1 if func in CHANNELS_LAST else self.channel
-            if func in OPERATIONS:
-                self.ordinal += 1
-                self.operation(out)
+        if self.outputs and func in OPERATIONS:
+            self.ordinal += 1
+            self.operation(out)
         return out
 
     def gather(self, out: Tensor) -> Tensor:
@@ -80,11 +77,9 @@ class _Learn(_Window):
         super().__init__(net, layer, weight)
         self.k, self.counted = k, [0]
         self.versions: list[int] = []
-        self.channels: list[int] = []
 
     def gather(self, out: Tensor) -> Tensor:
         self.versions.append(out._version)
-        self.channels.append(self.channel if self.channel < out.ndim else -1)
         super().gather(out)
         if len(self.outputs) > self.k:
             raise Finished
@@ -143,10 +138,8 @@ class Horizon:
         output = None
         with torch.enable_grad(), _frozen(net), plain_forward(), stream.answering(copies=True), watch, suppress(Finished):
             output = net(*stream.inputs.args, **stream.inputs.kwargs)
-        self.counted, self.channels = watch.counted, watch.channels
+        self.counted = watch.counted
         self.ends = [i for i, x in enumerate(output_tensors(output)) if x.requires_grad]  # outputs that depend on the weight
-        if self.to_end:
-            self.channels += [watch.channel if watch.channel < output_tensors(output)[i].ndim else -1 for i in self.ends]
         self.changed = {o for o, x, v in zip(watch.counted, watch.outputs, watch.versions, strict=True) if x._version != v}
 
     def stream(self, inputs: Inputs) -> Stream:
@@ -163,31 +156,6 @@ class Horizon:
             x: a stream advanced to the layer, through this network or through another copy of it.
         """
         return _joined(*self._run(weight, x))
-
-    def gradients(self, weight: Tensor, x: Stream, count: int | None = None,
-                  generator: torch.Generator | None = None) -> list[Tensor]:
-        """How the network's output feels the first `count` of `outputs`: one backward pass, for a horizon that reaches the end.
-
-        With Gaussian noise in place of the output's error, divided so that a mismatch e at one position, ``Σ (gᵀ e)²`` over all
-        rows g, is in the mean the part of the output's variance that it makes up, where positions err independently.
-
-        Args:
-            weight: where.
-            x: a stream advanced to the layer.
-            count: how many, the layer's own the first; all without it.
-            generator: source of the noise, on the CPU.
-
-        Returns:
-            One (images and positions, channels) each; empty if no output depends on the weight.
-        """
-        with torch.enable_grad():
-            operations, ends = self._run(weight.detach().clone().requires_grad_(), x)
-            if not ends:
-                return []
-            noise = [torch.randn(y.shape, generator=generator, dtype=y.dtype).to(y.device) / (y.numel() * _variance(y.detach())) ** 0.5
-                     for y in ends]
-            found = torch.autograd.grad(ends, _joined(operations, ends)[:count], noise, materialize_grads=True)
-        return [g.movedim(channel, -1).flatten(0, -2) for g, channel in zip(found, self.channels, strict=False)]
 
     def _run(self, weight: Tensor, x: Stream) -> tuple[list[Tensor], list[Tensor]]:
         """The operations' outputs, and those of the network that depend on the weight if the horizon reaches them."""
@@ -331,7 +299,7 @@ class Metric(NamedTuple):
         The larger ones by subspace iteration (Halko et al. 2011), so that a wide layer's G is never decomposed.
 
         Args:
-            gradients: (positions, channels), as `Horizon.gradients` gives them.
+            gradients: (positions, channels).
             channel: the dimension of an output that holds its channels.
             generator: source of the first subspace, on the CPU.
             smoothing: added to every eigenvalue, relative to their mean.
@@ -346,9 +314,81 @@ class Metric(NamedTuple):
             product = gram @ Q if gram is not None else gradients.T @ (gradients @ Q)
             last, Q = Q, torch.linalg.qr(product).Q
         values, vectors = torch.linalg.eigh(last.T @ product)
-        keep = values > mean
+        keep = values > mean  # none of a zero
         rest = max(trace - values[keep].sum().item(), 0.0) / max(width - int(keep.sum()), 1)
         return cls(rest + smoothing * mean, last @ vectors[:, keep] * (values[keep] - rest).sqrt(), channel)
+
+    def matrix(self, channels: int, groups: int = 1) -> Tensor:
+        """The diagonal blocks of ``floor I + basis basisᵀ``: (groups, channels / groups, channels / groups)."""
+        assert self.basis is not None
+        parts = self.basis.view(groups, channels // groups, -1)
+        return parts @ parts.mT + self.floor * torch.eye(channels // groups, dtype=parts.dtype, device=parts.device)
+
+
+class _Feel(Watch):
+    """Counts operations as a horizon does, and measures what gradient reaches the output of each."""
+
+    def __init__(self, net: nn.Module, generator: torch.Generator) -> None:
+        super().__init__(net)
+        self.generator = generator
+        self.metrics: list[Metric | None] = []
+        self.starts: dict[str, int] = {}
+        self.channel = -1  # where the last function that has channels keeps them
+
+    def layer(self, name: str, call: Call, func: Any, args: Any, kwargs: Any) -> Any:
+        self.starts.setdefault(name, len(self.metrics))
+        return self.other(func, args, kwargs)
+
+    def other(self, func: Any, args: Any, kwargs: Any) -> Any:
+        out = func(*args, **kwargs)
+        self.channel = 1 if func in CHANNELS_SECOND else -1 if func in CHANNELS_LAST else self.channel
+        if func not in OPERATIONS:
+            return out
+        return (self.feel(out[0]), *out[1:]) if isinstance(out, tuple) else self.feel(out)
+
+    def feel(self, out: Tensor) -> Tensor:
+        index, channel = len(self.metrics), self.channel if self.channel < out.ndim else -1
+        self.metrics.append(None)
+        if not out.requires_grad:  # the first operation, with frozen weights before it: gradients end here; others may change it in place
+            out = out.detach().requires_grad_().clone()
+
+        def measure(g: Tensor) -> None:
+            self.metrics[index] = Metric.felt(g.movedim(channel, -1).flatten(0, -2), channel, self.generator)
+
+        out.register_hook(measure)
+        return out
+
+
+class Sensitivities:
+    """How strongly a network's output feels each of its operations: one forward and one backward pass for all of them.
+
+    Gaussian noise in place of the output's error is pulled back, divided so that for a mismatch e at one position ``Σ (gᵀ e)²``
+    over the gradients g of all images and positions is in the mean the share of the output's variance that it makes up,
+    where positions err independently.
+
+    Args:
+        net: in evaluation mode.
+        inputs: a few dozen samples; memory grows with them as in training.
+        generator: source of the noise, on the CPU.
+    """
+
+    def __init__(self, net: nn.Module, inputs: Inputs, generator: torch.Generator) -> None:
+        watch = _Feel(net, generator)
+        with torch.enable_grad(), _frozen(net), plain_forward():
+            with watch:
+                output = net(*inputs.args, **inputs.kwargs)
+            ends = [y for y in output_tensors(output) if y.requires_grad]
+            noise = [torch.randn(y.shape, generator=generator, dtype=y.dtype).to(y.device) / (y.numel() * _variance(y.detach())) ** 0.5
+                     for y in ends]
+            if ends:
+                torch.autograd.backward(ends, noise)
+        self._metrics, self._starts = watch.metrics, watch.starts
+
+    def of(self, layer: str, ordinals: Sequence[int]) -> list[Metric]:
+        """The metrics of a layer's output (ordinal 0) and of the operations called after it; empty if the output feels none."""
+        start = self._starts[layer]
+        found = [self._metrics[start + i] or Metric(0.0) for i in ordinals]
+        return found if any(metric.floor > 0 for metric in found) else []
 
 
 class Reconstruction:

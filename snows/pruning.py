@@ -19,7 +19,7 @@ from torch.nn.utils import prune as torch_prune
 from torch.utils._pytree import tree_map
 
 from snows import network
-from snows.horizon import Horizon, Metric, Reconstruction
+from snows.horizon import Horizon, Metric, Reconstruction, Sensitivities
 from snows.network import Inputs, Order, Plan, Stream
 from snows.operators import Factors
 from snows.report import LayerReport, Report
@@ -66,7 +66,7 @@ def prune(
         targets: "dense": what the dense network computes on its own; "local": what the layer's dense weight computes
             from the pruned network's features, as published.
         scaling: how a matched output's mismatch is measured: "output": by how strongly the network's output feels it,
-            channel by channel (one backward pass on one batch a layer); "variance": divided by the variance;
+            channel by channel (one backward pass of the dense network); "variance": divided by the variance;
             "none": as it is, as published.
         cap: the largest share a layer may lose under an `Unstructured` budget.
         only: which layers to prune; by default all that run but the first and the last.
@@ -149,14 +149,18 @@ class _Walk:
         self.training = len(training)
         self.judge = self.training if held is not None else 0  # the batch to judge by
         batches = [*training, *([held] if held else [])]
-        largest = max(batches, key=_size)
+        self.probe = _split(max(batches, key=_size), 64)[0]
         self.dense_net, self.sparse_net = dense, sparse
         changed: set[tuple[str, int]] = set()  # one for both: what is learnt on one network holds for its twin
         plans = Plan(dense, order, changed), Plan(sparse, order, changed)
         self.dense = [Stream(plans[0], x) for x in batches]
         self.sparse = [Stream(plans[1], x) for x in batches]
-        self.probes = [Stream(plans[0], x) for x in _split(largest, 32)]  # small: they are followed to the network's end
         self.masks: dict[str, Tensor] = {}
+
+    @cached_property
+    def sensitivities(self) -> Sensitivities:
+        """Of the dense network, on a few dozen samples."""
+        return Sensitivities(self.dense_net, self.probe, torch.Generator().manual_seed(self.seed))
 
     def layer(self, index: int, name: str, pattern: Pattern | None, select: Any, start: MaskedWeight | None,
               tell: _Tell) -> tuple[MaskedWeight, LayerReport]:
@@ -164,14 +168,12 @@ class _Walk:
         generator = torch.Generator().manual_seed(self.seed * 100_003 + index)
         calls = [stream.advance(name) for stream in self.sparse]
         dense_calls = [stream.advance(name) for stream in self.dense]
-        for stream in self.probes:
-            stream.advance(name)
         for call in calls:
             if not call.x.sum().isfinite():  # one pass; isfinite().all() takes twenty times as long
                 raise ValueError(f"{name}: its inputs are not finite; check the weights before it and the images")
         module: Any = self.sparse_net.get_submodule(name)
         weight = module.weight.detach().clone()
-        losses = _Losses(self, name, weight, generator)
+        losses = _Losses(self, name, weight)
         statistics = LayerStatistics(calls[: self.training], dense_calls[: self.training],
                                      lambda: losses.sensitivity(network.groups_of(module)))
         masked = start if start is not None else select(weight, statistics, pattern)
@@ -192,27 +194,19 @@ class _Walk:
 class _Losses:
     """One reconstruction a batch, each with its targets made when it is used and dropped after; all in the same metrics."""
 
-    def __init__(self, walk: _Walk, layer: str, weight: Tensor, generator: torch.Generator) -> None:
-        self.walk, self.layer, self.weight, self.generator = walk, layer, weight, generator
+    def __init__(self, walk: _Walk, layer: str, weight: Tensor) -> None:
+        self.walk, self.layer, self.weight = walk, layer, weight
         self.metrics: list[Metric] | None = None
 
     @cached_property
     def horizon(self) -> Horizon:
         return Horizon(self.walk.sparse_net, self.layer, self.walk.horizon, self.walk.sparse[0])
 
-    @cached_property
-    def gradients(self) -> list[Tensor]:
-        """`Horizon.gradients` of the dense network on the largest batch; empty where its output does not feel the layer at all."""
-        whole = Horizon(self.walk.sparse_net, self.layer, "end", self.walk.probes[0])
-        count = None if self.horizon.to_end else len(self.horizon.counted)
-        parts = [whole.gradients(self.weight, probe, count, self.generator) for probe in self.walk.probes]
-        joined = [torch.cat(rows) / len(parts) ** 0.5 for rows in zip(*parts, strict=True)]
-        return joined if any(rows.any() for rows in joined) else []
-
     def sensitivity(self, groups: int) -> Tensor:
         """Of the network's output to the layer's, per group: (groups, out / groups, out / groups)."""
-        rows = self.gradients[0].view(-1, groups, len(self.weight) // groups).transpose(0, 1) if self.gradients else None
-        return rows.mT @ rows if rows is not None else torch.eye(len(self.weight) // groups).to(self.weight).repeat(groups, 1, 1)
+        out = len(self.weight)
+        felt = self.walk.sensitivities.of(self.layer, [0])
+        return felt[0].matrix(out, groups) if felt else torch.eye(out // groups).to(self.weight).repeat(groups, 1, 1)
 
     @cached_property
     def held(self) -> Reconstruction:
@@ -224,11 +218,9 @@ class _Losses:
         source = walk.dense[batch] if walk.targets == "dense" else walk.sparse[batch]
         with torch.no_grad():
             targets = self.horizon.outputs(self.weight, source)
-        if self.metrics is None and walk.scaling == "output":
-            self.metrics = [Metric.felt(g, channel, self.generator)
-                            for g, channel in zip(self.gradients, self.horizon.channels, strict=False)] or None
-        if self.metrics is None:  # the variances of the first batch that is asked for, so that all agree
-            self.metrics = [Metric.plain(y, "none" if walk.scaling == "none" else "variance") for y in targets]
+        if self.metrics is None:  # of the first batch that is asked for, so that all agree
+            felt = walk.sensitivities.of(self.layer, self.horizon.counted) if walk.scaling == "output" else []
+            self.metrics = felt + [Metric.plain(y, "none" if walk.scaling == "none" else "variance") for y in targets[len(felt):]]
         return Reconstruction(self.horizon, walk.sparse[batch], targets, self.metrics)
 
     def __len__(self) -> int:

@@ -8,7 +8,7 @@ from torch import nn
 from torch.func import functional_call
 
 from snows import Newton, network
-from snows.horizon import Horizon, Metric, Reconstruction
+from snows.horizon import Horizon, Metric, Reconstruction, Sensitivities
 from snows.network import Plan, Stream, as_inputs, learn_order
 from snows.operators import GaussNewton, Hessian
 from snows.sparsity import MaskedWeight, rows
@@ -158,29 +158,25 @@ def test_one_newton_step_at_k_0_is_masked_least_squares_for_a_convolution(groups
 
 
 @pytest.mark.parametrize("activation", [nn.Tanh(), nn.ReLU(inplace=True)], ids=["tanh", "relu in place"])
-def test_the_gradients_second_moment_is_that_of_the_outputs_jacobian(activation):
-    """Averaged over many draws it is Σ_positions Jᵀ J / (n var), here by the dense Jacobian of the network's output."""
+def test_sensitivities_are_metrics_of_noise_pulled_back_from_the_output(activation):
     net = nn.Sequential(nn.Linear(3, 4), activation, nn.Linear(4, 2)).double().eval()
-    inputs = as_inputs(torch.randn(5, 3).double())
-    stream = stream_to(net, inputs, "0")
-    horizon = Horizon(net, "0", "end", stream)
-    weight = net[0].weight.detach()
-    generator = torch.Generator().manual_seed(0)
-    draws = [horizon.gradients(weight, stream, None, generator) for _ in range(3000)]
-    with torch.no_grad():
-        first = net[0](inputs.args[0])
-        second = activation(first.clone())
-        output = net[2](second)
-    scale = 1 / (output.numel() * output.var(unbiased=False))
-    for k, (later, at) in enumerate([(lambda a: net[2](activation(a.clone())), first), (net[2], second), (lambda a: a, output)]):
-        J = torch.autograd.functional.jacobian(later, at).reshape(-1, *at.shape)
-        expected = scale * torch.einsum("rpi,rpj->ij", J, J)
-        found = torch.stack([d[k].T @ d[k] for d in draws]).mean(0)
-        assert (found - expected).norm() <= 0.05 * expected.norm()
+    x = torch.randn(5, 3).double()
+    found = Sensitivities(net, as_inputs(x), torch.Generator().manual_seed(0)).of("0", [0, 1, 2])
+    first = net[0](x).detach().requires_grad_()
+    second = activation(first.clone()).detach().requires_grad_()
+    output = net[2](second).detach()
+    z = torch.randn(5, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64) / (10 * output.var(unbiased=False)).sqrt()
+    by_second = z @ net[2].weight.detach()
+    (by_first,) = torch.autograd.grad(activation(first.clone()), first, by_second)
+    for metric, gradients in zip(found, (by_first, by_second, z), strict=True):
+        wanted = Metric.felt(gradients, -1)
+        scale = gradients.square().sum()
+        assert metric.channel == -1
+        assert (metric.matrix(gradients.shape[1]) - wanted.matrix(gradients.shape[1])).norm() <= 1e-6 * scale
 
 
-def test_outputs_of_any_layout_are_told_by_channel():
-    """A convolution, its activation, attention's heads, LayerNorm: the width of each gradient is the count of channels."""
+def test_sensitivities_tell_the_channels_of_any_layout():
+    """A convolution, its activation, attention's heads, LayerNorm: the height of each basis is the count of channels."""
 
     class Net(nn.Module):
         def __init__(self):
@@ -194,10 +190,25 @@ def test_outputs_of_any_layout_are_told_by_channel():
             return self.head(x.tanh())
 
     net = Net().eval()
-    stream = stream_to(net, as_inputs(torch.randn(2, 3, 6, 6)), "conv")
-    horizon = Horizon(net, "conv", "end", stream)
-    found = horizon.gradients(net.conv.weight.detach(), stream)
-    assert [tuple(g.shape) for g in found] == [(32, 5), (32, 5), (32, 5), (32, 18), (64, 3), (32, 6), (32, 4)]
+    found = Sensitivities(net, as_inputs(torch.randn(2, 3, 6, 6)), torch.Generator().manual_seed(0)).of("conv", range(7))
+    assert [(m.channel, m.basis.shape[0]) for m in found] == [(1, 5), (1, 5), (-1, 5), (-1, 18), (-1, 3), (-1, 6), (-1, 4)]
+    assert all(p.requires_grad for p in net.parameters())
+
+
+def test_an_operation_that_the_output_does_not_feel_has_no_weight():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(3, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+
+        def forward(self, x):
+            x = self.a(x)
+            self.b(x)
+            return self.c(x)
+
+    found = Sensitivities(Net().eval(), as_inputs(torch.randn(6, 3)), torch.Generator().manual_seed(0))
+    assert [m.floor > 0 for m in found.of("a", [0, 1, 2])] == [True, False, True]
+    assert found.of("b", [0]) == []
 
 
 @pytest.mark.parametrize("rows", [200, 7], ids=["more rows than channels", "fewer"])
