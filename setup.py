@@ -46,7 +46,8 @@ def native() -> dict:
 
     openmp = [] if sys.platform == "darwin" else ["-fopenmp"]
     sources = sorted(str(p) for p in Path("csrc/cpu").glob("*.cpp"))
-    extension = CppExtension("snows._native", sources, extra_compile_args=["-O3", "-g0", *openmp], extra_link_args=[*openmp, "-s"])
+    depends = sorted(str(p) for p in Path("csrc/cpu").glob("*.h"))
+    extension = CppExtension("snows._native", sources, depends=depends, extra_compile_args=["-O3", "-g0", *openmp], extra_link_args=[*openmp, "-s"])
     return {"ext_modules": [extension], "cmdclass": {"build_ext": Build.with_options(use_ninja=shutil.which("ninja") is not None)}}
 
 
