@@ -72,9 +72,10 @@ at::Tensor snows::kernel_order(const at::Tensor& values_, const at::Tensor& code
   if (values_.scalar_type() != at::kFloat || rows * columns == 0) return at::empty({0}, options);
   if (!decode(values_.contiguous(), codes_.contiguous(), rows, columns, n, m, stored)) return at::empty({0}, options);
 
-  // Dense enough, long vectors of tokens pay; below, long blocks, in which a row still has some weights.
-  const bool dense = values_.numel() * 5 >= rows * columns;
-  Order o{rows, columns, dense ? 64 : 128, dense ? 2 : 4, 0, nullptr, nullptr, nullptr, nullptr};
+  // Either way 24 KiB of a panel and 16 vectors of sums. Long vectors of tokens share a weight's broadcast; where a row
+  // has few weights in a block, long blocks pay more, for sums are then loaded and stored less often.
+  const bool dense = values_.numel() * 5 >= rows * columns * 2;
+  Order o{rows, columns, dense ? 48 : 96, dense ? 128 : 64, dense ? 2 : 4, 0, nullptr, nullptr, nullptr, nullptr};
   std::vector<int32_t> starts{0}, row_of;
   std::vector<float> weights;
   std::vector<uint16_t> offsets;
@@ -100,7 +101,7 @@ at::Tensor snows::kernel_order(const at::Tensor& values_, const at::Tensor& code
             const bool there = at + r < last - first && s < count[sorted[at + r]];
             const Stored entry = there ? stored[sorted[at + r]][cursor[sorted[at + r]] + s] : Stored{block * o.block, 0.0f};
             weights.push_back(entry.value);
-            offsets.push_back(static_cast<uint16_t>((entry.column - block * o.block) * o.tokens() * 4));
+            offsets.push_back(static_cast<uint16_t>((entry.column - block * o.block) * o.tokens * 4));
           }
         o.steps += steps;
         starts.push_back(static_cast<int32_t>(o.steps));
@@ -112,7 +113,7 @@ at::Tensor snows::kernel_order(const at::Tensor& values_, const at::Tensor& code
   at::Tensor order = at::empty({std::accumulate(words, words + 5, int64_t(0))}, options);
   int32_t* p = order.mutable_data_ptr<int32_t>();
   std::fill_n(p, order.numel(), 0);
-  const int32_t header[] = {int32_t(rows), int32_t(columns), int32_t(o.block), int32_t(o.bundle), int32_t(o.steps)};
+  const int32_t header[] = {int32_t(rows), int32_t(columns), int32_t(o.block), int32_t(o.tokens), int32_t(o.bundle), int32_t(o.steps)};
   std::memcpy(p, header, sizeof header);
   std::memcpy(p += words[0], starts.data(), 4 * starts.size());
   std::memcpy(p += words[1], row_of.data(), 4 * row_of.size());

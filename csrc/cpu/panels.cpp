@@ -24,7 +24,7 @@ namespace {
 
 // One bundle over one block: sums[row[r]] (+)= the bundle's weights times the block of the panel, `vectors` * 16 tokens.
 struct Bundle {
-  int64_t steps, stride, vectors;
+  int64_t steps, vectors;
   const float* weights;
   const uint16_t* offsets;
   const float* panel;
@@ -150,7 +150,7 @@ Simd simd() {
 
 Order Order::read(const at::Tensor& words) {
   const int32_t* p = words.const_data_ptr<int32_t>();
-  Order o{p[0], p[1], p[2], p[3], p[4], nullptr, nullptr, nullptr, nullptr};
+  Order o{p[0], p[1], p[2], p[3], p[4], p[5], nullptr, nullptr, nullptr, nullptr};
   const int64_t all = o.chunks() * o.blocks() * o.bundles();
   o.starts = p + kHeader;
   o.row = o.starts + all + 1;
@@ -164,8 +164,10 @@ void transpose(const float* in, int64_t in_stride, float* out, int64_t out_strid
 #ifdef SNOWS_X86
   if (simd() != Simd::portable) {
     whole_rows = rows / 8 * 8, whole_columns = columns / 8 * 8;
-    for (int64_t i = 0; i < whole_rows; i += 8)
-      for (int64_t j = 0; j < whole_columns; j += 8) transpose_8x8(in + i * in_stride + j, in_stride, out + j * out_stride + i, out_stride);
+    for (int64_t first = 0; first < whole_columns; first += 16)  // a cache line of every row, and no more lines written at once
+      for (int64_t i = 0; i < whole_rows; i += 8)
+        for (int64_t j = first; j < std::min(first + 16, whole_columns); j += 8)
+          transpose_8x8(in + i * in_stride + j, in_stride, out + j * out_stride + i, out_stride);
   }
 #endif
   for (int64_t i = 0; i < rows; ++i)
@@ -173,7 +175,8 @@ void transpose(const float* in, int64_t in_stride, float* out, int64_t out_strid
 }
 
 void multiply(const Order& o, int64_t tokens, const at::Tensor& bias, c10::string_view activation, const Fill& fill, const Store& store) {
-  const int64_t width = o.tokens(), panels = (tokens + width - 1) / width, chunks = o.chunks();
+  const int64_t width = o.tokens, panels = (tokens + width - 1) / width, chunks = o.chunks();
+  const int64_t blocks = o.blocks(), bundles = o.bundles();
   // Several threads share a panel only where there are too few for all; each then fills it for itself.
   const int64_t wanted = 8 * at::get_num_threads(), shares = std::min(chunks, std::max<int64_t>(1, wanted / std::max<int64_t>(1, panels)));
   at::parallel_for(0, panels * shares, 1, [&](int64_t begin, int64_t end) {
@@ -187,24 +190,29 @@ void multiply(const Order& o, int64_t tokens, const at::Tensor& bias, c10::strin
       if (item / shares != filled) fill(panel, first, count, width);
       filled = item / shares;
       const Run run = choose(o.bundle, vectors);
+      Bundle b;
+      b.vectors = vectors;
       const int64_t share = item % shares;
       for (int64_t chunk = chunks * share / shares; chunk < chunks * (share + 1) / shares; ++chunk) {
         const int64_t row = chunk * Order::kChunk, rows = std::min(Order::kChunk, o.rows - row);
         std::fill(starts, starts + Order::kChunk + 1, 0.0f);
         if (bias.defined()) std::copy_n(bias.const_data_ptr<float>() + row, rows, starts);
-        for (int64_t block = 0; block < o.blocks(); ++block)
-          for (int64_t i = 0; i < (rows + o.bundle - 1) / o.bundle; ++i) {
-            const int64_t at = (chunk * o.blocks() + block) * o.bundles() + i;
-            const int64_t step = o.starts[at];
-            Bundle b{o.starts[at + 1] - step, width, vectors, o.weights + step * o.bundle, o.offsets + step * o.bundle,
-                     panel + block * o.block * width, {}, {}};
-            if (b.steps == 0 && block > 0) continue;
-            for (int64_t r = 0; r < o.bundle; ++r) {
-              b.rows[r] = sums + o.row[at * o.bundle + r] * width;
-              b.start[r] = block == 0 ? starts + o.row[at * o.bundle + r] : nullptr;
+        const int64_t many = (rows + o.bundle - 1) / o.bundle;
+        for (int64_t block = 0; block < blocks; ++block) {
+          const int32_t* step = o.starts + (chunk * blocks + block) * bundles;
+          const int32_t* row_of = o.row + (chunk * blocks + block) * bundles * o.bundle;
+          b.panel = panel + block * o.block * width;
+          for (int64_t i = 0; i < many; ++i) {
+            b.steps = step[i + 1] - step[i];
+            b.weights = o.weights + step[i] * o.bundle;
+            b.offsets = o.offsets + step[i] * o.bundle;
+            for (int64_t r = 0; r < o.bundle; ++r, ++row_of) {
+              b.rows[r] = sums + *row_of * width;
+              b.start[r] = block == 0 ? starts + *row_of : nullptr;
             }
-            run(b);
+            if (b.steps > 0 || block == 0) run(b);
           }
+        }
         if (activation == "relu")
           for (int64_t i = 0; i < rows * width; ++i) sums[i] = sums[i] < 0 ? 0 : sums[i];  // NaN stays
         if (activation == "gelu") {

@@ -18,19 +18,18 @@ namespace snows {
 struct Order {
   int64_t rows, columns;
   int64_t block;   // columns in a block
+  int64_t tokens;  // tokens in a panel
   int64_t bundle;  // rows whose weights are interleaved, R
   int64_t steps;   // in all: one stored weight of each row of a bundle
 
   static constexpr int64_t kHeader = 8;
   static constexpr int64_t kChunk = 256;         // rows whose accumulators are kept together
-  static constexpr int64_t kPanel = 32 * 1024;   // bytes of a block's part of the panel
 
   const int32_t* starts;    // (chunk, block, bundle): its first step; and one past the last
   const int32_t* row;       // (chunk, block, bundle, R): which row of the chunk; kChunk where there is none
   const float* weights;     // (steps, R)
   const uint16_t* offsets;  // (steps, R): bytes from the block's first column to this weight's
 
-  int64_t tokens() const { return kPanel / 4 / block; }  // in a panel
   int64_t chunks() const { return (rows + kChunk - 1) / kChunk; }
   int64_t blocks() const { return (columns + block - 1) / block; }
   int64_t bundles() const { return kChunk / bundle; }  // in a chunk, the last one's missing rows included
