@@ -54,6 +54,9 @@ at::Tensor activate(const at::Tensor& output, c10::string_view activation);
 // out[j * out_stride + i] = in[i * in_stride + j] for i < rows, j < columns.
 void transpose(const float* in, int64_t in_stride, float* out, int64_t out_stride, int64_t rows, int64_t columns);
 
+// y = x times the packed weight plus bias (or null), for one token; false where there is no kernel for it.
+bool one_token(const float* x, const float* values, const uint8_t* codes, const float* bias, float* y, int64_t rows, int64_t columns, int64_t n, int64_t m);
+
 enum class Simd { portable, avx2, avx512 };
 Simd simd();  // as PyTorch chose for this process: ATEN_CPU_CAPABILITY is heard
 

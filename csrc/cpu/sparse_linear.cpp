@@ -11,8 +11,9 @@
 
 namespace {
 
-at::Tensor sparse_linear(const at::Tensor& input, const at::Tensor& values, const at::Tensor& codes, const std::optional<at::Tensor>& bias_,
+at::Tensor sparse_linear(const at::Tensor& input, const at::Tensor& values_, const at::Tensor& codes_, const std::optional<at::Tensor>& bias_,
                          at::IntArrayRef shape, int64_t n, int64_t m, c10::string_view activation, const std::optional<at::Tensor>& order_) {
+  const at::Tensor values = values_.contiguous(), codes = codes_.contiguous();
   const at::Tensor bias = bias_.has_value() ? bias_->contiguous() : at::Tensor();
   const at::Tensor order = order_.has_value() ? *order_ : snows::kernel_order(values, codes, shape, n, m);
   if (order.numel() == 0 || input.scalar_type() != at::kFloat)
@@ -25,6 +26,9 @@ at::Tensor sparse_linear(const at::Tensor& input, const at::Tensor& values, cons
   at::Tensor y = at::empty(sizes, x.options());
   const float* in = x.const_data_ptr<float>();
   float* out = y.mutable_data_ptr<float>();
+  if (tokens == 1 && snows::one_token(in, values.const_data_ptr<float>(), codes.const_data_ptr<uint8_t>(),
+                                      bias.defined() ? bias.const_data_ptr<float>() : nullptr, out, rows, columns, n, m))
+    return snows::activate(y, activation);
   snows::multiply(
       snows::Order::read(order), tokens, bias, activation,
       [&](float* panel, int64_t first, int64_t count, int64_t stride) {
