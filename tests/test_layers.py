@@ -1,7 +1,12 @@
 import copy
 import io
 import math
+import os
 import pickle
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -287,3 +292,76 @@ def test_a_layer_s_bytes():
     torch.save(sparse.state_dict(), saved)
     assert sum(v.nbytes for v in sparse.state_dict().values()) <= 0.54 * 4 * 64 * 64
     assert math.isclose(sparse.packed.nbytes, 64 * 64 * (2 + 1 / 8))
+
+
+def kernels():
+    return ops.implementation("sparse_linear") == "native"
+
+
+@pytest.mark.skipif(not kernels(), reason="the native kernels were not built")
+def test_kernels_take_float32_and_nothing_else():
+    sparse = SparseLinear.from_dense(sparsify(nn.Linear(64, 32), NM(2, 4)))
+    assert sparse.order.numel() > 0
+    assert copy.deepcopy(sparse).half().order.numel() == 0
+    x = torch.randn(9, 64)
+    direct = ops.sparse_linear(x, sparse.values, sparse.codes, sparse.bias, sparse.shape, 2, 4)  # arranged on the spot
+    assert torch.equal(direct, sparse(x))
+
+
+@pytest.mark.skipif(not kernels(), reason="the native kernels were not built")
+@pytest.mark.parametrize("capability", ["avx2", "default"])
+def test_the_other_instruction_sets(capability):
+    script = """
+import torch, torch.nn.functional as F
+from snows import NM, SparseConv2d, SparseLinear, Unstructured
+from snows.packing import pack
+torch.manual_seed(0)
+def close(y, exact):
+    assert float((y - exact).norm() / exact.norm()) < 2e-6
+for pattern in (NM(2, 4), NM(1, 4), NM(3, 8), Unstructured(0.9)):
+    for out, inputs, tokens in ((70, 160, 150), (300, 64, 1), (33, 40, 17)):
+        w, b, x = torch.randn(out, inputs), torch.randn(out), torch.randn(tokens, inputs)
+        w *= pattern.mask(w.abs())
+        close(SparseLinear(pack(w, None, pattern), b)(x), F.linear(x.double(), w.double(), b.double()))
+    w, x = torch.randn(20, 16, 3, 3), torch.randn(3, 16, 9, 9)
+    w *= pattern.mask(w.abs())
+    close(SparseConv2d(pack(w, None, pattern), stride=2, padding=1)(x), F.conv2d(x.double(), w.double(), stride=2, padding=1))
+print(torch.backends.cpu.get_cpu_capability())
+"""
+    package = str(Path(ops.__file__).parents[1])
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True,
+                          env={**os.environ, "ATEN_CPU_CAPABILITY": capability, "PYTHONPATH": package})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip().upper() == capability.upper()
+
+
+@pytest.mark.skipif(not kernels() or (os.cpu_count() or 1) < 2, reason="needs the native kernels and two cores")
+def test_two_threads_share_the_work():
+    dense = sparsify(nn.Linear(512, 512), NM(2, 4))
+    sparse, x, threads = SparseLinear.from_dense(dense), torch.randn(1024, 512), torch.get_num_threads()
+    expected = sparse(x)
+    try:
+        torch.set_num_threads(2)
+        everyone, mine = time.process_time(), time.thread_time()
+        for _ in range(20):
+            output = sparse(x)
+        everyone, mine = time.process_time() - everyone, time.thread_time() - mine
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(output, expected)
+    assert everyone - mine > 0.25 * everyone
+
+
+def test_without_the_kernels_everything_is_the_reference():
+    script = """
+import torch
+from snows import NM, SparseLinear, ops
+from snows.packing import pack
+assert ops.implementation("sparse_linear") == "reference"
+w, x = torch.randn(6, 8), torch.randn(3, 8)
+w *= NM(2, 4).mask(w.abs())
+assert (SparseLinear(pack(w, None, NM(2, 4)))(x) - x @ w.T).abs().max() < 1e-6
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True,
+                          env={**os.environ, "SNOWS_REFERENCE": "1", "PYTHONPATH": str(Path(ops.__file__).parents[1])})
+    assert done.returncode == 0, done.stderr
