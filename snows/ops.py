@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.grad import conv2d_input
 
 from snows import reference
 
@@ -51,6 +52,41 @@ def _autocast(op: str, device: str) -> Callable[..., Tensor]:
 for _op in ("sparse_linear", "sparse_conv2d"):
     for _device in ("CPU", "CUDA"):
         _library.impl(_op, _autocast(_op, _device), f"Autocast{_device}")
+
+
+def _before_activation(op: str, context: Any, grad: Tensor) -> Tensor:
+    """The gradient of what the activation was applied to, which is computed again."""
+    input, values, codes, bias = context.saved_tensors
+    if context.rest[-2] == "none":
+        return grad
+    inner = getattr(torch.ops.snows, op)(input, values, codes, bias, *context.rest[:-2], "none", context.rest[-1])
+    return grad * (inner > 0) if context.rest[-2] == "relu" else torch.ops.aten.gelu_backward(grad, inner)  # type: ignore[no-any-return]
+
+
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:4])
+    ctx.rest = inputs[4:]
+
+
+def _linear_backward(context: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradients of input and bias; the stored weights are not trained."""
+    grad, (shape, n, m, *_) = _before_activation("sparse_linear", context, grad), context.rest
+    _, values, codes, bias = context.saved_tensors
+    to_bias = None if bias is None else grad.flatten(0, -2).sum(0) if grad.ndim > 1 else grad
+    return grad @ unpack(values, codes, shape, n, m), None, None, to_bias, *(None for _ in context.rest)
+
+
+def _conv2d_backward(context: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradients of input and bias; the stored weights are not trained."""
+    grad, (shape, n, m, *settings) = _before_activation("sparse_conv2d", context, grad), context.rest
+    input, values, codes, bias = context.saved_tensors
+    weight = unpack(values, codes, shape, n, m)
+    to_input = conv2d_input(input.shape, weight, grad, *settings[:3])
+    return to_input, None, None, None if bias is None else grad.sum((0, 2, 3)), *(None for _ in context.rest)
+
+
+torch.library.register_autograd("snows::sparse_linear", _linear_backward, setup_context=_remember, lib=_library)
+torch.library.register_autograd("snows::sparse_conv2d", _conv2d_backward, setup_context=_remember, lib=_library)
 
 
 def _load_native() -> str:
@@ -141,7 +177,7 @@ def sparse_linear(
     input: Tensor, values: Tensor, codes: Tensor, bias: Tensor | None, shape: Sequence[int], n: int, m: int,
     activation: str = "none", order: Tensor | None = None,
 ) -> Tensor:
-    """Multiply by a packed weight, add the bias, apply the activation; for inference, no gradient passes.
+    """Multiply by a packed weight, add the bias, apply the activation; gradients pass to input and bias.
 
     Args:
         input: (..., in), of the weight's dtype.
@@ -172,7 +208,7 @@ def sparse_conv2d(
     stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int],
     activation: str = "none", order: Tensor | None = None,
 ) -> Tensor:
-    """Convolve with a packed weight, add the bias, apply the activation; for inference, no gradient passes.
+    """Convolve with a packed weight, add the bias, apply the activation; gradients pass to input and bias.
 
     Args:
         input: (images, in, height, width) or (in, height, width), of the weight's dtype.

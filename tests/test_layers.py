@@ -294,6 +294,21 @@ def test_a_layer_s_bytes():
     assert math.isclose(sparse.packed.nbytes, 64 * 64 * (2 + 1 / 8))
 
 
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_gradients_of_input_and_bias_are_the_dense_layer_s(activation):
+    for dense, build, x in ((sparsify(nn.Linear(12, 7), NM(2, 4)), SparseLinear, torch.randn(3, 4, 12)),
+                            (sparsify(nn.Conv2d(4, 6, 3, 2, 1), NM(1, 4)), SparseConv2d, torch.randn(2, 4, 7, 8))):
+        sparse, there, here = build.from_dense(dense, activation=activation), x.clone().requires_grad_(), x.clone().requires_grad_()
+        sparse.bias.requires_grad_()
+        ACTIVATIONS[activation](dense(there)).square().sum().backward()
+        sparse(here).square().sum().backward()
+        assert (here.grad - there.grad).abs().max() < 1e-5
+        assert (sparse.bias.grad - dense.bias.grad).abs().max() < 1e-4
+        exact = build.from_dense(dense.double(), activation=activation)
+        assert torch.autograd.gradcheck(exact, x.double().requires_grad_())
+        assert torch.autograd.gradgradcheck(exact, x.double().requires_grad_())
+
+
 def kernels():
     return ops.implementation("sparse_linear") == "native"
 
