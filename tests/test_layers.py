@@ -296,8 +296,8 @@ def test_a_layer_s_bytes():
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_gradients_of_input_and_bias_are_the_dense_layer_s(activation):
-    for dense, build, x in ((sparsify(nn.Linear(12, 7), NM(2, 4)), SparseLinear, torch.randn(3, 4, 12)),
-                            (sparsify(nn.Conv2d(4, 6, 3, 2, 1), NM(1, 4)), SparseConv2d, torch.randn(2, 4, 7, 8))):
+    for dense, build, x in ((sparsify(nn.Linear(8, 3), NM(2, 4)), SparseLinear, torch.randn(1, 2, 8)),
+                            (sparsify(nn.Conv2d(4, 2, 3, 2, 1), NM(1, 4)), SparseConv2d, torch.randn(1, 4, 3, 4))):
         sparse, there, here = build.from_dense(dense, activation=activation), x.clone().requires_grad_(), x.clone().requires_grad_()
         sparse.bias.requires_grad_()
         ACTIVATIONS[activation](dense(there)).square().sum().backward()
