@@ -48,8 +48,9 @@ def native() -> dict:
     openmp = [] if sys.platform == "darwin" else ["-fopenmp"]
     cuda = torch.version.cuda is not None and CUDA_HOME is not None and shutil.which("nvcc", path=f"{CUDA_HOME}/bin") is not None
     sources = sorted(str(p) for p in [*Path("csrc/cpu").glob("*.cpp"), *(Path("csrc/cuda").glob("*.cu") if cuda else [])])
+    depends = sorted(str(p) for p in [*Path("csrc/cpu").glob("*.h"), *Path("csrc/cuda").glob("*.cuh")])
     extension = (CUDAExtension if cuda else CppExtension)(
-        "snows._native", sources, extra_link_args=[*openmp, "-s"],
+        "snows._native", sources, depends=depends, extra_link_args=[*openmp, "-s"],
         extra_compile_args={"cxx": ["-O3", "-g0", *openmp], "nvcc": ["-O3"]})
     return {"ext_modules": [extension], "cmdclass": {"build_ext": Build.with_options(use_ninja=shutil.which("ninja") is not None)}}
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.grad import conv2d_input
 
 _ops = torch.ops.snows
 
@@ -143,6 +144,41 @@ def _attention_tangent_backward(ctx: Any, g: Tensor | None) -> Any:
     return *by_tangents, *by_point, None, None, None, None
 
 
+def _before_activation(op: str, context: Any, grad: Tensor) -> Tensor:
+    """The gradient of what the activation was applied to, which is computed again."""
+    input, values, codes, bias = context.saved_tensors
+    if context.rest[-2] == "none":
+        return grad
+    inner = getattr(_ops, op)(input, values, codes, bias, *context.rest[:-2], "none", context.rest[-1])
+    return grad * (inner > 0) if context.rest[-2] == "relu" else torch.ops.aten.gelu_backward(grad, inner)  # type: ignore[no-any-return]
+
+
+def _packed_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:4])
+    ctx.rest = inputs[4:]
+
+
+def _sparse_linear_backward(context: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Gradients of input and bias; the stored weights are not trained."""
+    if grad is None:
+        return (None,) * (4 + len(context.rest))
+    grad, (shape, n, m, *_) = _before_activation("sparse_linear", context, grad), context.rest
+    _, values, codes, bias = context.saved_tensors
+    to_bias = None if bias is None else grad.flatten(0, -2).sum(0) if grad.ndim > 1 else grad
+    return grad @ _ops.unpack(values, codes, shape, n, m), None, None, to_bias, *(None for _ in context.rest)
+
+
+def _sparse_conv2d_backward(context: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Gradients of input and bias; the stored weights are not trained."""
+    if grad is None:
+        return (None,) * (4 + len(context.rest))
+    grad, (shape, n, m, *settings) = _before_activation("sparse_conv2d", context, grad), context.rest
+    input, values, codes, bias = context.saved_tensors
+    weight = _ops.unpack(values, codes, shape, n, m)
+    to_input = conv2d_input(input.shape, weight, grad, *settings[:3])
+    return to_input, None, None, None if bias is None else grad.sum((0, 2, 3)), *(None for _ in context.rest)
+
+
 # op -> its backward, and what it remembers for it
 RULES: dict[str, tuple[Callable[..., Any], Callable[..., None] | None]] = {
     "masked": (_masked_backward, _masked_setup),
@@ -157,4 +193,6 @@ RULES: dict[str, tuple[Callable[..., Any], Callable[..., None] | None]] = {
     "attention_grad": (_attention_grad_backward, _attention_derivative_setup),
     "attention_tangent": (_attention_tangent_backward, _attention_derivative_setup),
     "attention_curve": (_no_third, None),
+    "sparse_linear": (_sparse_linear_backward, _packed_setup),
+    "sparse_conv2d": (_sparse_conv2d_backward, _packed_setup),
 }

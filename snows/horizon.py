@@ -294,7 +294,7 @@ class Metric(NamedTuple):
     @classmethod
     def felt(cls, gradients: Tensor, channel: int, generator: torch.Generator | None = None, *, smoothing: float = 0.1,
              rank: int = 64) -> Metric:
-        """By ``G = Σ g gᵀ`` over rows g, with its eigenvalues below the mean replaced by theirs.
+        """By ``G = Σ g gᵀ`` over rows g, with its eigenvalues below 0.3 of the mean replaced by theirs.
 
         The larger ones by subspace iteration (Halko et al. 2011), so that a wide layer's G is never decomposed.
 
@@ -314,7 +314,7 @@ class Metric(NamedTuple):
             product = gram @ Q if gram is not None else gradients.T @ (gradients @ Q)
             last, Q = Q, torch.linalg.qr(product).Q
         values, vectors = torch.linalg.eigh(last.T @ product)
-        keep = values > mean  # none of a zero
+        keep = values > 0.3 * mean
         rest = max(trace - values[keep].sum().item(), 0.0) / max(width - int(keep.sum()), 1)
         return cls(rest + smoothing * mean, last @ vectors[:, keep] * (values[keep] - rest).sqrt(), channel)
 

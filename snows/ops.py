@@ -20,6 +20,8 @@ from torch import Tensor
 from snows import derivatives, reference
 
 _library = torch.library.Library("snows", "DEF")
+_PACKED = "int[] shape, int n, int m"
+_LAST = 'str activation="none", Tensor? order=None'
 
 # Tensors that take gradients come first; of several results the first is the op's own, the others are kept for its derivatives.
 SCHEMAS = (
@@ -43,6 +45,11 @@ SCHEMAS = (
     " -> Tensor",
     "attention_curve(Tensor g, Tensor dq, Tensor dk, Tensor dv, Tensor q, Tensor k, Tensor v, Tensor out, Tensor kept, Tensor? bias,"
     " float scale) -> (Tensor, Tensor, Tensor)",
+    f"unpack(Tensor values, Tensor codes, {_PACKED}) -> Tensor",
+    f"kernel_order(Tensor values, Tensor codes, {_PACKED}) -> Tensor",
+    f"sparse_linear(Tensor input, Tensor values, Tensor codes, Tensor? bias, {_PACKED}, {_LAST}) -> Tensor",
+    f"sparse_conv2d(Tensor input, Tensor values, Tensor codes, Tensor? bias, {_PACKED}, int[2] stride, int[2] padding, int[2] dilation,"
+    f" {_LAST}) -> Tensor",
 )
 OPS = tuple(schema.split("(")[0] for schema in SCHEMAS)
 
@@ -52,6 +59,23 @@ for _schema, _name in zip(SCHEMAS, OPS, strict=True):
 derivatives.register(_library)
 
 _ops = torch.ops.snows
+
+
+def _autocast(op: str, device: str) -> Callable[..., Tensor]:
+    """Under autocast a packed layer computes in its own precision and rounds its output to autocast's."""
+    key = getattr(torch._C.DispatchKey, f"Autocast{device}")
+
+    def cast(input: Tensor, values: Tensor, *rest: Any, **named: Any) -> Tensor:
+        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
+            output: Tensor = getattr(torch.ops.snows, op)(input.to(values.dtype), values, *rest, **named)
+            return output if values.dtype == torch.float64 else output.to(torch.get_autocast_dtype(device.lower()))
+
+    return cast
+
+
+for _op in ("sparse_linear", "sparse_conv2d"):
+    for _device in ("CPU", "CUDA"):
+        _library.impl(_op, _autocast(_op, _device), f"Autocast{_device}")
 
 
 def _load_native() -> str:
@@ -446,3 +470,107 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, scale
     keep = q.device.type not in MADE_AGAIN
     out: Tensor = _ops.attention(q, k, v, bias, q.shape[-1] ** -0.5 if scale is None else scale, keep)[0]
     return out.view(*lead, *out.shape[-2:])
+
+
+ACTIVATIONS = ("none", "relu", "gelu")
+
+
+def unpack(values: Tensor, codes: Tensor, shape: Sequence[int], n: int, m: int) -> Tensor:
+    """Put the stored values of a packed weight back at their places; see `snows.packing` for the format.
+
+    Returns:
+        The weight, `shape`.
+    """
+    weight: Tensor = torch.ops.snows.unpack(values, codes, shape, n, m)
+    return weight
+
+
+def kernel_order(values: Tensor, codes: Tensor, shape: Sequence[int], n: int, m: int) -> Tensor:
+    """A packed weight in the order in which the kernels of its device read it; empty where there is no kernel.
+
+    Returns:
+        int32, opaque: for `sparse_linear` and `sparse_conv2d` in the same process, on the same device. Never saved.
+    """
+    order: Tensor = torch.ops.snows.kernel_order(values, codes, shape, n, m)
+    return order
+
+
+def _check_input(op: str, input: Tensor, values: Tensor, channels: int, expected: int, activation: str) -> None:
+    if channels != expected:
+        raise ValueError(f"{op}: expected an input with {expected} channels, got {channels} in {tuple(input.shape)}")
+    if input.dtype != values.dtype and not torch.is_autocast_enabled(input.device.type):
+        raise ValueError(f"{op}: expected an input of the weight's {values.dtype}, got {input.dtype}; convert one of them")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"{op}: expected an activation of {', '.join(ACTIVATIONS)}, got {activation!r}")
+
+
+def sparse_linear(
+    input: Tensor, values: Tensor, codes: Tensor, bias: Tensor | None, shape: Sequence[int], n: int, m: int,
+    activation: str = "none", order: Tensor | None = None,
+) -> Tensor:
+    """Multiply by a packed weight, add the bias, apply the activation; gradients pass to input and bias.
+
+    Args:
+        input: (..., in), of the weight's dtype.
+        values: the stored weights and `codes` their positions, as `packing.pack` gives them; so are `shape`, `n`, `m`.
+        codes: uint8.
+        bias: (out,) or None.
+        shape: (out, in).
+        n: entries stored in each group, 0 for unstructured.
+        m: entries in a group, 0 for unstructured.
+        activation: "none", "relu" or "gelu".
+        order: what `kernel_order` made of the weight; without it a kernel does not run, or runs slower.
+
+    Returns:
+        (..., out), contiguous.
+
+    Raises:
+        ValueError: the input's channels or dtype are not the weight's, or the activation is unknown.
+    """
+    if input.ndim == 0:
+        raise ValueError("sparse_linear: expected an input of at least one dimension, got a scalar")
+    _check_input("sparse_linear", input, values, input.shape[-1], shape[1], activation)
+    output: Tensor = torch.ops.snows.sparse_linear(input, values, codes, bias, shape, n, m, activation, order)
+    return output
+
+
+def sparse_conv2d(
+    input: Tensor, values: Tensor, codes: Tensor, bias: Tensor | None, shape: Sequence[int], n: int, m: int,
+    stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int],
+    activation: str = "none", order: Tensor | None = None,
+) -> Tensor:
+    """Convolve with a packed weight, add the bias, apply the activation; gradients pass to input and bias.
+
+    Args:
+        input: (images, in, height, width) or (in, height, width), of the weight's dtype.
+        values: see `sparse_linear`, as `codes`, `bias`, `n`, `m`, `activation` and `order`.
+        codes: uint8.
+        bias: (out,) or None.
+        shape: (out, in, kernel height, kernel width).
+        n: entries stored in each group.
+        m: entries in a group.
+        stride: vertical, horizontal; likewise `padding` (zeros on both sides) and `dilation`.
+        padding: see `stride`.
+        dilation: see `stride`.
+        activation: "none", "relu" or "gelu".
+        order: what `kernel_order` made of the weight.
+
+    Returns:
+        (images, out, output height, output width), or without images as the input; contiguous.
+
+    Raises:
+        ValueError: the input's dimensions, channels or dtype are not the weight's, it is smaller than the kernel, or
+            the activation is unknown.
+    """
+    if input.ndim not in (3, 4):
+        raise ValueError(f"sparse_conv2d: expected an input of 3 or 4 dimensions, got {tuple(input.shape)}")
+    _check_input("sparse_conv2d", input, values, input.shape[-3], shape[1], activation)
+    for axis in (0, 1):
+        extent = (shape[2 + axis] - 1) * dilation[axis] + 1
+        if input.shape[axis - 2] + 2 * padding[axis] < extent:
+            raise ValueError(f"sparse_conv2d: expected a padded input no smaller than the kernel's extent of {extent}, "
+                             f"got {tuple(input.shape)} with padding {tuple(padding)}")
+    images = input if input.ndim == 4 else input[None]
+    output: Tensor = torch.ops.snows.sparse_conv2d(
+        images, values, codes, bias, shape, n, m, stride, padding, dilation, activation, order)
+    return output if input.ndim == 4 else output[0]
