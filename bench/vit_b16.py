@@ -1,7 +1,7 @@
 """ViT-B/16 at 224x224 (random weights): seconds, peak memory, and what a step costs in the first and in the last block.
 
     python bench/vit_b16.py --out bench/results/cpu/vit-b16.json               # every layer
-    python bench/vit_b16.py --blocks 0,11 --out bench/results/cpu/vit-b16-ends.json
+    python bench/vit_b16.py --blocks 0,11                                       # the first and the last block only
 
 Seconds are of the wall's clock, a step's of the processor (all threads), which does not count what other processes take. The weights of
 torchvision's model are made small where it starts at zero, so that features differ. Needs `snows[models]`.
