@@ -155,22 +155,15 @@ class Horizon:
             weight: the layer's shape; gradients flow to it alone.
             x: a stream advanced to the layer, through this network or through another copy of it.
         """
-        return _joined(*self._run(weight, x))
-
-    def _run(self, weight: Tensor, x: Stream) -> tuple[list[Tensor], list[Tensor]]:
-        """The operations' outputs, and those of the network that depend on the weight if the horizon reaches them."""
         net = x.plan.net
         watch = _Follow(net, self.name, weight, self)
         output = None
         with _frozen(net), plain_forward(), x.answering(), watch, suppress(Finished):
             output = net(*x.inputs.args, **x.inputs.kwargs)
-        tensors = output_tensors(output) if self.to_end else []
-        return watch.outputs, [tensors[i] for i in self.ends] if tensors else []
-
-
-def _joined(operations: list[Tensor], ends: list[Tensor]) -> list[Tensor]:
-    seen = {id(x) for x in operations}
-    return operations + [x for x in ends if id(x) not in seen]
+        if self.to_end:
+            seen, tensors = {id(x) for x in watch.outputs}, output_tensors(output)
+            watch.outputs += [tensors[i] for i in self.ends if id(tensors[i]) not in seen]
+        return watch.outputs
 
 
 class _frozen:  # noqa: N801 - reads as a verb where it is used
