@@ -50,6 +50,11 @@ class _Sparse(nn.Module):
         """The weight as it is stored."""
         return Packed(self.values, self.codes, self.pattern, self.shape)
 
+    @property
+    def kernel(self) -> str:
+        """What runs the layer where it is: "native", or "reference" (unpack and multiply)."""
+        return "native" if self.order.numel() else "reference"
+
     def _arrange(self) -> None:
         # No buffer, even a non-persistent one: torch.export would write that into its file.
         self.order = ops.kernel_order(self.values, self.codes, self.shape, *self.packed.group)

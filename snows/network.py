@@ -6,6 +6,7 @@ subclasses, modules that pad for themselves and functional use all look alike, a
 
 from __future__ import annotations
 
+import copy
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
@@ -73,6 +74,18 @@ def plain_forward() -> Iterator[None]:
 # ---------------------------------------------------------------- layers
 
 
+def copied(model: nn.Module) -> nn.Module:
+    """A deep copy, also of a network under `torch.nn.utils.prune`, whose computed weights PyTorch refuses to copy."""
+    computed = [(m, m.__dict__["weight"]) for m in model.modules() if isinstance(m.__dict__.get("weight"), Tensor)]
+    for module, weight in computed:
+        module.__dict__["weight"] = weight.detach()
+    try:
+        return copy.deepcopy(model)
+    finally:
+        for module, weight in computed:
+            module.__dict__["weight"] = weight
+
+
 Layer: TypeAlias = nn.Linear | nn.Conv2d
 
 
@@ -96,6 +109,7 @@ class OpenAttention(nn.Module):
         super().__init__()
         self.closed = [closed]  # in a list: not a submodule
         self.heads, self.batch_first, self.training = closed.num_heads, closed.batch_first, closed.training
+        self.in_proj_bias, self._qkv_same_embed_dim = None, False  # nn.TransformerEncoderLayer asks before its fast path
         if closed._qkv_same_embed_dim:
             self.in_proj = _linear(closed.in_proj_weight, closed.in_proj_bias)
         else:
@@ -180,11 +194,13 @@ def open_attention(model: nn.Module) -> None:
 
 
 def close_attention(model: nn.Module) -> None:
-    """Undo `open_attention`; what was written into the parameters stays."""
+    """Undo `open_attention`; what was written into the parameters stays. One whose projections were replaced stays open."""
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            if isinstance(child, OpenAttention):
+            if isinstance(child, OpenAttention) and all(isinstance(x, nn.Linear) for x in child.children()):
                 setattr(parent, name, child.closed[0])
+            elif isinstance(child, OpenAttention):
+                child.closed.clear()
 
 
 def bake_masks(model: nn.Module) -> dict[str, Tensor]:
@@ -254,7 +270,7 @@ class Watch(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-_PEEKS = {
+PEEKS = {
     getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "requires_grad", "is_cuda", "layout", "grad_fn")
 } | {Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tensor.stride, Tensor.is_contiguous, Tensor.__len__}
 
@@ -314,7 +330,7 @@ class _OrderWatch(Watch):
         return self.other(func, args, kwargs)
 
     def other(self, func: Any, args: Any, kwargs: Any) -> Any:
-        if func not in _PEEKS:
+        if func not in PEEKS:
             for leaf in tree_leaves((args, kwargs)):
                 if isinstance(leaf, Tensor):
                     self.readers[-1].extend(self.owners.get(id(leaf), ()))
@@ -322,7 +338,7 @@ class _OrderWatch(Watch):
 
 
 @contextmanager
-def _listening(net: nn.Module, enter: Callable[[str], None], leave: Callable[[str, Any], None]) -> Iterator[None]:
+def listening(net: nn.Module, enter: Callable[[str], None], leave: Callable[[str, Any], None]) -> Iterator[None]:
     """Tell `enter` and `leave` of every module call inside `net`."""
     names = {id(module): name for name, module in net.named_modules() if name}
 
@@ -346,7 +362,7 @@ def _listening(net: nn.Module, enter: Callable[[str], None], leave: Callable[[st
 def learn_order(net: nn.Module, inputs: Inputs) -> Order:
     """Run `net` once and say which prunable layers ran, in which order, and how long outputs are needed."""
     watch = _OrderWatch(net)
-    with torch.no_grad(), plain_forward(), _listening(net, watch.enter, watch.leave), watch:
+    with torch.no_grad(), plain_forward(), listening(net, watch.enter, watch.leave), watch:
         watch.order.output = net(*inputs.args, **inputs.kwargs)
     for owner in watch.readers[0]:  # read by the network's own code, which always runs
         watch.order.death[owner] = float("inf")
@@ -431,7 +447,7 @@ class Stream:
             record = _Record(self.plan.changed)
             watch = _UntilLayer(self.plan.net, layer)
             with torch.no_grad(), plain_forward(), self.answering(copies=layer not in self.plan.reached), \
-                    _listening(self.plan.net, record.enter, record.leave), watch, suppress(Finished):
+                    listening(self.plan.net, record.enter, record.leave), watch, suppress(Finished):
                 self.plan.net(*self.inputs.args, **self.inputs.kwargs)
             if watch.call is None:
                 raise RuntimeError(f"{layer}: did not run on this batch although it ran on the first")

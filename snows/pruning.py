@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -20,6 +19,7 @@ from torch.utils._pytree import tree_map
 
 from snows import network
 from snows.horizon import Horizon, Metric, Reconstruction, Sensitivities
+from snows.layers import SparseConv2d, SparseLinear
 from snows.network import Inputs, Order, Plan, Stream
 from snows.operators import Factors
 from snows.report import LayerReport, Report
@@ -316,6 +316,9 @@ def _check_model(model: nn.Module) -> None:
         raise TypeError(f"prune: expected an nn.Module, got {type(model).__name__}")
     if any(m.training for m in model.modules()):
         raise ValueError("prune: expected a model in evaluation mode, got one in training mode; call model.eval() first")
+    for name, module in model.named_modules():
+        if isinstance(module, SparseLinear | SparseConv2d):
+            raise ValueError(f"prune: expected dense weights, but {name} is packed already; prune the network it was made from")
     for name, p in model.named_parameters():
         if p.is_meta:
             raise ValueError(f"prune: expected weights with values, got {name} on the meta device; load the weights first")
@@ -367,7 +370,7 @@ def _check_forward(net: nn.Module, inputs: Sequence[Inputs], order: Order) -> No
 
 def _working_copy(model: nn.Module) -> nn.Module:
     """A copy whose weights are plain parameters and whose attention is open; masks of `torch.nn.utils.prune` come off."""
-    copied = _copy(model)
+    copied = network.copied(model)
     for module in network.prunable(copied).values():
         if torch_prune.is_pruned(module) and hasattr(module, "weight_orig"):
             original = module.get_parameter("weight_orig").detach().clone()
@@ -375,18 +378,6 @@ def _working_copy(model: nn.Module) -> nn.Module:
             module.weight.data.copy_(original)
     network.open_attention(copied)
     return copied
-
-
-def _copy(model: nn.Module) -> nn.Module:
-    """A deep copy, also of a network under `torch.nn.utils.prune`, whose computed weights PyTorch refuses to copy."""
-    computed = [(m, m.__dict__["weight"]) for m in model.modules() if isinstance(m.__dict__.get("weight"), Tensor)]
-    for module, weight in computed:
-        module.__dict__["weight"] = weight.detach()
-    try:
-        return copy.deepcopy(model)
-    finally:
-        for module, weight in computed:
-            module.__dict__["weight"] = weight
 
 
 def _prefer_channels_last(nets: Sequence[nn.Module], inputs: Inputs) -> None:
@@ -416,7 +407,7 @@ def _given(model: nn.Module, select: Any, pattern: PatternChoice) -> tuple[dict[
     opened = _working_copy(model)
     layers = network.prunable(opened)
     if isinstance(select, nn.Module):
-        closed = _copy(select)
+        closed = network.copied(select)
         masks = network.bake_masks(closed)
         network.open_attention(closed)
         sources = network.prunable(closed)

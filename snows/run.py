@@ -40,9 +40,9 @@ class Run:
         wanted = {
             "version": VERSION,
             **settings,
-            "model": _digest(model.state_dict()),
-            "data": _digest({f"{i}.{j}": x for i, batch in enumerate(inputs) for j, x in enumerate(batch.tensors())}),
-            "masks": _digest({**{f"mask {k}": v for k, v in masks.items()}, **{f"start {k}": v for k, v in starts.items()}}),
+            "model": digest(model.state_dict()),
+            "data": digest({f"{i}.{j}": x for i, batch in enumerate(inputs) for j, x in enumerate(batch.tensors())}),
+            "masks": digest({**{f"mask {k}": v for k, v in masks.items()}, **{f"start {k}": v for k, v in starts.items()}}),
         }
         wanted = json.loads(json.dumps(wanted))
         path = folder / "run.json"
@@ -116,9 +116,10 @@ def write(path: Path, content: bytes) -> None:
         raise ValueError(f"out: {path} cannot be written ({error.strerror})") from error
 
 
-def _digest(tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256()
+def digest(tensors: Mapping[str, Tensor], *more: str) -> str:
+    """SHA-256 of tensors, their names, dtypes and shapes, and of texts."""
+    found = hashlib.sha256("\n".join(more).encode())
     for name, x in tensors.items():
-        digest.update(f"{name} {x.dtype} {tuple(x.shape)}".encode())
-        digest.update(x.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+        found.update(f"{name} {x.dtype} {tuple(x.shape)}".encode())
+        found.update(x.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()

@@ -4,6 +4,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from snows import deployment
+
 sys.path.insert(0, str(Path(__file__).parent))
 collect_ignore = ["compile_kernels.py"]  # a program of its own
 
@@ -14,6 +16,13 @@ def _seeded():
     torch.manual_seed(0)
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
+
+
+@pytest.fixture(autouse=True)
+def _one_round(monkeypatch):
+    """Tests of `deploy` do not wait for times that mean something."""
+    for name in ("ROUNDS", "LAYER_SECONDS", "NETWORK_SECONDS"):
+        monkeypatch.setattr(deployment, name, name == "ROUNDS")
 
 
 def define_torchvision_schemas():

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import snows
+
 
 class Branches(nn.Module):
     """Parallel branches, a functional residual that is changed in place, one shared in-place activation, groups, dilation."""
@@ -71,3 +73,35 @@ def settle(net):
             nn.init.normal_(module.weight, 1, 0.2)
             nn.init.normal_(module.bias, 0, 0.2)
     return net.eval()
+
+
+class Chain(nn.Module):
+    """conv, BatchNorm, ReLU, twice; `tap` says what else is read."""
+
+    def __init__(self, tap="", inplace=False):
+        super().__init__()
+        self.first, self.first_norm = nn.Conv2d(4, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.second, self.second_norm = nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8)
+        self.act, self.last_act = nn.ReLU(inplace), nn.GELU()
+        self.tap = tap
+
+    def forward(self, x):
+        a = self.first(x)
+        b = self.first_norm(a)
+        c = self.act(b)
+        d = self.second_norm(self.second(c))
+        y = self.last_act(d)
+        return y + {"": 0, "conv": a, "norm": b, "last": d}[self.tap]
+
+
+def masked(net, pattern=snows.NM(2, 4), skip=()):  # noqa: B008
+    """Zeros by magnitude in every layer that the pattern fits; `in_proj` of attention included."""
+    for name, p in net.named_parameters():
+        fits = p.ndim in (2, 4) and name.endswith("weight") and (not isinstance(pattern, snows.NM) or p.shape[1] % pattern.m == 0)
+        if fits and not any(part in name for part in skip):
+            p.data *= pattern.mask(p.data.abs())
+    return net.eval()
+
+
+def small(net, example, **settings):
+    return snows.deploy(net, example, objective="size", progress=False, **settings)

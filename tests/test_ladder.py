@@ -6,8 +6,8 @@ from pathlib import Path
 import snows
 
 FLOORS = [
-    {"kernels"}, {"reference", "derivatives", "ops"}, {"sparsity"}, {"operators", "solvers"}, {"network", "routes", "horizon"},
-    {"selectors", "report", "run", "evaluation", "pruning"}, {"packing", "layers"}, {"zoo", "sources", "demo", "cli", "__main__"},
+    {"kernels"}, {"reference", "derivatives", "ops"}, {"sparsity"}, {"operators", "solvers", "packing", "layers"}, {"network", "routes", "horizon"},
+    {"selectors", "report", "run", "evaluation", "pruning"}, {"rewriting", "deployment", "files"}, {"zoo", "sources", "demo", "cli", "__main__"},
 ]
 PACKAGE = Path(snows.__file__).parent
 
@@ -39,5 +39,5 @@ def test_every_module_imports_from_its_own_floor_or_below():
 
 def test_the_public_names():
     assert sorted(snows.__all__) == [
-        "NM", "Newton", "SparseConv2d", "SparseLinear", "Unstructured", "alps", "least_squares", "magnitude", "parse_pattern", "prune",
-        "sparsegpt", "wanda"]
+        "NM", "Newton", "SparseConv2d", "SparseLinear", "Unstructured", "alps", "deploy", "least_squares", "load", "magnitude",
+        "parse_pattern", "prune", "save", "sparsegpt", "wanda"]

@@ -1,0 +1,308 @@
+"""`deploy`: run a pruned network on packed layers wherever that is faster or smaller, and say of each layer what came of it."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from snows import network
+from snows.layers import SparseConv2d, SparseLinear
+from snows.network import Inputs, Layer
+from snows.report import render
+from snows.rewriting import Site, Trace, activations, difference, fold_normalisations, outputs, plain, substitute
+from snows.sparsity import NM
+
+ROUNDS, LAYER_SECONDS, NETWORK_SECONDS = 5, 0.3, 1.0  # at least so many runs, and for so long, to time a layer or a network
+
+# ---------------------------------------------------------------- the report
+
+
+@dataclass(frozen=True)
+class DeployedLayer:
+    """One layer with zeros, and how it runs now.
+
+    Attributes:
+        name: of the layer.
+        shape: of its weight.
+        pattern: found in its zeros.
+        kernel: what would run or runs it packed: "native", or "reference" (unpack and multiply).
+        dense_ms, sparse_ms: median time of all its calls on the example, with the activation that both compute.
+        dense_bytes, sparse_bytes: of weight and bias.
+        reason: why it stayed dense; empty if it is packed.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    pattern: str = ""
+    kernel: str = ""
+    dense_ms: float = float("nan")
+    sparse_ms: float = float("nan")
+    dense_bytes: int = 0
+    sparse_bytes: int = 0
+    reason: str = ""
+
+
+@dataclass
+class Deployment:
+    """What `deploy` did. Times are medians on the example, sizes of all that a file would hold.
+
+    Attributes:
+        layers: those with zeros, in order of execution.
+        device: that was measured, with its threads.
+        samples: in the example.
+        dense_ms, sparse_ms: of the network as it came, and as it runs now.
+        dense_bytes, sparse_bytes: of the two.
+        dense_flops, sparse_flops: of Linear and Conv2d on the example, a multiplication and an addition being two.
+        difference: largest difference of an output from the network as it came, relative to the largest output.
+        folded: BatchNorms that are now in the convolution before them, and activations in the packed layer before them.
+        notes: sentences that a reader should see.
+    """
+
+    layers: list[DeployedLayer] = field(default_factory=list)
+    device: str = ""
+    samples: int = 0
+    dense_ms: float = float("nan")
+    sparse_ms: float = float("nan")
+    dense_bytes: int = 0
+    sparse_bytes: int = 0
+    dense_flops: int = 0
+    sparse_flops: int = 0
+    difference: float = float("nan")
+    folded: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def table(self) -> Table:
+        table = Table(pad_edge=False)
+        for heading in ("layer", "weight", "pattern", "kernel"):
+            table.add_column(heading)
+        for heading in ("dense ms", "sparse ms", "ratio", "bytes"):
+            table.add_column(heading, justify="right")
+        table.add_column("")
+        for x in self.layers:
+            known = x.sparse_ms == x.sparse_ms
+            table.add_row(
+                x.name, "x".join(map(str, x.shape)), x.pattern, "dense" if x.reason else x.kernel,
+                *((f"{x.dense_ms:.3f}", f"{x.sparse_ms:.3f}", f"{x.dense_ms / x.sparse_ms:.2f}") if known else ("", "", "")),
+                f"{100 * x.sparse_bytes / x.dense_bytes:.0f} %" if x.sparse_bytes else "", x.reason)
+        return table
+
+    def summary(self) -> str:
+        packed = sum(not x.reason for x in self.layers)
+        return (f"{packed} of {len(self.layers)} layers with zeros are packed; {self.dense_ms:.2f} ms dense, {self.sparse_ms:.2f} ms now "
+                f"({self.dense_ms / self.sparse_ms:.2f} times as fast, {1e3 * self.samples / self.sparse_ms:.0f} images/s; {self.samples} at a "
+                f"time on {self.device}); {self.sparse_bytes / 1e6:.2f} of {self.dense_bytes / 1e6:.2f} MB, {self.sparse_flops / 1e9:.3g} of "
+                f"{self.dense_flops / 1e9:.3g} GFLOP; outputs differ by at most {self.difference:.1e} of the largest")
+
+    def __str__(self) -> str:
+        return "\n".join([render(self.table(), width=160), self.summary(), *self.notes])
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> Deployment:
+        content = json.loads(text)
+        layers = [DeployedLayer(**{**x, "shape": tuple(x["shape"])}) for x in content.pop("layers")]
+        return cls(layers=layers, **content)
+
+
+# ---------------------------------------------------------------- deploy
+
+
+def deploy(
+    model: nn.Module,
+    example: Any,
+    *,
+    objective: Literal["speed", "size"] = "speed",
+    dtype: torch.dtype | None = None,
+    progress: bool = True,
+) -> nn.Module:
+    """Put the layers of a pruned network on packed weights.
+
+    BatchNorm is folded into a convolution whose output goes to it alone. Then every layer with zeros is timed on the
+    example, dense against packed, and the better one stays. No layer is changed that the network uses in another way than
+    by calling it. The result computes what the masked network computed, on any machine.
+
+    Args:
+        model: any module in evaluation mode with zeros in its weights, whoever pruned it; left as it was.
+        example: one batch: a tensor, `(images, labels)` or a mapping of keyword inputs. Its shapes, device and layout are
+            what the choice is made for; a few hundred milliseconds are spent on each layer.
+        objective: "speed" keeps the faster of dense and packed; "size" packs whatever becomes smaller.
+        dtype: of the result's weights and inputs; None keeps the model's.
+        progress: show a progress bar.
+
+    Returns:
+        A copy with packed layers; its attribute `report` is a `Deployment`.
+
+    Raises:
+        ValueError: the model is in training mode, has no zeros, holds NaN, or is packed already; or cannot run the example.
+    """
+    _check(model, objective)
+    given = _like(model, network.as_inputs(example))
+    expected = _first_run(model, given)
+    net = network.copied(model)
+    network.bake_masks(net)
+    network.open_attention(net)
+    if not any((layer.weight == 0).any() for layer in network.prunable(net).values()):
+        raise ValueError("deploy: expected a model with zeros in its Linear or Conv2d weights, got none; prune it first")
+    report = Deployment(device=_device(given), samples=_samples(given), dense_bytes=_nbytes(model))
+    trace = Trace(net, given)
+    folds = fold_normalisations(net, given, trace)
+    report.folded = list(folds.values())
+    followers = activations(trace, folds)
+    inputs = given
+    if dtype is not None:
+        net.to(dtype)
+        inputs = Inputs(*tree_map(lambda x: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x, tuple(given)))
+    dense = network.copied(net)
+    layers = network.prunable(net)
+    times: dict[Any, tuple[float, float]] = {}
+    for name, site in track(trace.sites.items(), "deploying", console=Console(stderr=True), transient=True, disable=not progress):
+        layer = layers[name]
+        kept = float((layer.weight != 0).double().mean())
+        flops = sum(2 * entries * layer.weight[0].numel() for entries in site.outputs)
+        report.dense_flops += flops
+        report.sparse_flops += round(flops * kept)
+        if kept == 1:
+            continue
+        activation = net.get_submodule(followers[name]) if name in followers else None
+        packed, row = _choose(name, layer, site, activation, objective, times)
+        report.layers.append(row)
+        if packed is not None:
+            substitute(net, layer, packed)
+            if activation is not None:
+                substitute(net, activation, nn.Identity().eval())
+                report.folded.append(followers[name])
+    for x in (net, dense):
+        network.close_attention(x)
+    report.dense_ms, report.sparse_ms, folded_ms = _race(
+        [lambda: outputs(model, given), lambda: outputs(net, inputs), lambda: outputs(dense, inputs)], NETWORK_SECONDS)
+    if objective == "speed" and folded_ms < report.sparse_ms and any(not x.reason for x in report.layers):
+        report.notes.append(f"Layer by layer the packed ones were faster, the network as a whole was not ({report.sparse_ms:.2f} ms, "
+                            f"{folded_ms:.2f} ms with dense layers), so all stay dense.")
+        net, report.sparse_ms, report.folded = dense, folded_ms, list(folds.values())
+        report.layers = [replace(x, reason=x.reason or "the network as a whole was faster without it") for x in report.layers]
+    report.difference = difference(expected, outputs(net, inputs))
+    report.sparse_bytes = _nbytes(net)
+    net.report = report  # type: ignore[assignment]
+    return net
+
+
+def _choose(
+    name: str, layer: Layer, site: Site, activation: nn.Module | None, objective: str, times: dict[Any, tuple[float, float]],
+) -> tuple[SparseLinear | SparseConv2d | None, DeployedLayer]:
+    """The packed layer if it is the better one, and what the report says of it. `times` remembers what equal layers took."""
+    size = _nbytes(layer)
+    row = DeployedLayer(name, tuple(layer.weight.shape), dense_bytes=size, reason=site.oddity)
+    if not row.reason and network.groups_of(layer) > 1:
+        row = replace(row, reason=f"{network.groups_of(layer)} groups")
+    if row.reason:
+        return None, row
+    mine = plain(layer, site)
+    follow: Literal["relu", "gelu"] | None = None if activation is None else "relu" if isinstance(activation, nn.ReLU) else "gelu"
+    kind = SparseLinear if isinstance(mine, nn.Linear) else SparseConv2d
+    try:
+        packed = kind.from_dense(mine, activation=follow)  # type: ignore[arg-type]
+    except ValueError as error:
+        return None, replace(row, reason=str(error))
+    row = replace(row, sparse_bytes=_nbytes(packed), kernel=packed.kernel,
+                  pattern=str(packed.pattern) if isinstance(packed.pattern, NM) else f"{100 * packed.pattern.sparsity:.1f} %")
+    x = [_random(shape, stride, layer.weight) for shape, stride in site.inputs]
+    key = (kind, tuple(layer.weight.shape), tuple(site.inputs), row.pattern, follow, getattr(mine, "stride", None), layer.weight.is_contiguous())
+    if key not in times:
+        times[key] = tuple(_race([lambda: [mine(a) if activation is None else activation(mine(a)) for a in x],  # type: ignore[assignment]
+                                  lambda: [packed(a) for a in x]], LAYER_SECONDS))
+    row = replace(row, dense_ms=times[key][0], sparse_ms=times[key][1])
+    if objective == "size":
+        row = replace(row, reason="" if row.sparse_bytes < size else "smaller as it is")
+    elif packed.kernel == "reference":
+        row = replace(row, reason=f"no packed kernel here for {str(layer.weight.dtype).removeprefix('torch.')}")
+    elif row.sparse_ms >= row.dense_ms:
+        row = replace(row, reason="faster as it is")
+    return (None if row.reason else packed), row
+
+
+def _random(shape: torch.Size, stride: tuple[int, ...], like: Tensor) -> Tensor:
+    x = torch.empty(shape, dtype=like.dtype, device=like.device) if 0 in stride else \
+        torch.empty_strided(shape, stride, dtype=like.dtype, device=like.device)
+    return x.normal_()
+
+
+def _race(runs: Sequence[Callable[[], object]], seconds: float) -> list[float]:
+    """Median milliseconds of each, run in turns so that a noisy moment meets all."""
+    taken: list[list[float]] = [[] for _ in runs]
+    with torch.inference_mode():
+        for run in runs:
+            run()
+        end = time.perf_counter() + seconds
+        while len(taken[0]) < ROUNDS or time.perf_counter() < end:
+            for run, times in zip(runs, taken, strict=True):
+                _wait()
+                began = time.perf_counter()
+                run()
+                _wait()
+                times.append(1e3 * (time.perf_counter() - began))
+    return [statistics.median(times) for times in taken]
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _check(model: nn.Module, objective: str) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"deploy: expected an nn.Module, got {type(model).__name__}")
+    if objective not in ("speed", "size"):
+        raise ValueError(f'deploy: expected an objective of "speed" or "size", got {objective!r}')
+    for name, module in model.named_modules():
+        if module.training:
+            raise ValueError("deploy: expected a model in evaluation mode, got one in training mode; call model.eval() first")
+        if isinstance(module, SparseLinear | SparseConv2d):
+            raise ValueError(f"deploy: expected a model that is not packed yet, but {name} is; deploy the pruned model it came from")
+    for name, p in model.named_parameters():
+        if p.is_meta:
+            raise ValueError(f"deploy: expected weights with values, got {name} on the meta device; load the weights first")
+        if not p.isfinite().all():
+            raise ValueError(f"deploy: expected finite weights, got NaN or infinity in {name}")
+
+
+def _first_run(model: nn.Module, inputs: Inputs) -> list[Tensor]:
+    try:
+        return outputs(model, inputs)
+    except Exception as error:  # whatever the model raises
+        reason = (str(error) or type(error).__name__).strip().splitlines()[0]
+        raise ValueError(f"deploy: the model cannot run the example ({reason}); expected one batch as the model takes it") from error
+
+
+def _like(model: nn.Module, inputs: Inputs) -> Inputs:
+    """Inputs on the model's device, in its precision."""
+    like = next(model.parameters())
+    return Inputs(*tree_map(
+        lambda x: x.to(like.device, like.dtype if x.is_floating_point() else None) if isinstance(x, Tensor) else x, tuple(inputs)))
+
+
+def _samples(inputs: Inputs) -> int:
+    return next((len(x) for x in inputs.tensors() if x.ndim), 1)
+
+
+def _device(inputs: Inputs) -> str:
+    device = inputs.tensors()[0].device
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type.upper()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def _nbytes(module: nn.Module) -> int:
+    return sum(x.nbytes for x in module.state_dict().values())

@@ -1,0 +1,193 @@
+"""Deployed networks on disk: safetensors, the packed tensors as they are, and metadata that says how to build the layers.
+
+The metadata, one JSON text under the key ``snows``, holds the format's version, each packed layer with its pattern, shape,
+activation and a convolution's settings, the modules that became an Identity because a layer computes them too, and the
+attention that was opened into its projections. ``sha256`` is over that text and all tensors. Nothing in a file is executed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_bytes
+from torch import Tensor, nn
+
+from snows import network
+from snows.layers import SparseConv2d, SparseLinear
+from snows.network import OpenAttention
+from snows.packing import Packed
+from snows.rewriting import substitute
+from snows.run import digest, state, write
+from snows.sparsity import NM, parse_pattern
+
+VERSION = 1
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32,
+          "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
+COMPUTED_ELSEWHERE = (nn.BatchNorm2d, nn.ReLU, nn.GELU, nn.Identity)  # what an Identity may stand for
+CONVOLUTION = ("stride", "padding", "dilation", "padding_mode")
+
+
+def save(model: nn.Module, path: Path | str) -> None:
+    """Write a network with packed layers to a safetensors file, whole or not at all.
+
+    Args:
+        model: from `deploy`, or with packed layers put in by hand.
+        path: of the file.
+
+    Raises:
+        ValueError: there is nothing packed in the model, or the file cannot be written.
+    """
+    packed, identities, opened = {}, [], []
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, SparseLinear | SparseConv2d):
+            packed[name] = _described(module)
+        elif isinstance(module, nn.Identity):
+            identities.append(name)
+        elif isinstance(module, OpenAttention):
+            opened.append(name)
+    if not packed:
+        raise ValueError("save: expected a model with packed layers, got none; deploy it first, or save its state_dict as it is")
+    tensors = state(model)
+    text = json.dumps({"version": VERSION, "layers": packed, "identities": identities, "opened": opened}, sort_keys=True)
+    write(Path(path), to_bytes(tensors, {"snows": text, "sha256": digest(dict(sorted(tensors.items())), text)}))
+
+
+def load(path: Path | str, model: nn.Module) -> nn.Module:
+    """Read a network that `save` wrote.
+
+    Args:
+        path: of the file.
+        model: the dense network that was pruned, or another of the same architecture; left as it was. Its weights do not
+            matter, its device does: the result is there (on the CPU for the meta device).
+
+    Returns:
+        A copy with the file's packed layers and weights, in evaluation mode.
+
+    Raises:
+        ValueError: it is not such a file, it is damaged, of a newer format, or of another architecture.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"load: there is no file {path}")
+    try:
+        with safe_open(path, "pt") as file:
+            content = _content(path, file.metadata() or {})
+            shapes = {name: (tuple(file.get_slice(name).get_shape()), file.get_slice(name).get_dtype()) for name in file.keys()}  # noqa: SIM118
+            net = network.copied(model).eval()
+            _shape_like(net, content, shapes, path)
+            _compare(net, content["layers"], shapes, path)
+            tensors = {name: file.get_tensor(name) for name in sorted(shapes)}
+            if digest(tensors, file.metadata()["snows"]) != file.metadata()["sha256"]:
+                raise ValueError(f"load: {path} is damaged: its content does not have the checksum that it was saved with")
+    except (SafetensorError, OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"load: {path} is not a whole safetensors file ({error})") from error
+    device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
+    return _filled(net, content["layers"], {name: x.to(device) for name, x in tensors.items()}, path)
+
+
+def _described(module: SparseLinear | SparseConv2d) -> dict[str, Any]:
+    entry: dict[str, Any] = {"pattern": str(module.pattern), "shape": list(module.shape), "activation": module.activation}
+    if isinstance(module, SparseConv2d):
+        entry |= {key: value if isinstance(value := getattr(module, key), str) else list(value) for key in CONVOLUTION}
+    return entry
+
+
+def _content(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
+    """The metadata, of this format and complete."""
+    if "snows" not in metadata or "sha256" not in metadata:
+        raise ValueError(f"load: {path} was not written by snows.save; weights of a dense network load with load_state_dict")
+    try:
+        content: dict[str, Any] = json.loads(metadata["snows"])
+        version = content["version"]
+        if not isinstance(version, int) or version > VERSION:
+            raise ValueError(f"load: {path} has format {version}, this snows reads up to {VERSION}; install a newer one")
+        for name, entry in content["layers"].items():
+            parse_pattern(entry["pattern"])
+            sound = isinstance(name, str) and len(entry["shape"]) in (2, 4) and all(type(x) is int and x > 0 for x in entry["shape"])
+            if not sound or entry["activation"] not in (None, "relu", "gelu") or (len(entry["shape"]) == 4 and set(CONVOLUTION) - set(entry)):
+                raise KeyError(name)
+        if not all(isinstance(name, str) for key in ("identities", "opened") for name in content[key]):
+            raise KeyError("identities")
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"load: the metadata of {path} is damaged ({type(error).__name__}: {error})") from error
+    return content
+
+
+def _shape_like(net: nn.Module, content: dict[str, Any], shapes: dict[str, Any], path: Path) -> None:
+    """Open attention, put in identities and biases, as the saved network has them."""
+    for name in content["opened"]:
+        closed = _module(net, name, path)
+        if type(closed) is not nn.MultiheadAttention:
+            raise ValueError(f"load: {path} does not match the model: {name} is a {type(closed).__name__}, no MultiheadAttention")
+        substitute(net, closed, OpenAttention(closed).eval())
+    for name in content["identities"]:
+        module = _module(net, name, path)
+        if not isinstance(module, COMPUTED_ELSEWHERE):
+            raise ValueError(f"load: {path} does not match the model: {name} is a {type(module).__name__}, which no layer computes")
+        if not isinstance(module, nn.Identity):
+            substitute(net, module, nn.Identity().eval())
+    for name, module in network.prunable(net).items():
+        if module.bias is None and f"{name}.bias" in shapes:  # of a normalisation that was folded
+            module.bias = nn.Parameter(torch.empty(len(module.weight), device="meta"))
+
+
+def _module(net: nn.Module, name: str, path: Path) -> nn.Module:
+    try:
+        return net.get_submodule(name)
+    except AttributeError:
+        raise ValueError(f"load: {path} does not match the model: there is no module {name}") from None
+
+
+def _compare(net: nn.Module, layers: dict[str, Any], shapes: dict[str, Any], path: Path) -> None:
+    """Names, shapes and kinds of all tensors, before any of them is read."""
+    expected: dict[str, tuple[int, ...] | None] = {name: tuple(x.shape) for name, x in net.state_dict().items()}
+    kinds = {name: x.is_floating_point() for name, x in net.state_dict().items()}
+    problems = []
+    for name, entry in layers.items():
+        module, pattern = _module(net, name, path), parse_pattern(entry["pattern"])
+        weight = expected.pop(f"{name}.weight", None)
+        if not isinstance(module, nn.Linear | nn.Conv2d) or weight != tuple(entry["shape"]):
+            problems.append(f"{name} has a weight of {weight}, the file one of {tuple(entry['shape'])}")
+            continue
+        if type(module).forward is nn.Conv2d.forward:
+            problems += [f"{name} has the {key} {getattr(module, key)}, the file {entry[key]}" for key in CONVOLUTION
+                         if getattr(module, key) != (entry[key] if isinstance(entry[key], str) else tuple(entry[key]))]
+        rows, columns = weight[0], math.prod(weight[1:])
+        grouped = isinstance(pattern, NM)
+        expected[f"{name}.values"] = (rows, -(-columns // pattern.m) * pattern.n) if isinstance(pattern, NM) else None
+        expected[f"{name}.codes"] = None  # packing.check knows
+        kinds |= {f"{name}.values": True, f"{name}.codes": False}
+        if f"{name}.values" in shapes and not grouped and math.prod(shapes[f"{name}.values"][0]) > rows * columns:
+            problems.append(f"{name} has {rows * columns} weights, the file {math.prod(shapes[f'{name}.values'][0])}")
+    problems += [f"missing {name}" for name in expected if name not in shapes]
+    problems += [f"unexpected {name}" for name in shapes if name not in expected]
+    for name, (shape, dtype) in shapes.items():
+        if name in expected and expected[name] not in (None, shape):
+            problems.append(f"{name} is {expected[name]}, in the file {shape}")
+        elif name in kinds and (dtype not in DTYPES or DTYPES[dtype].is_floating_point != kinds[name]):
+            problems.append(f"{name} is of {dtype} in the file")
+    if problems:
+        raise ValueError(f"load: {path} does not match the model: {'; '.join(problems[:5])}{' and more' if len(problems) > 5 else ''}")
+
+
+def _filled(net: nn.Module, layers: dict[str, Any], tensors: dict[str, Tensor], path: Path) -> nn.Module:
+    for name, entry in layers.items():
+        packed = Packed(tensors.pop(f"{name}.values"), tensors.pop(f"{name}.codes"), parse_pattern(entry["pattern"]),
+                        tuple(entry["shape"]))
+        settings: dict[str, Any] = {key: value if isinstance(value := entry[key], str) else tuple(value) for key in CONVOLUTION if key in entry}
+        kind: Any = SparseLinear if len(packed.shape) == 2 else SparseConv2d
+        try:
+            layer = kind(packed, tensors.pop(f"{name}.bias", None), activation=entry["activation"], **settings)
+        except (ValueError, RuntimeError, TypeError) as error:
+            raise ValueError(f"load: {path}: {name}: {error}") from error
+        parent, _, key = name.rpartition(".")
+        net.get_submodule(parent)._modules[key] = layer.eval()
+    missing, unexpected = net.load_state_dict(tensors, strict=False, assign=True)
+    assert not unexpected and all(name.rpartition(".")[0] in layers for name in missing)  # noqa: PT018 - `_compare` has seen to it
+    network.close_attention(net)
+    return net

@@ -1,0 +1,209 @@
+"""A file gives back what was saved, or is refused."""
+
+import copy
+import json
+import random
+import struct
+
+import pytest
+import torch
+from models import Chain, Mapped, masked, settle, small
+from safetensors import safe_open
+from safetensors.torch import save as to_bytes
+from torch import nn
+
+import snows
+from snows.layers import SparseConv2d, SparseLinear
+from snows.packing import Packed
+
+
+@pytest.fixture
+def chain(tmp_path):
+    net, x = masked(settle(Chain())), torch.randn(3, 4, 7, 5)
+    path = tmp_path / "model.safetensors"
+    snows.save(small(net, x), path)
+    return net, path
+
+
+def rewritten(path, metadata=None, tensors=None):
+    """The file with its metadata or tensors changed, and the right checksum."""
+    from snows.run import digest
+
+    with safe_open(path, "pt") as file:
+        content = json.loads(file.metadata()["snows"])
+        found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    if metadata:
+        metadata(content)
+    if tensors:
+        tensors(found)
+    text = json.dumps(content, sort_keys=True)
+    path.write_bytes(to_bytes(found, {"snows": text, "sha256": digest(dict(sorted(found.items())), text)}))
+    return path
+
+
+@pytest.mark.parametrize("pattern", [snows.NM(2, 4), snows.NM(1, 4), snows.Unstructured(0.8)], ids=str)
+def test_what_was_saved_comes_back_exactly(tmp_path, pattern):
+    for net, x in ((settle(Chain()), torch.randn(3, 4, 7, 5)), (settle(Mapped()), {"pixel_values": torch.randn(2, 3, 16, 16)}),
+                   (nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), torch.randn(2, 5, 16))):
+        net = masked(net, pattern)
+        deployed = small(net, x)
+        other = type(net)() if not isinstance(net, nn.TransformerEncoderLayer) else nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+        before = copy.deepcopy(other.state_dict())
+        snows.save(deployed, tmp_path / "model.safetensors")
+        loaded = snows.load(tmp_path / "model.safetensors", other)
+        assert all(torch.equal(v, before[k]) for k, v in other.state_dict().items()), "the model was changed"
+        assert loaded.state_dict().keys() == deployed.state_dict().keys()
+        assert all(torch.equal(v, deployed.state_dict()[k]) for k, v in loaded.state_dict().items())
+        with torch.no_grad():
+            want, got = (n(**x) if isinstance(x, dict) else n(x) for n in (deployed, loaded))
+        for a, b in zip(*((y.values() if isinstance(y, dict) else [y]) for y in (want, got)), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_half_precision_layers_made_by_hand_and_the_meta_device(tmp_path):
+    net = nn.Sequential(nn.Conv2d(4, 8, 3, stride=2, padding="valid", dilation=2), nn.Flatten(), nn.Linear(8 * 4, 6)).eval().bfloat16()
+    net[0].weight.data *= snows.NM(2, 4).mask(net[0].weight.abs())
+    net[2].weight.data *= snows.NM(1, 4).mask(net[2].weight.abs())
+    sparse = nn.Sequential(SparseConv2d.from_dense(net[0], activation="relu"), net[1], SparseLinear.from_dense(net[2]))
+    snows.save(sparse, tmp_path / "x.safetensors")
+    loaded = snows.load(tmp_path / "x.safetensors", copy.deepcopy(net).to("meta"))
+    x = torch.randn(2, 4, 8, 8).bfloat16()
+    with torch.no_grad():
+        assert torch.equal(loaded(x), sparse(x))
+    assert loaded[0].activation == "relu"
+
+
+def test_the_file_is_plain_safetensors_of_the_packed_size(chain):
+    _, path = chain
+    with safe_open(path, "pt") as file:
+        names = set(file.keys())
+        content = json.loads(file.metadata()["snows"])
+    assert names == {"first.values", "first.codes", "first.bias", "second.values", "second.codes", "second.bias"}
+    assert content["layers"]["first"] == {"pattern": "2:4", "shape": [8, 4, 3, 3], "activation": "relu", "stride": [1, 1],
+                                          "padding": [1, 1], "dilation": [1, 1], "padding_mode": "zeros"}
+    assert sorted(content["identities"]) == ["act", "first_norm", "last_act", "second_norm"]
+    assert content["version"] == 1
+
+
+def test_a_file_of_another_network_is_refused_by_name(chain):
+    _, path = chain
+    other = Chain()
+    other.second = nn.Conv2d(8, 6, 1)
+    with pytest.raises(ValueError, match=r"second has a weight of \(6, 8, 1, 1\), the file one of \(8, 8, 1, 1\)"):
+        snows.load(path, other)
+    other = Chain()
+    other.first.stride = (2, 2)
+    with pytest.raises(ValueError, match=r"first has the stride \(2, 2\), the file \[1, 1\]"):
+        snows.load(path, other)
+    with pytest.raises(ValueError, match="there is no module "):
+        snows.load(path, nn.Sequential(nn.Conv2d(4, 8, 3)))
+    wider = Chain()
+    wider.extra = nn.Linear(3, 3)
+    with pytest.raises(ValueError, match=r"missing extra\.weight"):
+        snows.load(path, wider)
+    changed = Chain()
+    changed.act = nn.Tanh()
+    with pytest.raises(ValueError, match="act is a Tanh"):
+        snows.load(path, changed)
+
+
+def test_what_is_no_such_file_is_refused(chain, tmp_path):
+    net, path = chain
+    with pytest.raises(ValueError, match="there is no file"):
+        snows.load(tmp_path / "nothing", net)
+    foreign = tmp_path / "foreign.safetensors"
+    foreign.write_bytes(to_bytes(net.state_dict()))
+    with pytest.raises(ValueError, match=r"not written by snows\.save"):
+        snows.load(foreign, net)
+    foreign.write_bytes(b"PK\x03\x04 a zip file")
+    with pytest.raises(ValueError, match="not a whole safetensors file"):
+        snows.load(foreign, net)
+    content = path.read_bytes()
+    for length in (0, 7, 8, 100, len(content) // 2, len(content) - 1):
+        foreign.write_bytes(content[:length])
+        with pytest.raises(ValueError, match="load: "):
+            snows.load(foreign, net)
+    foreign.write_bytes(struct.pack("<Q", 2**62) + content[8:])  # a header that claims to be enormous
+    with pytest.raises(ValueError, match="not a whole safetensors file"):
+        snows.load(foreign, net)
+    with pytest.raises(ValueError, match="expected a model with packed layers"):
+        snows.save(net, tmp_path / "dense")
+    assert not (tmp_path / "dense").exists()
+
+
+def test_metadata_and_tensors_that_disagree_are_refused(chain):
+    net, path = chain
+    content = path.read_bytes()
+    cases = [
+        (lambda m: m.update(version=2), None, "has format 2, this snows reads up to 1"),
+        (lambda m: m["layers"]["first"].update(pattern="1:4"), None, "first.values is"),
+        (lambda m: m["layers"]["first"].update(pattern="3:2"), None, "load: |NM: "),
+        (lambda m: m["layers"]["first"].update(shape=[8, 4, 3, 10**12]), None, "first has a weight of"),
+        (lambda m: m["layers"]["first"].update(activation="tanh"), None, "metadata of .* is damaged"),
+        (lambda m: m["layers"].pop("first"), None, "unexpected first.values|missing first.weight"),
+        (lambda m: m.pop("identities"), None, "metadata of .* is damaged"),
+        (None, lambda t: t.update({"first.codes": torch.zeros_like(t["first.codes"])}), "codes"),
+        (None, lambda t: t.update({"first.codes": t["first.codes"][:-1]}), "codes"),
+        (None, lambda t: t.update({"first.values": t["first.values"].to(torch.int32)}), "first.values is of I32"),
+        (None, lambda t: t.update({"first.bias": torch.zeros(3)}), "first.bias is"),
+        (None, lambda t: t.pop("second.codes"), "missing second.codes"),
+    ]
+    for metadata, tensors, sentence in cases:
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=sentence):
+            snows.load(rewritten(path, metadata, tensors), net)
+
+
+def test_ten_thousand_damaged_files_are_refused_or_load_what_was_saved(tmp_path):
+    net, path = masked(nn.Sequential(nn.Linear(8, 4), nn.ReLU())), tmp_path / "model.safetensors"
+    snows.save(small(net, torch.randn(2, 8)), path)
+    content, generator = path.read_bytes(), random.Random(0)
+    want = snows.load(path, net).state_dict()
+    damaged = tmp_path / "damaged.safetensors"
+    header = 8 + struct.unpack("<Q", content[:8])[0]
+    refused = 0
+    for _ in range(10_000):
+        bytes_ = bytearray(content)
+        for _ in range(generator.choice((1, 1, 2, 8))):
+            where = generator.randrange(min(len(bytes_), generator.choice((8, header, len(content)))))
+            action = generator.random()
+            if action < 0.7:
+                bytes_[where] ^= 1 << generator.randrange(8)
+            elif action < 0.8:
+                bytes_[where] = generator.randrange(256)
+            elif action < 0.9:
+                del bytes_[where : where + generator.choice((1, 4, 64))]
+            else:
+                bytes_[where:where] = bytes_[where : where + generator.choice((1, 4, 64))]
+        damaged.write_bytes(bytes_)
+        try:
+            loaded = snows.load(damaged, net)
+        except ValueError:
+            refused += 1
+        else:  # a change that means nothing, such as a space for another
+            state = loaded.state_dict()
+            assert state.keys() == want.keys()
+            assert all(torch.equal(v, want[k]) for k, v in state.items())
+    assert refused > 9_500
+
+
+def test_a_path_that_cannot_be_written_leaves_nothing(chain, tmp_path):
+    net, path = chain
+    loaded = snows.load(path, net)
+    with pytest.raises(ValueError, match="cannot be written"):
+        snows.save(loaded, tmp_path / "no" / "such" / "folder.safetensors")
+    (tmp_path / "taken").mkdir()
+    with pytest.raises(ValueError, match="cannot be written"):
+        snows.save(loaded, tmp_path / "taken")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model.safetensors", "taken"]
+
+
+def test_a_layers_packed_tensors_reach_the_file_as_they_are(tmp_path):
+    weight = torch.tensor([[-0.0, 5, 0, 0], [0, 0, 7, 8.0]])
+    mask = torch.tensor([[True, True, False, False], [False, False, True, True]])
+    packed = snows.packing.pack(weight, mask, snows.NM(2, 4))
+    net = nn.Sequential(SparseLinear(Packed(*packed)))
+    snows.save(net, tmp_path / "x.safetensors")
+    loaded = snows.load(tmp_path / "x.safetensors", nn.Sequential(nn.Linear(4, 2, bias=False)))
+    assert torch.equal(loaded[0].values.view(torch.int32), packed.values.view(torch.int32))  # the zero's sign too
+    assert torch.equal(loaded[0].codes, packed.codes)
