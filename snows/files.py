@@ -8,7 +8,6 @@ attention that was opened into its projections. ``sha256`` is over that text and
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +22,9 @@ from snows.network import OpenAttention
 from snows.packing import Packed
 from snows.rewriting import substitute
 from snows.run import digest, state, write
-from snows.sparsity import NM, parse_pattern
+from snows.sparsity import parse_pattern
 
 VERSION = 1
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32,
-          "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
 COMPUTED_ELSEWHERE = (nn.BatchNorm2d, nn.ReLU, nn.GELU, nn.Identity)  # what an Identity may stand for
 CONVOLUTION = ("stride", "padding", "dilation", "padding_mode")
 
@@ -75,17 +72,19 @@ def load(path: Path | str, model: nn.Module) -> nn.Module:
     if not path.is_file():
         raise ValueError(f"load: there is no file {path}")
     try:
-        with safe_open(path, "pt") as file:
-            content = _content(path, file.metadata() or {})
-            shapes = {name: (tuple(file.get_slice(name).get_shape()), file.get_slice(name).get_dtype()) for name in file.keys()}  # noqa: SIM118
-            net = network.copied(model).eval()
-            _shape_like(net, content, shapes, path)
-            _compare(net, content["layers"], shapes, path)
-            tensors = {name: file.get_tensor(name) for name in sorted(shapes)}
-            if digest(tensors, file.metadata()["snows"]) != file.metadata()["sha256"]:
-                raise ValueError(f"load: {path} is damaged: its content does not have the checksum that it was saved with")
+        with safe_open(path, "pt") as file:  # has seen to it that the header claims no more than the file holds
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in sorted(file.keys())} if "sha256" in metadata else {}
     except (SafetensorError, OSError, UnicodeDecodeError) as error:
         raise ValueError(f"load: {path} is not a whole safetensors file ({error})") from error
+    if "snows" not in metadata or "sha256" not in metadata:
+        raise ValueError(f"load: {path} was not written by snows.save; weights of a dense network load with load_state_dict")
+    if digest(tensors, metadata["snows"]) != metadata["sha256"]:
+        raise ValueError(f"load: {path} is damaged: its content does not have the checksum that it was saved with")
+    content = _content(path, metadata["snows"])
+    net = network.copied(model).eval()
+    _shape_like(net, content, tensors, path)
+    _compare(net, content["layers"], tensors, path)
     device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
     return _filled(net, content["layers"], {name: x.to(device) for name, x in tensors.items()}, path)
 
@@ -97,12 +96,10 @@ def _described(module: SparseLinear | SparseConv2d) -> dict[str, Any]:
     return entry
 
 
-def _content(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
+def _content(path: Path, text: str) -> dict[str, Any]:
     """The metadata, of this format and complete."""
-    if "snows" not in metadata or "sha256" not in metadata:
-        raise ValueError(f"load: {path} was not written by snows.save; weights of a dense network load with load_state_dict")
     try:
-        content: dict[str, Any] = json.loads(metadata["snows"])
+        content: dict[str, Any] = json.loads(text)
         version = content["version"]
         if not isinstance(version, int) or version > VERSION:
             raise ValueError(f"load: {path} has format {version}, this snows reads up to {VERSION}; install a newer one")
@@ -118,7 +115,7 @@ def _content(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
     return content
 
 
-def _shape_like(net: nn.Module, content: dict[str, Any], shapes: dict[str, Any], path: Path) -> None:
+def _shape_like(net: nn.Module, content: dict[str, Any], tensors: dict[str, Tensor], path: Path) -> None:
     """Open attention, put in identities and biases, as the saved network has them."""
     for name in content["opened"]:
         closed = _module(net, name, path)
@@ -132,7 +129,7 @@ def _shape_like(net: nn.Module, content: dict[str, Any], shapes: dict[str, Any],
         if not isinstance(module, nn.Identity):
             substitute(net, module, nn.Identity().eval())
     for name, module in network.prunable(net).items():
-        if module.bias is None and f"{name}.bias" in shapes:  # of a normalisation that was folded
+        if module.bias is None and f"{name}.bias" in tensors:  # of a normalisation that was folded
             module.bias = nn.Parameter(torch.empty(len(module.weight), device="meta"))
 
 
@@ -143,34 +140,27 @@ def _module(net: nn.Module, name: str, path: Path) -> nn.Module:
         raise ValueError(f"load: {path} does not match the model: there is no module {name}") from None
 
 
-def _compare(net: nn.Module, layers: dict[str, Any], shapes: dict[str, Any], path: Path) -> None:
-    """Names, shapes and kinds of all tensors, before any of them is read."""
-    expected: dict[str, tuple[int, ...] | None] = {name: tuple(x.shape) for name, x in net.state_dict().items()}
-    kinds = {name: x.is_floating_point() for name, x in net.state_dict().items()}
+def _compare(net: nn.Module, layers: dict[str, Any], tensors: dict[str, Tensor], path: Path) -> None:
+    """Names, shapes and kinds of all tensors against the model's. What is in a packed weight, the layer itself checks."""
+    own = net.state_dict()
+    expected: dict[str, tuple[int, ...] | None] = {name: tuple(x.shape) for name, x in own.items()}
     problems = []
     for name, entry in layers.items():
-        module, pattern = _module(net, name, path), parse_pattern(entry["pattern"])
+        module = _module(net, name, path)
         weight = expected.pop(f"{name}.weight", None)
         if not isinstance(module, nn.Linear | nn.Conv2d) or weight != tuple(entry["shape"]):
             problems.append(f"{name} has a weight of {weight}, the file one of {tuple(entry['shape'])}")
-            continue
-        if type(module).forward is nn.Conv2d.forward:
+        elif type(module).forward is nn.Conv2d.forward:
             problems += [f"{name} has the {key} {getattr(module, key)}, the file {entry[key]}" for key in CONVOLUTION
                          if getattr(module, key) != (entry[key] if isinstance(entry[key], str) else tuple(entry[key]))]
-        rows, columns = weight[0], math.prod(weight[1:])
-        grouped = isinstance(pattern, NM)
-        expected[f"{name}.values"] = (rows, -(-columns // pattern.m) * pattern.n) if isinstance(pattern, NM) else None
-        expected[f"{name}.codes"] = None  # packing.check knows
-        kinds |= {f"{name}.values": True, f"{name}.codes": False}
-        if f"{name}.values" in shapes and not grouped and math.prod(shapes[f"{name}.values"][0]) > rows * columns:
-            problems.append(f"{name} has {rows * columns} weights, the file {math.prod(shapes[f'{name}.values'][0])}")
-    problems += [f"missing {name}" for name in expected if name not in shapes]
-    problems += [f"unexpected {name}" for name in shapes if name not in expected]
-    for name, (shape, dtype) in shapes.items():
-        if name in expected and expected[name] not in (None, shape):
-            problems.append(f"{name} is {expected[name]}, in the file {shape}")
-        elif name in kinds and (dtype not in DTYPES or DTYPES[dtype].is_floating_point != kinds[name]):
-            problems.append(f"{name} is of {dtype} in the file")
+        expected |= {f"{name}.values": None, f"{name}.codes": None}
+    problems += [f"missing {name}" for name in expected if name not in tensors]
+    problems += [f"unexpected {name}" for name in tensors if name not in expected]
+    for name, x in tensors.items():
+        if expected.get(name) not in (None, tuple(x.shape)):
+            problems.append(f"{name} is {expected[name]}, in the file {tuple(x.shape)}")
+        elif x.is_floating_point() != (own[name].is_floating_point() if name in own else not name.endswith(".codes")):
+            problems.append(f"{name} is {x.dtype} in the file")
     if problems:
         raise ValueError(f"load: {path} does not match the model: {'; '.join(problems[:5])}{' and more' if len(problems) > 5 else ''}")
 

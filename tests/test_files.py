@@ -2,8 +2,10 @@
 
 import copy
 import json
+import os
 import random
 import struct
+from pathlib import Path
 
 import pytest
 import torch
@@ -136,7 +138,7 @@ def test_metadata_and_tensors_that_disagree_are_refused(chain):
     content = path.read_bytes()
     cases = [
         (lambda m: m.update(version=2), None, "has format 2, this snows reads up to 1"),
-        (lambda m: m["layers"]["first"].update(pattern="1:4"), None, "first.values is"),
+        (lambda m: m["layers"]["first"].update(pattern="1:4"), None, r"first: .* expected \(8, 9\) values, got \(8, 18\)|first: .* codes"),
         (lambda m: m["layers"]["first"].update(pattern="3:2"), None, "load: |NM: "),
         (lambda m: m["layers"]["first"].update(shape=[8, 4, 3, 10**12]), None, "first has a weight of"),
         (lambda m: m["layers"]["first"].update(activation="tanh"), None, "metadata of .* is damaged"),
@@ -144,7 +146,7 @@ def test_metadata_and_tensors_that_disagree_are_refused(chain):
         (lambda m: m.pop("identities"), None, "metadata of .* is damaged"),
         (None, lambda t: t.update({"first.codes": torch.zeros_like(t["first.codes"])}), "codes"),
         (None, lambda t: t.update({"first.codes": t["first.codes"][:-1]}), "codes"),
-        (None, lambda t: t.update({"first.values": t["first.values"].to(torch.int32)}), "first.values is of I32"),
+        (None, lambda t: t.update({"first.values": t["first.values"].to(torch.int32)}), "first.values is torch.int32"),
         (None, lambda t: t.update({"first.bias": torch.zeros(3)}), "first.bias is"),
         (None, lambda t: t.pop("second.codes"), "missing second.codes"),
     ]
@@ -154,13 +156,15 @@ def test_metadata_and_tensors_that_disagree_are_refused(chain):
             snows.load(rewritten(path, metadata, tensors), net)
 
 
-def test_ten_thousand_damaged_files_are_refused_or_load_what_was_saved(tmp_path):
+def test_ten_thousand_damaged_files_are_refused_or_load_what_was_saved(tmp_path, request):
     net, path = masked(nn.Sequential(nn.Linear(8, 4), nn.ReLU())), tmp_path / "model.safetensors"
     snows.save(small(net, torch.randn(2, 8)), path)
     content, generator = path.read_bytes(), random.Random(0)
     want = snows.load(path, net).state_dict()
-    damaged = tmp_path / "damaged.safetensors"
+    memory = Path("/dev/shm")
+    damaged = (memory if memory.is_dir() else tmp_path) / f"snows-damaged-{os.getpid()}.safetensors"  # on a disk the writing takes longest
     header = 8 + struct.unpack("<Q", content[:8])[0]
+    request.addfinalizer(lambda: damaged.unlink(missing_ok=True))
     refused = 0
     for _ in range(10_000):
         bytes_ = bytearray(content)
