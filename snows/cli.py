@@ -1,10 +1,11 @@
-"""The command line: `snows prune`, `eval`, `report`, `demo`, `info`."""
+"""The command line: `snows prune`, `eval`, `report`, `deploy`, `bench`, `export`, `demo`, `info`."""
 
 from __future__ import annotations
 
 import json
 import platform
 import sys
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
@@ -16,13 +17,15 @@ from rich.console import Console
 from rich.table import Table
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from safetensors.torch import save as to_bytes
 
 import snows
 from snows import demo as demonstration
-from snows import ops, selectors, sources
+from snows import files, ops, selectors, sources
+from snows.deployment import Deployment
 from snows.evaluation import evaluate, logits_of
 from snows.report import Report
-from snows.run import write
+from snows.run import state, write
 from snows.sparsity import parse_pattern
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
@@ -34,6 +37,8 @@ RULES = {
     "least-squares": selectors.least_squares, "least-squares:sparsegpt": partial(selectors.least_squares, select=selectors.sparsegpt),
     "least-squares:wanda": partial(selectors.least_squares, select=selectors.wanda),
 }
+
+SOURCE = "source.json"  # in a run's folder: where its network and images came from
 
 ModelOption = Annotated[str, typer.Option("--model", help="zoo:NAME, torchvision:NAME, timm:NAME, hf:FOLDER or package.module:callable")]
 WeightsOption = Annotated[Path | None, typer.Option("--weights", help="safetensors, or a pickled checkpoint (loaded without running code)")]
@@ -101,7 +106,8 @@ def prune(
     if (out / "run.json").exists() and not resume:
         raise ValueError(f"--out: {out} already holds a run; add --resume to go on with it, or name another folder")
     net, base = sources.load_model(model, weights)
-    images = sources.load_data(data, _processing(base, crop, resize, mean, std), "calibration")
+    processing = _processing(base, crop, resize, mean, std)
+    images = sources.load_data(data, processing, "calibration")
     if samples > len(images):
         raise ValueError(f"--samples: asked for {samples} images, but {data} has {len(images)}")
     order = np.random.default_rng(seed).permutation(len(images))[:samples]
@@ -117,6 +123,7 @@ def prune(
     except KeyboardInterrupt:
         err_console.print(f"stopped; finished layers are kept in {out}. Add --resume to the same command to go on.")
         raise typer.Exit(130) from None
+    write(out / SOURCE, json.dumps({"model": model, "data": data, "processing": asdict(processing)}, indent=1).encode())
     out_console.print(report.table())
     out_console.print(report.summary(), *report.notes, sep="\n", highlight=False)
     out_console.print(f"weights, masks and report are in {out}", highlight=False)
@@ -173,6 +180,100 @@ def report(run: Annotated[Path, typer.Argument(help="the folder of a run")]) -> 
     out_console.print(found.table())
     out_console.print(found.summary(), *found.notes, sep="\n", highlight=False)
     write(run / "report.html", found.to_html().encode())
+
+
+RunArgument = Annotated[Path, typer.Argument(help="the folder of a run")]
+
+
+def _load_run(run: Path, images: int) -> tuple[torch.nn.Module, torch.Tensor]:
+    """A run's pruned network, and a batch of its images."""
+    if not (run / SOURCE).is_file() or not (run / "model.safetensors").is_file():
+        raise ValueError(f"{run} is not the folder of a finished run; expected {SOURCE} and model.safetensors there, from snows prune")
+    try:
+        source = json.loads((run / SOURCE).read_text())
+        settings: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in source["processing"].items()}
+        processing = sources.Preprocessing(**settings)
+        net, _ = sources.load_model(source["model"], run / "model.safetensors")
+        found = sources.load_data(source["data"], processing, "calibration")
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{run / SOURCE} is damaged ({error})") from error
+    if images > len(found):
+        raise ValueError(f"asked for a batch of {images} images, but {source['data']} has {len(found)}")
+    batch = next(iter(found.batches(images)), None)
+    if batch is None:
+        raise ValueError(f"none of the pictures in {source['data']} can be read")
+    return net, batch[0]
+
+
+@app.command("deploy")
+def deploy_command(
+    run: RunArgument,
+    out: Annotated[Path, typer.Option(help="safetensors file for the packed network")],
+    objective: Annotated[str, typer.Option(help="speed keeps the faster of dense and packed; size packs what gets smaller")] = "speed",
+    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16")] = "float32",
+    batch_size: Annotated[int, typer.Option(help="images at a time that layers are timed with")] = 8,
+) -> None:
+    """Put a run's network on packed layers, and say layer by layer what that gained."""
+    dtypes = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+    if dtype not in dtypes:
+        raise ValueError(f"--dtype: expected {', '.join(dtypes)}, got {dtype!r}")
+    if batch_size < 1:
+        raise ValueError(f"--batch-size: expected at least 1, got {batch_size}")
+    net, example = _load_run(run, batch_size)
+    deployed = snows.deploy(net, example, objective=cast(Literal["speed", "size"], objective), dtype=dtypes[dtype],
+                            progress=err_console.is_terminal)
+    found = cast(Deployment, deployed.report)
+    out_console.print(found.table())
+    out_console.print(found.summary(), *found.notes, sep="\n", highlight=False)
+    if all(row.reason for row in found.layers):
+        raise ValueError("deploy: no layer is packed, so there is nothing to write; --objective size packs whatever gets smaller")
+    files.save(deployed, out)
+    out_console.print(f"{out}: {out.stat().st_size / 1e6:.2f} MB", highlight=False)
+
+
+@app.command()
+def bench(
+    run: RunArgument,
+    batch_sizes: Annotated[str, typer.Option(help="images at a time, with commas between")] = "1,8,64",
+    out: Annotated[Path | None, typer.Option(help="JSON file for the figures; by default bench.json in the run's folder")] = None,
+) -> None:
+    """Time a run's network, whole and layer by layer, packed against dense."""
+    try:
+        sizes = [int(x) for x in batch_sizes.split(",")]
+    except ValueError:
+        sizes = [0]
+    if min(sizes) < 1:
+        raise ValueError(f"--batch-sizes: expected numbers of at least 1 with commas between, got {batch_sizes!r}")
+    net, images = _load_run(run, max(sizes))
+    rows = []
+    for size in sizes:
+        found = cast(Deployment, snows.deploy(net, images[:size], progress=err_console.is_terminal).report)
+        table = found.table()
+        table.title = f"{size} at a time"
+        out_console.print(table)
+        out_console.print(found.summary(), *found.notes, sep="\n", highlight=False)
+        rows.append(asdict(found))
+    path = out or run / "bench.json"
+    write(path, (json.dumps({"torch": torch.__version__, "batches": rows}, indent=1) + "\n").encode())
+    out_console.print(f"figures are in {path}", highlight=False)
+
+
+@app.command()
+def export(
+    run: RunArgument,
+    onnx: Annotated[Path | None, typer.Option(help="ONNX file: dense weights with their zeros, checked with onnxruntime")] = None,
+    dense: Annotated[Path | None, typer.Option(help="safetensors with the keys of the network's own library")] = None,
+) -> None:
+    """Write a run's network for other runtimes and libraries."""
+    if onnx is None and dense is None:
+        raise ValueError("export: expected --onnx FILE or --dense FILE, got neither")
+    net, example = _load_run(run, 2)
+    if dense is not None:
+        write(dense, to_bytes(state(net)))
+        out_console.print(f"{dense}: {dense.stat().st_size / 1e6:.2f} MB", highlight=False)
+    if onnx is not None:
+        error = files.export_onnx(net, example, onnx)
+        out_console.print(f"{onnx}: {onnx.stat().st_size / 1e6:.2f} MB; onnxruntime's outputs differ by {error:.1e} of the largest", highlight=False)
 
 
 @app.command()

@@ -1,13 +1,15 @@
-"""Deployed networks on disk: safetensors, the packed tensors as they are, and metadata that says how to build the layers.
+"""Deployed networks on disk, and networks for other runtimes.
 
-The metadata, one JSON text under the key ``snows``, holds the format's version, each packed layer with its pattern, shape,
-activation and a convolution's settings, the modules that became an Identity because a layer computes them too, and the
-attention that was opened into its projections. ``sha256`` is over that text and all tensors. Nothing in a file is executed.
+A deployed network is one safetensors file: the packed tensors as they are, and metadata that says how to build the layers.
+That is one JSON text under the key ``snows``: the format's version, each packed layer with its pattern, shape, activation
+and a convolution's settings, the modules that became an Identity because a layer computes them too, and the attention that
+was opened into its projections. ``sha256`` is over that text and all tensors. Nothing in a file is executed.
 """
 
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from snows import network
 from snows.layers import SparseConv2d, SparseLinear
 from snows.network import OpenAttention
 from snows.packing import Packed
-from snows.rewriting import substitute
+from snows.rewriting import difference, outputs, substitute
 from snows.run import digest, state, write
 from snows.sparsity import parse_pattern
 
@@ -87,6 +89,56 @@ def load(path: Path | str, model: nn.Module) -> nn.Module:
     _compare(net, content["layers"], tensors, path)
     device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
     return _filled(net, content["layers"], {name: x.to(device) for name, x in tensors.items()}, path)
+
+
+def is_packed(path: Path) -> bool:
+    """Whether `save` wrote this file."""
+    try:
+        with safe_open(path, "pt") as file:
+            return "snows" in (file.metadata() or {})
+    except (SafetensorError, OSError, UnicodeDecodeError):
+        return False
+
+
+def export_onnx(model: nn.Module, example: Any, path: Path | str) -> float:
+    """Write a network with dense weights, zeros among them, as ONNX, any number of images at a time; and run that once.
+
+    Args:
+        model: in evaluation mode, without packed layers.
+        example: one batch of at least two.
+        path: of the file.
+
+    Returns:
+        The largest difference of onnxruntime's outputs from the model's, relative to the largest output.
+
+    Raises:
+        ValueError: the packages are missing, the model cannot be exported, or the outputs differ by more than 1e-4.
+    """
+    try:
+        import onnxruntime  # type: ignore[import-not-found,import-untyped,unused-ignore]
+        import onnxscript  # type: ignore[import-not-found,import-untyped,unused-ignore] # noqa: F401
+    except ImportError as error:
+        raise ValueError(f"export: ONNX needs a package that is not installed ({error}); pip install 'snows[export]' brings it") from error
+    path, inputs = Path(path), network.as_inputs(example)
+    temporary = path.with_name(path.name + ".partial.onnx")
+    batch = torch.export.Dim("batch")
+    shapes = tuple({0: batch} if isinstance(x, Tensor) else None for x in inputs.args)
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of PyTorch about itself
+            torch.onnx.export(model, inputs.args, str(temporary), kwargs=inputs.kwargs, dynamo=True, external_data=False, verbose=False,
+                              dynamic_shapes=None if inputs.kwargs else shapes)
+        session = onnxruntime.InferenceSession(str(temporary), providers=["CPUExecutionProvider"])
+        feed = dict(zip([x.name for x in session.get_inputs()], [x.numpy() for x in inputs.tensors()], strict=True))
+        worst = difference(outputs(model, inputs), [torch.from_numpy(x) for x in session.run(None, feed)])
+        if not worst <= 1e-4:
+            raise ValueError(f"export: onnxruntime's outputs differ by {worst:.1e} of the largest; nothing was written")
+        temporary.replace(path)
+    except (torch.onnx.OnnxExporterError, OSError) as error:
+        raise ValueError(f"export: {path} could not be written ({str(error).strip().splitlines()[0]})") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    return worst
 
 
 def _described(module: SparseLinear | SparseConv2d) -> dict[str, Any]:

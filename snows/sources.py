@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from snows import zoo
+from snows import files, zoo
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -46,8 +46,8 @@ def load_model(source: str, weights: Path | None = None) -> tuple[nn.Module, Pre
 
     Args:
         source: `zoo:NAME`, `torchvision:NAME`, `timm:NAME`, `hf:FOLDER` or `package.module:callable`.
-        weights: a safetensors file, or a pickled checkpoint (loaded with ``weights_only=True``); without one, zoo and hf
-            have theirs and the others start at random.
+        weights: a safetensors file, also one of packed layers, or a pickled checkpoint (loaded with ``weights_only=True``);
+            without one, zoo and hf have theirs and the others start at random.
 
     Raises:
         ValueError: there is no such network, or the weights do not match it.
@@ -78,6 +78,8 @@ def load_model(source: str, weights: Path | None = None) -> tuple[nn.Module, Pre
         raise ValueError(f"model: {source} could not be built ({_first_line(error)})") from error
     if not isinstance(net, nn.Module):
         raise ValueError(f"model: expected {source} to return an nn.Module, got {type(net).__name__}")
+    if weights is not None and files.is_packed(weights):
+        return files.load(weights, net), processing
     if weights is not None:
         load_weights(net, weights)
     return net.eval(), processing

@@ -175,3 +175,71 @@ def test_a_pickled_checkpoint_from_data_parallel(tmp_path):
     torch.save({"state_dict": {f"module.{k}": v + 1 for k, v in net.state_dict().items()}}, tmp_path / "net.pt")
     loaded, _ = load_model("test_cli:tiny", tmp_path / "net.pt")
     assert torch.equal(loaded[0].weight, net[0].weight + 1)
+
+
+@pytest.fixture
+def pruned(monkeypatch, capsys, tmp_path, pictures):
+    out = tmp_path / "pruned"
+    code, text = run(monkeypatch, capsys, "prune", "--model", "test_cli:tiny", "--data", pictures, "--crop", 32, "--pattern", "2:4",
+                     "--out", out, "--samples", 8, "--select", "magnitude", "--horizon", 0)
+    assert code == 0, text
+    return out
+
+
+def test_deploy_bench_export_and_eval_of_a_run(monkeypatch, capsys, pruned, pictures, tmp_path):
+    packed, figures = tmp_path / "packed.safetensors", tmp_path / "figures.json"
+    code, text = run(monkeypatch, capsys, "deploy", pruned, "--out", packed, "--objective", "size", "--batch-size", 2)
+    assert code == 0, text
+    assert "1 of 1 layers with zeros are packed" in text
+    weights = load_file(pruned / "model.safetensors")
+    stored = load_file(packed)
+    assert torch.equal(stored["2.values"].flatten(), weights["2.weight"].permute(0, 2, 3, 1)[weights["2.weight"].permute(0, 2, 3, 1) != 0])
+    scores = []
+    for file in (packed, pruned / "model.safetensors"):
+        code, text = run(monkeypatch, capsys, "eval", "--model", "test_cli:tiny", "--weights", file, "--data", pictures, "--crop", 32,
+                         "--dense", pruned / "model.safetensors")
+        assert code == 0, text
+        scores.append(re.findall(r"[\d.]+ %", text))
+    assert scores[0] == scores[1]
+
+    code, text = run(monkeypatch, capsys, "bench", pruned, "--batch-sizes", "1,3", "--out", figures)
+    assert code == 0, text
+    assert [batch["samples"] for batch in json.loads(figures.read_text())["batches"]] == [1, 3]
+
+    onnx, dense = tmp_path / "x.onnx", tmp_path / "dense.safetensors"
+    code, text = run(monkeypatch, capsys, "export", pruned, "--onnx", onnx, "--dense", dense)
+    assert code == 0, text
+    assert all(torch.equal(v, weights[k]) for k, v in load_file(dense).items())
+    import onnxruntime
+
+    net = tiny()
+    net.load_state_dict(weights)
+    x = torch.randn(5, 3, 32, 32)  # another number of images than it was exported with
+    with torch.no_grad():
+        want = net(x)
+    session = onnxruntime.InferenceSession(str(onnx))
+    torch.testing.assert_close(torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]), want, rtol=1e-4, atol=1e-5)
+
+
+def test_what_deploy_bench_and_export_refuse(monkeypatch, capsys, pruned, tmp_path):
+    out = tmp_path / "x.safetensors"
+    for arguments, sentence in (
+        (["deploy", tmp_path, "--out", out], "is not the folder of a finished run"),
+        (["deploy", pruned, "--out", out, "--dtype", "int8"], "--dtype: expected"),
+        (["deploy", pruned, "--out", out, "--batch-size", 0], "--batch-size: expected at least 1"),
+        (["deploy", pruned, "--out", out, "--batch-size", 99], "asked for a batch of 99 images, but"),
+        (["deploy", pruned, "--out", out, "--objective", "fast"], '"speed" or "size"'),
+        (["deploy", pruned, "--out", tmp_path / "no" / "x", "--objective", "size"], "cannot be written"),
+        (["bench", pruned, "--batch-sizes", "1,two"], "--batch-sizes: expected numbers"),
+        (["export", pruned], "got neither"),
+        (["export", pruned, "--onnx", tmp_path / "no" / "x.onnx"], "could not be written"),
+    ):
+        code, text = run(monkeypatch, capsys, *arguments)
+        assert code == 2, text
+        assert sentence in text
+        assert "Traceback" not in text
+    assert not out.exists()
+    (pruned / "source.json").write_text("{}")
+    code, text = run(monkeypatch, capsys, "deploy", pruned, "--out", out)
+    assert code == 2
+    assert "source.json is damaged" in text
