@@ -1,0 +1,89 @@
+"""Whole networks on the CPU: deployed, beside eager PyTorch and a frozen `torch.compile` of the dense network.
+
+    python bench/networks.py --out bench/results/cpu/networks.json
+
+Weights are masked by magnitude, which changes no time; torchvision's are random. Networks run in turns. What a network gives is
+checked against the masked dense one first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import snows
+from snows.network import as_inputs
+from snows.rewriting import difference, outputs
+from snows.sources import load_model
+
+
+def masked(source: str, pattern: snows.NM | snows.Unstructured, example):
+    model, _ = load_model(source)
+    return snows.prune(model, [example], pattern, select=snows.magnitude, solver=None, recalibrate=False, progress=False)[0]
+
+
+def frozen(model, example):
+    """Compiled for inference as hard as PyTorch can on a CPU: weights are constants, prepacked by oneDNN."""
+    import torch._inductor.config as config
+
+    config.freezing = True
+    compiled = torch.compile(model)
+    with torch.inference_mode(False), torch.no_grad():
+        compiled(example)
+    return compiled
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--networks", default="torchvision:vit_b_16=2:4,torchvision:resnet50=1:4,zoo:resnet20=1:4,zoo:vit=1:4")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    rows = []
+    for entry in args.networks.split(","):
+        source, _, text = entry.partition("=")
+        x = torch.randn(args.batch, *((1, 28, 28) if source.startswith("zoo:") else (3, 224, 224)))
+        net = masked(source, snows.parse_pattern(text), x)
+        deployed = snows.deploy(net, x)
+        last = masked(source, snows.parse_pattern(text), x).to(memory_format=torch.channels_last)
+        x_last = x.contiguous(memory_format=torch.channels_last) if source != "zoo:vit" else x
+        runs = {"eager": (net, x), "eager channels last": (last, x_last), "torch.compile frozen": (frozen(net, x), x), "snows": (deployed, x)}
+        wanted = outputs(net, as_inputs(x))
+        row = {"network": source, "pattern": text, "batch": args.batch, "threads": torch.get_num_threads(), "torch": torch.__version__,
+               "packed": sum(not r.reason for r in deployed.report.layers), "layers": len(deployed.report.layers),
+               "MB dense": deployed.report.dense_bytes / 1e6, "MB": deployed.report.sparse_bytes / 1e6}
+        times = {name: [] for name in runs}
+        with torch.no_grad():
+            for name, (run, example) in runs.items():
+                got = run(example)
+                got = got if torch.is_tensor(got) else got["logits"]
+                assert difference(wanted, [got]) < 1e-4, name
+            for _ in range(args.rounds):
+                for name, (run, example) in runs.items():
+                    began = time.perf_counter()
+                    run(example)
+                    times[name].append(1e3 * (time.perf_counter() - began))
+        row["ms"] = {name: dict(zip(("quarter", "median", "three quarters"), statistics.quantiles(t, n=4), strict=True)) for name, t in times.items()}
+        rows.append(row)
+        if args.out:
+            args.out.parent.mkdir(parents=True, exist_ok=True)
+            args.out.write_text(json.dumps(rows, indent=1) + "\n")
+    table = Table("network", "pattern", "packed", "eager", "channels last", "compile frozen", "snows", "of eager", "of frozen")
+    for row in rows:
+        ms = {name: q["median"] for name, q in row["ms"].items()}
+        eager = min(ms["eager"], ms["eager channels last"])
+        table.add_row(row["network"], row["pattern"], f"{row['packed']} of {row['layers']}", *(f"{t:.1f}" for t in ms.values()),
+                      f"{eager / ms['snows']:.2f}", f"{ms['torch.compile frozen'] / ms['snows']:.2f}")
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
