@@ -69,7 +69,7 @@ class Trace(Watch):
         self.net = net
         self.sites: dict[str, Site] = defaultdict(Site)
         self.called: Counter[str] = Counter()
-        self.frames: list[tuple[str, list[Any]]] = [("", [])]  # open module calls, and what functions returned in each
+        self.frames: list[list[Any]] = [["", 0]]  # open module calls, and how many functions each has called, inside others too
         self.known: dict[int, Made] = {}
         with torch.no_grad(), network.plain_forward(), network.listening(net, self.enter, self.leave), self:
             output = net(*inputs.args, **inputs.kwargs)
@@ -79,13 +79,16 @@ class Trace(Watch):
         self._refuse_shared_weights()
 
     def enter(self, name: str) -> None:
-        self.frames.append((name, []))
+        self.frames.append([name, 0])
 
     def leave(self, name: str, output: Any) -> None:
-        _, returned = self.frames.pop()
+        _, functions = self.frames.pop()
+        self.frames[-1][1] += functions
         self.called[name] += 1
-        if name in self.sites and not _stock(self.net.get_submodule(name)) and not (len(returned) == 1 and returned[0] is output):
-            self.sites[name].oddity = "its class does more than the layer's product"
+        if name in self.sites and not _stock(self.net.get_submodule(name)):
+            made = self.sites[name].made
+            if functions != 1 or made is None or made.tensor() is not output:
+                self.sites[name].oddity = "its class does more than the layer's product"
 
     def layer(self, name: str, call: Call, func: Any, args: Any, kwargs: Any) -> Any:
         site, module = self.sites[name], self.net.get_submodule(name)
@@ -107,7 +110,7 @@ class Trace(Watch):
                 self.sites[name].oddity = "its weight is read outside of it"
         output = func(*args, **kwargs)
         if func not in PEEKS:
-            self.frames[-1][1].append(output)
+            self.frames[-1][1] += 1
             read = [made for leaf in leaves if (made := self.find(leaf))]
             made = self.remember(output) if read and func in self.FOLLOWED else None
             for x in read:

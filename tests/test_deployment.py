@@ -194,6 +194,21 @@ def test_a_subclass_that_only_applies_itself_in_its_own_way_is_packed():
     assert same(net, deployed, x) < 2e-6
 
 
+def test_a_subclass_that_pads_by_a_module_of_its_own_stays_dense():
+    class Own(nn.Conv2d):
+        def __init__(self, *args, pad):
+            super().__init__(*args)
+            self.pad = nn.ZeroPad2d(pad) if pad else nn.Identity()
+
+        def forward(self, x):
+            return F.conv2d(self.pad(x), self.weight, self.bias)
+
+    net, x = masked(nn.Sequential(Own(4, 8, 3, pad=(0, 1, 1, 2)), Own(8, 8, 1, pad=None))), torch.randn(2, 4, 9, 9)
+    deployed = small(net, x)
+    assert [row.reason for row in deployed.report.layers] == ["its class does more than the layer's product", ""]
+    assert same(net, deployed, x) < 2e-6
+
+
 def test_a_layer_called_twice_is_packed_but_takes_no_activation():
     class Twice(nn.Module):
         def __init__(self):
