@@ -1,4 +1,4 @@
-# make demo | test | bench | ablations: each sets up .venv by itself on a fresh machine and needs nothing but packages.
+# make demo | test | bench | accuracy | ablations: each sets up .venv by itself on a fresh machine and needs nothing but packages.
 # make gpu OUT=folder BUDGET=seconds: with the Python and the torch that are there, which must see a GPU; installs nothing.
 
 PYTHON ?= python3
@@ -9,7 +9,7 @@ SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*/*)
 VARY := horizon=0,3,10,end targets=local scaling=none preconditioner=kronecker,none samples=256,512,3000 batch=64,256 \
   passes=2 max_iterations=3,10 gradient=batch curvature=hessian
 
-.PHONY: demo test check bench ablations gpu clean
+.PHONY: demo test check bench accuracy ablations gpu clean
 
 demo: .venv/.base
 	@$(BIN)/snows demo
@@ -22,6 +22,12 @@ check: .venv/.test
 	@$(BIN)/mypy
 
 bench: .venv/.test
+	@$(BIN)/python -m pytest -q bench/kernels.py --benchmark-json=bench/results/cpu/kernels.json
+	@$(BIN)/python -m pytest -q bench/layers.py --benchmark-json=bench/results/cpu/layers.json
+	@$(BIN)/python bench/networks.py --out bench/results/cpu/networks.json
+	@$(BIN)/python bench/report.py
+
+accuracy: .venv/.test
 	@for network in resnet20 vit; do \
 	  $(BIN)/python bench/zoo.py --network $$network --out bench/results/cpu/zoo-$$network.json \
 	    --patterns $$(test $$network = vit && echo 2:4,0.5 || echo 2:4,1:4,0.8,0.9) && \

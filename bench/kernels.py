@@ -144,6 +144,6 @@ def test_op(case: Case, implementation: str, benchmark, copy_bandwidth: float) -
     one()
     benchmark.pedantic(one, rounds=40 if LARGE else 15, warmup_rounds=SETS)
     rate = case.bytes / benchmark.stats.stats.median / 1e9
-    benchmark.extra_info |= {"op": case.name, "implementation": implementation, "device": DEVICE, "threads": torch.get_num_threads(),
+    benchmark.extra_info |= {"case": case.name, "implementation": implementation, "device": DEVICE, "threads": torch.get_num_threads(),
                              "runs": ops.implementation(case.name.split()[0], DEVICE.upper()), "bytes": case.bytes, "GB/s": rate,
                              "share of copy": rate / copy_bandwidth}

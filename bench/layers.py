@@ -33,7 +33,8 @@ def rivals(kind: str, x: Tensor, layer: nn.Module) -> dict[str, Callable[[], Ten
         return {"F.linear": lambda: F.linear(x, weight, bias),
                 "oneDNN packed": lambda: torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")}
     last, last_weight = (t.contiguous(memory_format=torch.channels_last) for t in (x, weight))
-    return {"F.conv2d": lambda: F.conv2d(x, weight, bias, padding=1), "F.conv2d channels last": lambda: F.conv2d(last, last_weight, bias, padding=1)}
+    return {"F.conv2d": lambda: F.conv2d(x, weight, bias, padding=1),
+            "F.conv2d channels last": lambda: F.conv2d(last, last_weight, bias, padding=1)}
 
 
 def setting(kind: str, size: int, a: int, b: int, pattern: str) -> tuple[Tensor, nn.Module]:
@@ -64,5 +65,5 @@ def test_layer(case: tuple[str, int, int, int], implementation: str, benchmark) 
         assert ((run().double() - wanted).norm() / wanted.norm()).item() < 2e-6
         benchmark.pedantic(run, rounds=15, iterations=1 if size > 1 else 5, warmup_rounds=3)
     flop = 2 * wanted.numel() * layer.weight[0].numel()
-    benchmark.extra_info |= {"kind": kind, "size": size, "shape": [a, b], "implementation": name, "threads": torch.get_num_threads(),
+    benchmark.extra_info |= {"case": f"{kind} {a}x{b}, {size} {'tokens' if kind == 'linear' else 'images'}", "implementation": name,
                              "dense GFLOP/s": flop / benchmark.stats.stats.median / 1e9}

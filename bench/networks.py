@@ -15,8 +15,7 @@ import time
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.table import Table
+from report import race
 
 import snows
 from snows.network import as_inputs
@@ -57,9 +56,7 @@ def main() -> None:
         x_last = x.contiguous(memory_format=torch.channels_last) if source != "zoo:vit" else x
         runs = {"eager": (net, x), "eager channels last": (last, x_last), "torch.compile frozen": (frozen(net, x), x), "snows": (deployed, x)}
         wanted = outputs(net, as_inputs(x))
-        row = {"network": source, "pattern": text, "batch": args.batch, "threads": torch.get_num_threads(), "torch": torch.__version__,
-               "packed": sum(not r.reason for r in deployed.report.layers), "layers": len(deployed.report.layers),
-               "MB dense": deployed.report.dense_bytes / 1e6, "MB": deployed.report.sparse_bytes / 1e6}
+        case = f"{source} {text}, {args.batch} images, {sum(not r.reason for r in deployed.report.layers)} of {len(deployed.report.layers)} packed"
         times = {name: [] for name in runs}
         with torch.no_grad():
             for name, (run, example) in runs.items():
@@ -71,18 +68,14 @@ def main() -> None:
                     began = time.perf_counter()
                     run(example)
                     times[name].append(1e3 * (time.perf_counter() - began))
-        row["ms"] = {name: dict(zip(("quarter", "median", "three quarters"), statistics.quantiles(t, n=4), strict=True)) for name, t in times.items()}
-        rows.append(row)
+        for name, taken in times.items():
+            quarters = dict(zip(("quarter ms", "median ms", "three quarters ms"), statistics.quantiles(taken, n=4), strict=True))
+            rows.append({"case": case, "implementation": name, "rounds": len(taken), **quarters})
         if args.out:
             args.out.parent.mkdir(parents=True, exist_ok=True)
-            args.out.write_text(json.dumps(rows, indent=1) + "\n")
-    table = Table("network", "pattern", "packed", "eager", "channels last", "compile frozen", "snows", "of eager", "of frozen")
-    for row in rows:
-        ms = {name: q["median"] for name, q in row["ms"].items()}
-        eager = min(ms["eager"], ms["eager channels last"])
-        table.add_row(row["network"], row["pattern"], f"{row['packed']} of {row['layers']}", *(f"{t:.1f}" for t in ms.values()),
-                      f"{eager / ms['snows']:.2f}", f"{ms['torch.compile frozen'] / ms['snows']:.2f}")
-    Console().print(table)
+            args.out.write_text(json.dumps({"torch": torch.__version__, "threads": torch.get_num_threads(),
+                                            "capability": torch.backends.cpu.get_cpu_capability(), "rows": rows}, indent=1) + "\n")
+    print(race(rows))
 
 
 if __name__ == "__main__":

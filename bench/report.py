@@ -20,9 +20,33 @@ DIGITS = {"divergence": 5, "accuracy": 2, "top-1": 1, "top-5": 1, "agreement": 2
 LABELS = ("network", "pattern", "method", "layer")
 
 
+OURS = ("snows", "2:4", "1:4", "0.9")  # implementations; all others are rivals
+
+
+def race(rows: list[dict]) -> str:
+    """Markdown: one line a case, the milliseconds of each implementation, and how much faster ours are than the fastest rival."""
+    names = list(dict.fromkeys(row["implementation"] for row in rows))
+    ours = [name for name in names if name in OURS]
+    shares = [x for x in ("share of copy",) if x in rows[0]]
+    cases: dict[str, dict[str, dict]] = {}
+    for row in rows:
+        cases.setdefault(row["case"], {})[row["implementation"]] = row
+    heads = ["case", *(f"{name}, ms" for name in names), *(f"{name}, times as fast" for name in ours), *shares]
+    lines = ["| " + " | ".join(heads) + " |", "| --- |" + " ---: |" * (len(heads) - 1)]
+    for case, found in cases.items():
+        rivals = [row["median ms"] for name, row in found.items() if name not in ours]
+        cells = [f"{found[name]['median ms']:.3g}" if name in found else "" for name in names]
+        cells += [f"{min(rivals) / found[name]['median ms']:.2f}" if rivals and name in found else "" for name in ours]
+        cells += [f"{found[ours[0]][x]:.2f}" for x in shares]
+        lines.append("| " + " | ".join([case, *cells]) + " |")
+    return "\n".join(lines)
+
+
 def table(result: dict) -> str:
     """Markdown: one line for each combination of labels, medians of the numbers."""
     rows = result["rows"]
+    if "implementation" in rows[0]:
+        return race(rows)
     labels = [x for x in LABELS if x in rows[0]]
     numbers = [x for x in rows[0] if x not in labels and x != "seed" and isinstance(rows[0][x], int | float)]
     groups: dict[tuple[str, ...], list[dict]] = {}
