@@ -24,6 +24,7 @@ check: .venv/.test
 bench: .venv/.test
 	@$(BIN)/python -m pytest -q bench/kernels.py --benchmark-json=bench/results/cpu/kernels.json
 	@$(BIN)/python -m pytest -q bench/layers.py --benchmark-json=bench/results/cpu/layers.json
+	@$(BIN)/python -m pytest -q bench/products.py --benchmark-json=bench/results/cpu/products.json
 	@$(BIN)/python bench/networks.py --out bench/results/cpu/networks.json
 	@$(BIN)/python bench/report.py
 
