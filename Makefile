@@ -22,9 +22,8 @@ check: .venv/.test
 	@$(BIN)/mypy
 
 bench: .venv/.test
-	@$(BIN)/python -m pytest -q bench/kernels.py --benchmark-json=bench/results/cpu/kernels.json
-	@$(BIN)/python -m pytest -q bench/layers.py --benchmark-json=bench/results/cpu/layers.json
-	@$(BIN)/python -m pytest -q bench/products.py --benchmark-json=bench/results/cpu/products.json
+	@for suite in kernels kernels_rows products layers; do \
+	  $(BIN)/python -m pytest -q bench/$$suite.py --benchmark-json=bench/results/cpu/$$suite.json || exit 1; done
 	@$(BIN)/python bench/networks.py --out bench/results/cpu/networks.json
 	@$(BIN)/python bench/report.py
 
