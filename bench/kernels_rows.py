@@ -2,8 +2,8 @@
 
     python -m pytest bench/kernels_rows.py --benchmark-json=bench/results/cpu/kernels_rows.json
 
-3,072 rows of 768 (768 on a CPU) with a 2:4 mask each share the Gram matrix of 3,000 real images' activations in a random layer; damping is 1 % of its mean
-diagonal, the tolerance 1e-4. Cholesky gathers each row's 384 x 384 system, as many at a time as fit 256 MB.
+3,072 rows of 768 (768 on a CPU) with a 2:4 mask each share the Gram matrix of 3,000 real images' activations in a random layer;
+damping is 1 % of its mean diagonal, the tolerance 1e-4. Cholesky gathers each row's 384 x 384 system, as many at a time as fit 256 MB.
 """
 
 from __future__ import annotations
