@@ -57,34 +57,41 @@ at::Tensor sparse_conv2d(const at::Tensor& input, const at::Tensor& values, cons
   at::Tensor y = at::empty({x.size(0), rows, s.out_h, s.out_w}, x.options());
   const float* in = x.const_data_ptr<float>();
   float* out = y.mutable_data_ptr<float>();
-  snows::multiply(
-      snows::Order::read(order), x.size(0) * pixels, bias, activation,
-      [&](float* panel, int64_t first, int64_t count, int64_t panel_stride) {
-        std::vector<Span> spans;
-        for (int64_t tap = 0; tap < s.kernel_h * s.kernel_w; ++tap) {
-          s.spans(tap / s.kernel_w, tap % s.kernel_w, first, count, spans);
-          if (count % 16) spans.push_back({count, 16 - count % 16, -1});
-          float* to = panel + tap * s.channels * panel_stride;
-          for (int64_t c = 0; c < s.channels; ++c, to += panel_stride)
-            for (const Span& span : spans) {
-              const float* from = in + span.source + c * plane;
-              if (span.source < 0)
-                std::fill_n(to + span.at, span.count, 0.0f);
-              else if (s.stride_w == 1)
-                std::copy_n(from, span.count, to + span.at);
-              else
-                for (int64_t i = 0; i < span.count; ++i) to[span.at + i] = from[i * s.stride_w];
-            }
+  const snows::Order o = snows::Order::read(order);
+  const int64_t tokens = x.size(0) * pixels, width = 16 * o.vectors;
+  const int64_t taps = s.kernel_h * s.kernel_w;
+  snows::Panels panels{(tokens + width - 1) / width, taps * o.block * width, o.lines, nullptr, nullptr};
+  panels.fill = [&](float* scratch, int64_t panel, int64_t block) {
+    const int64_t first = panel * width, count = std::min(width, tokens - first), padded = (count + 15) / 16 * 16;
+    const int64_t channel = block * o.block, many = std::min(o.block, s.channels - channel);
+    std::vector<Span> spans;
+    for (int64_t tap = 0; tap < taps; ++tap) {
+      s.spans(tap / s.kernel_w, tap % s.kernel_w, first, count, spans);
+      if (padded > count) spans.push_back({count, padded - count, -1});
+      float* to = scratch + tap * o.block * width;
+      for (int64_t c = channel; c < channel + many; ++c, to += width)
+        for (const Span& span : spans) {
+          const float* from = in + span.source + c * plane;
+          if (span.source < 0)
+            std::fill_n(to + span.at, span.count, 0.0f);
+          else if (s.stride_w == 1)
+            std::copy_n(from, span.count, to + span.at);
+          else
+            for (int64_t i = 0; i < span.count; ++i) to[span.at + i] = from[i * s.stride_w];
         }
-      },
-      [&](const float* sums, int64_t row, int64_t many, int64_t first, int64_t count, int64_t sums_stride) {
-        for (int64_t t = 0; t < count;) {
-          const int64_t image = (first + t) / pixels, pixel = (first + t) % pixels, length = std::min(pixels - pixel, count - t);
-          for (int64_t r = 0; r < many; ++r)
-            std::copy_n(sums + r * sums_stride + t, length, out + (image * rows + row + r) * pixels + pixel);
-          t += length;
-        }
-      });
+    }
+    return snows::Source{scratch, padded / 16};
+  };
+  panels.store = [&](const float* sums, int64_t vectors, int64_t panel, int64_t row, int64_t many) {
+    const int64_t first = panel * width, count = std::min(width, tokens - first);
+    for (int64_t t = 0; t < count;) {
+      const int64_t image = (first + t) / pixels, pixel = (first + t) % pixels, length = std::min(pixels - pixel, count - t);
+      for (int64_t r = 0; r < many; ++r)
+        std::copy_n(sums + r * 16 * vectors + t, length, out + (image * rows + row + r) * pixels + pixel);
+      t += length;
+    }
+  };
+  snows::multiply(o, panels, bias, activation);
   return y;
 }
 
