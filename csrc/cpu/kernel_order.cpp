@@ -135,12 +135,12 @@ at::Tensor snows::kernel_order(const at::Tensor& values_, const at::Tensor& code
   if (values_.scalar_type() != at::kFloat || rows * columns == 0) return at::empty({0}, options);
   if (!decode(values_.contiguous(), codes_.contiguous(), rows, columns, n, m, stored)) return at::empty({0}, options);
 
-  // Either way about 24 KiB of a panel. Wide panels share a weight's broadcast; where a row has few weights in a block,
-  // long blocks pay more, for sums are then loaded and stored less often.
+  // A block's part of a panel should take 24 to 27 KiB. Wide panels share a weight's broadcast; where a row has few weights in
+  // a block, long blocks pay more, for sums are then loaded and stored less often. In a convolution taps overlap: a channel takes
+  // as many lines as a strip of pixels has neighbours.
   const bool dense = values_.numel() * 5 >= rows * columns * 2;
-  Order o{rows, shape[1], columns / shape[1], 0, 0, 0, 0, nullptr, nullptr, nullptr, nullptr};
-  o.vectors = dense ? 6 : 5;
-  o.block = std::max<int64_t>(1, (dense ? 64 : 80) / o.taps);
+  Order o{rows, shape[1], columns / shape[1], dense ? 64 : 80, dense ? 6 : 5, 0, 0, nullptr, nullptr, nullptr, nullptr};
+  if (shape.size() == 4) o.vectors = 7, o.block = std::max<int64_t>(1, 448 / (shape[2] * (o.vectors + shape[3] - 1)));
   Writer out;
   const int64_t words_of_mask = (o.taps * o.block + 63) / 64;
   for (int64_t chunk = 0; chunk < o.chunks(); ++chunk) {

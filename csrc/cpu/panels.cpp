@@ -12,6 +12,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <vector>
 
 #if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
 #include <immintrin.h>
@@ -172,24 +173,21 @@ __attribute__((target("avx2"))) void transpose_8x8(const float* in, int64_t in_s
   }
 }
 
-// Every register takes the same four columns of four rows in its four quarters; a 4 x 4 transposition of the quarters ends it.
-__attribute__((target("avx512f"))) void transpose_16x16(const float* in, int64_t in_stride, float* out, int64_t out_stride) {
+// Every register takes four columns of four rows in its four quarters; a 4 x 4 transposition of the quarters ends it.
+__attribute__((target("avx512f"))) void transpose_16x4(const float* in, int64_t in_stride, float* out, int64_t out_stride) {
+  __m512 a[4];
 #pragma GCC unroll 4
-  for (int j = 0; j < 16; j += 4) {
-    __m512 a[4];
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
-      a[i] = _mm512_broadcast_f32x4(_mm_loadu_ps(in + i * in_stride + j));
-      a[i] = _mm512_mask_broadcast_f32x4(a[i], 0x00f0, _mm_loadu_ps(in + (i + 4) * in_stride + j));
-      a[i] = _mm512_mask_broadcast_f32x4(a[i], 0x0f00, _mm_loadu_ps(in + (i + 8) * in_stride + j));
-      a[i] = _mm512_mask_broadcast_f32x4(a[i], 0xf000, _mm_loadu_ps(in + (i + 12) * in_stride + j));
-    }
-    const __m512 b[4] = {_mm512_unpacklo_ps(a[0], a[1]), _mm512_unpackhi_ps(a[0], a[1]), _mm512_unpacklo_ps(a[2], a[3]), _mm512_unpackhi_ps(a[2], a[3])};
-    _mm512_storeu_ps(out + j * out_stride, _mm512_shuffle_ps(b[0], b[2], 0x44));
-    _mm512_storeu_ps(out + (j + 1) * out_stride, _mm512_shuffle_ps(b[0], b[2], 0xee));
-    _mm512_storeu_ps(out + (j + 2) * out_stride, _mm512_shuffle_ps(b[1], b[3], 0x44));
-    _mm512_storeu_ps(out + (j + 3) * out_stride, _mm512_shuffle_ps(b[1], b[3], 0xee));
+  for (int i = 0; i < 4; ++i) {
+    a[i] = _mm512_broadcast_f32x4(_mm_loadu_ps(in + i * in_stride));
+    a[i] = _mm512_mask_broadcast_f32x4(a[i], 0x00f0, _mm_loadu_ps(in + (i + 4) * in_stride));
+    a[i] = _mm512_mask_broadcast_f32x4(a[i], 0x0f00, _mm_loadu_ps(in + (i + 8) * in_stride));
+    a[i] = _mm512_mask_broadcast_f32x4(a[i], 0xf000, _mm_loadu_ps(in + (i + 12) * in_stride));
   }
+  const __m512 b[4] = {_mm512_unpacklo_ps(a[0], a[1]), _mm512_unpackhi_ps(a[0], a[1]), _mm512_unpacklo_ps(a[2], a[3]), _mm512_unpackhi_ps(a[2], a[3])};
+  _mm512_storeu_ps(out, _mm512_shuffle_ps(b[0], b[2], 0x44));
+  _mm512_storeu_ps(out + out_stride, _mm512_shuffle_ps(b[0], b[2], 0xee));
+  _mm512_storeu_ps(out + 2 * out_stride, _mm512_shuffle_ps(b[1], b[3], 0x44));
+  _mm512_storeu_ps(out + 3 * out_stride, _mm512_shuffle_ps(b[1], b[3], 0xee));
 }
 
 #endif
@@ -225,20 +223,20 @@ Order Order::read(const at::Tensor& words) {
 }
 
 void transpose(const float* in, int64_t in_stride, float* out, int64_t out_stride, int64_t rows, int64_t columns) {
-  int64_t whole_rows = 0, whole_columns = 0;
+  int64_t row = 0, whole = 0;  // whole columns of the rows before `row` are done
 #ifdef SNOWS_X86
-  if (simd() != Simd::portable) {
-    const int64_t tile = simd() == Simd::avx512 ? 16 : 8;
-    const auto transpose_tile = simd() == Simd::avx512 ? transpose_16x16 : transpose_8x8;
-    whole_rows = rows / tile * tile, whole_columns = columns / tile * tile;
+  auto tiles = [&](auto tile, int64_t high, int64_t wide, int64_t end, int64_t whole_columns) {
     for (int64_t first = 0; first < whole_columns; first += 16)  // a cache line of every row, and no more lines written at once
-      for (int64_t i = 0; i < whole_rows; i += tile)
-        for (int64_t j = first; j < std::min(first + 16, whole_columns); j += tile)
-          transpose_tile(in + i * in_stride + j, in_stride, out + j * out_stride + i, out_stride);
-  }
+      for (int64_t i = row; i < end; i += high)
+        for (int64_t j = first; j < std::min(first + 16, whole_columns); j += wide) tile(in + i * in_stride + j, in_stride, out + j * out_stride + i, out_stride);
+    row = std::max(row, end);
+  };
+  if (simd() != Simd::portable) whole = columns / 8 * 8;
+  if (simd() == Simd::avx512) tiles(transpose_16x4, 16, 4, rows / 16 * 16, whole);
+  if (simd() != Simd::portable) tiles(transpose_8x8, 8, 8, rows / 8 * 8, whole);
 #endif
   for (int64_t i = 0; i < rows; ++i)
-    for (int64_t j = i < whole_rows ? whole_columns : 0; j < columns; ++j) out[j * out_stride + i] = in[i * in_stride + j];
+    for (int64_t j = i < row ? whole : 0; j < columns; ++j) out[j * out_stride + i] = in[i * in_stride + j];
 }
 
 void multiply(const Order& o, const Panels& panels, const at::Tensor& bias, c10::string_view activation) {
@@ -246,40 +244,41 @@ void multiply(const Order& o, const Panels& panels, const at::Tensor& bias, c10:
   const int64_t chunks = o.chunks(), blocks = o.blocks();
   // Several threads share a panel only where there are too few for all; each then fills it for itself.
   const int64_t wanted = 8 * at::get_num_threads(), shares = std::min(chunks, std::max<int64_t>(1, wanted / std::max<int64_t>(1, panels.count)));
+  const int64_t most = std::min(kTogether * Order::kChunk, o.rows) + 1;  // rows of sums; one more where their number is odd
   at::parallel_for(0, panels.count * shares, 1, [&](int64_t begin, int64_t end) {
-    const at::Tensor memory = at::empty({panels.scratch + (kTogether * Order::kChunk + 1) * 16 * kVectors}, at::kFloat);
-    float* sums = memory.mutable_data_ptr<float>();  // both are aligned to a cache line: no load straddles two
-    float* scratch = sums + (kTogether * Order::kChunk + 1) * 16 * kVectors;
-    float starts[kTogether * Order::kChunk];
+    const int64_t step = most * 16 * panels.vectors;
+    const at::Tensor memory = at::empty({panels.strips * step + 128 + panels.scratch}, at::kFloat);
+    float* sums = memory.mutable_data_ptr<float>();  // this and scratch are aligned to a cache line: no load straddles two
+    float* scratch = sums + panels.strips * step + 128;
+    std::vector<float> starts(most);
     for (int64_t item = begin; item < end; ++item) {
       const int64_t panel = item / shares, share = item % shares, end_of_share = chunks * (share + 1) / shares;
       for (int64_t from = chunks * share / shares, to; from < end_of_share; from = to) {
         to = std::min(from + kTogether, end_of_share);
         const int64_t row = from * Order::kChunk, rows = std::min(to * Order::kChunk, o.rows) - row;
-        std::fill(std::begin(starts), std::end(starts), 0.0f);
-        if (bias.defined()) std::copy_n(bias.const_data_ptr<float>() + row, rows, starts);
-        Part part;
-        for (int64_t block = 0; block < blocks; ++block) {
-          const Source source = panels.fill(scratch, panel, block);
-          part.panel = source.at, part.vectors = source.vectors;
-          for (int64_t chunk = from; chunk < to; ++chunk) {
-            const int64_t at = chunk * blocks + block, rows_before = (chunk - from) * Order::kChunk;
-            part.count = o.pairs_of(chunk);
-            part.pairs = o.pairs + chunk * blocks * (Order::kChunk / 2) + block * part.count;
-            part.weights = o.weights + o.starts[2 * at];
-            part.lines = panels.lines + o.starts[2 * at + 1];
-            part.sums = sums + rows_before * 16 * part.vectors;
-            part.bias = block == 0 ? starts + rows_before : nullptr;
-            run(part);
+        std::fill(starts.begin(), starts.end(), 0.0f);
+        if (bias.defined()) std::copy_n(bias.const_data_ptr<float>() + row, rows, starts.begin());
+        for (int64_t block = 0; block < blocks; ++block)
+          for (int64_t strip = 0; strip < panels.strips; ++strip) {
+            const Source source = panels.fill(scratch, panel, strip, block);
+            for (int64_t chunk = from; chunk < to && source.vectors > 0; ++chunk) {
+              const int64_t at = chunk * blocks + block, before = (chunk - from) * Order::kChunk, count = o.pairs_of(chunk);
+              run({o.pairs + chunk * blocks * (Order::kChunk / 2) + block * count, count, source.vectors, o.weights + o.starts[2 * at],
+                   panels.lines + o.starts[2 * at + 1], source.at, sums + strip * step + before * 16 * source.vectors,
+                   block == 0 ? starts.data() + before : nullptr});
+            }
+          }
+        for (int64_t strip = 0; strip < panels.strips; ++strip) {
+          const int64_t count = rows * 16 * panels.vectors;  // where the strip is narrower, it does what nobody reads
+          float* all = sums + strip * step;
+          if (activation == "relu")
+            for (int64_t i = 0; i < count; ++i) all[i] = all[i] < 0 ? 0 : all[i];  // NaN stays
+          if (activation == "gelu") {
+            at::Tensor tensor = at::from_blob(all, {count}, at::kFloat);
+            at::gelu_(tensor);
           }
         }
-        if (activation == "relu")
-          for (int64_t i = 0; i < rows * 16 * part.vectors; ++i) sums[i] = sums[i] < 0 ? 0 : sums[i];  // NaN stays
-        if (activation == "gelu") {
-          at::Tensor all = at::from_blob(sums, {rows, 16 * part.vectors}, at::kFloat);
-          at::gelu_(all);
-        }
-        panels.store(sums, part.vectors, panel, row, rows);
+        panels.store(sums, step, panel, row, rows);
       }
     }
   });

@@ -1,6 +1,6 @@
 // A packed weight times a matrix of activations, shared by the linear layer and the convolution.
 //
-// The activations of up to 16 * kVectors tokens (or output pixels) stand in a panel: 16 * vectors numbers for each column of
+// The activations of up to 128 tokens (or output pixels) stand in a panel: 16 * vectors numbers for each column of
 // the weight, wherever the caller put them. A stored weight is then one broadcast, and one fused multiply-add a vector.
 // What bounds this is loads: the processor does two multiply-adds a cycle and two loads, and each of these would need one
 // load of its own. So rows go in pairs, chosen to have many columns in common: such a column's vectors are loaded once for
@@ -46,22 +46,23 @@ struct Order {
   static Order read(const at::Tensor& words);
 };
 
-constexpr int64_t kVectors = 8;  // the most of a panel
-
-// Where a block's part of a panel stands.
+// Where a block's part of a strip stands; without vectors there is no such strip.
 struct Source {
   const float* at;
   int64_t vectors;
 };
 
-// How a layer gives its activations and takes its sums. Both functions run on many threads.
+// How a layer gives its activations and takes its sums. A panel is one strip, or several that are stored together.
+// Both functions run on many threads.
 struct Panels {
   int64_t count;
-  int64_t scratch;               // floats of it that `fill` gets, aligned to a cache line
+  int64_t strips;         // of a panel, the most
+  int64_t vectors;        // of a strip, the most
+  int64_t scratch;        // floats of it that `fill` gets, aligned to a cache line
   const uint16_t* lines;  // the order's, or the same in a panel of another layout: vectors begin 64 * lines[i] bytes behind the block's part
-  std::function<Source(float* scratch, int64_t panel, int64_t block)> fill;
-  // sums[r * 16 * vectors + i] belongs to row + r and token i of the panel; up to kVectors * 16 floats behind them are readable.
-  std::function<void(const float* sums, int64_t vectors, int64_t panel, int64_t row, int64_t rows)> store;
+  std::function<Source(float* scratch, int64_t panel, int64_t strip, int64_t block)> fill;
+  // sums[strip * step + r * 16 * (the strip's vectors) + i] belongs to row + r and token i of the strip. 8 vectors behind them are readable.
+  std::function<void(const float* sums, int64_t step, int64_t panel, int64_t row, int64_t rows)> store;
 };
 
 // Over all panels: fill, multiply, add the bias, apply the activation, store.

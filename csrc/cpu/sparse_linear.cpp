@@ -31,17 +31,17 @@ at::Tensor sparse_linear(const at::Tensor& input, const at::Tensor& values_, con
     return snows::activate(y, activation);
   const snows::Order o = snows::Order::read(order);
   const int64_t width = 16 * o.vectors;  // of a panel
-  snows::Panels panels{(tokens + width - 1) / width, o.block * width, o.lines, nullptr, nullptr};
-  panels.fill = [&](float* scratch, int64_t panel, int64_t block) {
+  snows::Panels panels{(tokens + width - 1) / width, 1, o.vectors, o.block * width, o.lines, nullptr, nullptr};
+  panels.fill = [&](float* scratch, int64_t panel, int64_t, int64_t block) {
     const int64_t first = panel * width, count = std::min(width, tokens - first), padded = (count + 15) / 16 * 16;
     const int64_t column = block * o.block, many = std::min(o.block, columns - column);
     snows::transpose(in + first * columns + column, columns, scratch, width, count, many);
     for (int64_t c = 0; c < many && padded > count; ++c) std::fill(scratch + c * width + count, scratch + c * width + padded, 0.0f);
     return snows::Source{scratch, padded / 16};
   };
-  panels.store = [&](const float* sums, int64_t vectors, int64_t panel, int64_t row, int64_t many) {
+  panels.store = [&](const float* sums, int64_t, int64_t panel, int64_t row, int64_t many) {
     const int64_t first = panel * width, count = std::min(width, tokens - first);
-    snows::transpose(sums, 16 * vectors, out + first * rows + row, rows, many, count);
+    snows::transpose(sums, (count + 15) / 16 * 16, out + first * rows + row, rows, many, count);
   };
   snows::multiply(o, panels, bias, activation);
   return y;
