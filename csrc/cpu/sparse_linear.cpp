@@ -30,14 +30,18 @@ at::Tensor sparse_linear(const at::Tensor& input, const at::Tensor& values_, con
                                       bias.defined() ? bias.const_data_ptr<float>() : nullptr, out, rows, columns, n, m))
     return snows::activate(y, activation);
   const snows::Order o = snows::Order::read(order);
+  constexpr int64_t kAhead = 4;             // blocks transposed at a time, into the second-level cache
   const int64_t width = 16 * o.vectors;  // of a panel
-  snows::Panels panels{(tokens + width - 1) / width, 1, o.vectors, o.block * width, o.lines, nullptr, nullptr};
+  snows::Panels panels{(tokens + width - 1) / width, 1, o.vectors, kAhead * o.block * width, o.lines, nullptr, nullptr};
   panels.fill = [&](float* scratch, int64_t panel, int64_t, int64_t block) {
     const int64_t first = panel * width, count = std::min(width, tokens - first), padded = (count + 15) / 16 * 16;
-    const int64_t column = block * o.block, many = std::min(o.block, columns - column);
-    snows::transpose(in + first * columns + column, columns, scratch, width, count, many);
+    float* const to = scratch + block % kAhead * o.block * width;
+    if (block % kAhead > 0) return snows::Source{to, padded / 16};
+    const int64_t column = block * o.block, many = std::min(kAhead * o.block, columns - column);
+    for (int64_t t = 0; t < count; t += 16)  // the processor fetches ahead in 16 long rows, in more it loses its thread
+      snows::transpose(in + (first + t) * columns + column, columns, scratch + t, width, std::min<int64_t>(16, count - t), many);
     for (int64_t c = 0; c < many && padded > count; ++c) std::fill(scratch + c * width + count, scratch + c * width + padded, 0.0f);
-    return snows::Source{scratch, padded / 16};
+    return snows::Source{to, padded / 16};
   };
   panels.store = [&](const float* sums, int64_t, int64_t panel, int64_t row, int64_t many) {
     const int64_t first = panel * width, count = std::min(width, tokens - first);
