@@ -78,16 +78,27 @@ std::optional<Tiles> choose(const Shape& s, const snows::Order& o) {
   return best;
 }
 
-// One channel of the input of 16 tiles, into `to`; zeros around the images and for tiles that there are not.
-void rearrange(const Shape& s, const Tiles& t, const float* in, int64_t group, int64_t channel, float* scratch, float* to) {
+struct Corner {  // of a tile's input; no image for tiles that there are not
+  int64_t image, top, left;
+};
+
+std::vector<Corner> corners(const Shape& s, const Tiles& t) {
+  std::vector<Corner> all;
+  for (int64_t tile = 0; tile < t.groups * kLanes; ++tile)
+    all.push_back({tile < t.count ? tile / (t.down * t.across) : -1, tile / t.across % t.down * t.h * s.stride_h - s.pad_h,
+                   tile % t.across * t.w * s.stride_w - s.pad_w});
+  return all;
+}
+
+// One channel of the input of 16 tiles, into `to`; zeros around the images.
+void rearrange(const Shape& s, const Tiles& t, const float* in, const Corner* corner, int64_t channel, float* scratch, float* to) {
   for (int64_t lane = 0; lane < kLanes; ++lane) {
-    const int64_t tile = group * kLanes + lane, image = tile / (t.down * t.across);
-    const int64_t top = tile / t.across % t.down * t.h * s.stride_h - s.pad_h, left = tile % t.across * t.w * s.stride_w - s.pad_w;
+    const auto [image, top, left] = corner[lane];
     const int64_t begin = std::max<int64_t>(0, -left), end = std::min(s.stride_w * t.phase, s.width - left);
     float* row = scratch + lane * t.plane;
     for (int64_t y = 0; y < t.in_h; ++y, row += t.row) {
       const float* from = in + ((image * s.channels + channel) * s.height + top + y) * s.width + left;
-      if (tile >= t.count || top + y < 0 || top + y >= s.height || begin >= end) {
+      if (image < 0 || top + y < 0 || top + y >= s.height || begin >= end) {
         std::fill_n(row, t.row, 0.0f);
       } else if (s.stride_w == 1) {
         std::fill_n(row, begin, 0.0f);
@@ -102,6 +113,35 @@ void rearrange(const Shape& s, const Tiles& t, const float* in, int64_t group, i
   snows::transpose(scratch, t.plane, to, kLanes, kLanes, t.in_h * t.row);
 }
 
+// A kernel of one pixel, at every pixel: the images are matrices with a row for each channel, and panels are cut out of them.
+void one_pixel(const Shape& s, const snows::Order& o, const at::Tensor& bias, c10::string_view activation, const float* in, float* out) {
+  const int64_t pixels = s.height * s.width, tokens = s.images * pixels, width = kLanes * o.vectors;
+  auto runs = [=](int64_t first, int64_t count, auto&& run) {  // run(where in the panel, image, pixel, how many)
+    for (int64_t t = 0, many; t < count; t += many) {
+      const int64_t pixel = (first + t) % pixels;
+      many = std::min(pixels - pixel, count - t);
+      run(t, (first + t) / pixels, pixel, many);
+    }
+  };
+  snows::Panels panels{parts(tokens, width), 1, o.vectors, o.block * width, o.lines, nullptr, nullptr};
+  panels.fill = [&](float* scratch, int64_t panel, int64_t, int64_t block) {
+    const int64_t first = panel * width, count = std::min(width, tokens - first), padded = parts(count, kLanes) * kLanes;
+    const int64_t channel = block * o.block, many = std::min(o.block, s.channels - channel);
+    runs(first, count, [&](int64_t at, int64_t image, int64_t pixel, int64_t length) {
+      for (int64_t c = 0; c < many; ++c) std::copy_n(in + (image * s.channels + channel + c) * pixels + pixel, length, scratch + c * width + at);
+    });
+    for (int64_t c = 0; c < many; ++c) std::fill(scratch + c * width + count, scratch + c * width + padded, 0.0f);
+    return snows::Source{scratch, padded / kLanes};
+  };
+  panels.store = [&](const float* sums, int64_t, int64_t panel, int64_t row, int64_t rows) {
+    const int64_t first = panel * width, count = std::min(width, tokens - first), stride = parts(count, kLanes) * kLanes;
+    runs(first, count, [&](int64_t at, int64_t image, int64_t pixel, int64_t length) {
+      for (int64_t r = 0; r < rows; ++r) std::copy_n(sums + r * stride + at, length, out + (image * o.rows + row + r) * pixels + pixel);
+    });
+  };
+  snows::multiply(o, panels, bias, activation);
+}
+
 at::Tensor sparse_conv2d(const at::Tensor& input, const at::Tensor& values, const at::Tensor& codes, const std::optional<at::Tensor>& bias_,
                          at::IntArrayRef shape, int64_t n, int64_t m, at::IntArrayRef stride, at::IntArrayRef padding,
                          at::IntArrayRef dilation, c10::string_view activation, const std::optional<at::Tensor>& order_) {
@@ -112,11 +152,19 @@ at::Tensor sparse_conv2d(const at::Tensor& input, const at::Tensor& values, cons
   s.out_h = (s.height + 2 * s.pad_h - (s.kernel_h - 1) * s.dilation_h - 1) / s.stride_h + 1;
   s.out_w = (s.width + 2 * s.pad_w - (s.kernel_w - 1) * s.dilation_w - 1) / s.stride_w + 1;
   const bool takes = order.numel() > 0 && input.scalar_type() == at::kFloat;
-  const std::optional<Tiles> tiles = takes ? choose(s, snows::Order::read(order)) : std::nullopt;
-  if (!tiles)
+  const bool one = s.kernel_h * s.kernel_w * s.stride_h * s.stride_w == 1 && s.pad_h + s.pad_w == 0;
+  const std::optional<Tiles> tiles = takes && !one ? choose(s, snows::Order::read(order)) : std::nullopt;
+  if (!takes || !(one || tiles))
     return snows::activate(at::conv2d(x, snows::unpack(values, codes, shape, n, m), bias_, stride, padding, dilation), activation).contiguous();
 
   const snows::Order o = snows::Order::read(order);
+  at::Tensor y = at::empty({x.size(0), shape[0], s.out_h, s.out_w}, x.options());
+  const float* in = x.const_data_ptr<float>();
+  float* out = y.mutable_data_ptr<float>();
+  if (one) {
+    one_pixel(s, o, bias, activation, in, out);
+    return y;
+  }
   const Tiles t = *tiles;
   std::vector<uint16_t> line_of(s.kernel_h * s.kernel_w * o.block * o.vectors), lines(o.steps);
   for (int64_t tap = 0; tap < s.kernel_h * s.kernel_w; ++tap)
@@ -126,13 +174,11 @@ at::Tensor sparse_conv2d(const at::Tensor& input, const at::Tensor& values, cons
   for (int64_t i = 0; i < o.steps; ++i) lines[i] = line_of[o.lines[i]];
 
   const int64_t rows = shape[0], pixels = s.out_h * s.out_w, group_size = s.channels * t.plane * kLanes;
-  at::Tensor y = at::empty({x.size(0), rows, s.out_h, s.out_w}, x.options());
-  const float* in = x.const_data_ptr<float>();
-  float* out = y.mutable_data_ptr<float>();
   const int64_t for_all = parts(4 * at::get_num_threads(), t.h * t.strips);  // groups that give every thread something to do
   const int64_t together = std::min(std::max(kNear / (group_size * 4), for_all), std::max<int64_t>(1, t.groups));
   const at::Tensor memory = at::empty({together * group_size}, x.options());
   float* arranged = memory.mutable_data_ptr<float>();
+  const std::vector<Corner> corner = corners(s, t);
   // Strips of a row are stored together while their sums fit in the second-level cache: fewer cache lines are written twice.
   const int64_t strips = std::clamp<int64_t>((128 << 10) / (std::min(rows, 2 * snows::Order::kChunk) * t.vectors * kLanes), 1, t.strips);
   const int64_t across = parts(t.strips, strips);
@@ -140,7 +186,7 @@ at::Tensor sparse_conv2d(const at::Tensor& input, const at::Tensor& values, cons
     const int64_t groups = std::min(together, t.groups - first);
     at::parallel_for(0, groups * s.channels, 1, [&](int64_t begin, int64_t end) {
       std::vector<float> scratch(kLanes * t.plane);
-      for (int64_t i = begin; i < end; ++i) rearrange(s, t, in, first + i / s.channels, i % s.channels, scratch.data(), arranged + i * t.plane * kLanes);
+      for (int64_t i = begin; i < end; ++i) rearrange(s, t, in, corner.data() + (first + i / s.channels) * kLanes, i % s.channels, scratch.data(), arranged + i * t.plane * kLanes);
     });
     snows::Panels panels{groups * t.h * across, strips, t.vectors, 0, lines.data(), nullptr, nullptr};
     panels.fill = [&](float*, int64_t panel, int64_t strip, int64_t block) {
