@@ -141,6 +141,7 @@ at::Tensor snows::kernel_order(const at::Tensor& values_, const at::Tensor& code
   const bool dense = values_.numel() * 5 >= rows * columns * 2;
   Order o{rows, shape[1], columns / shape[1], dense ? 64 : 80, dense ? 6 : 5, 0, 0, nullptr, nullptr, nullptr, nullptr};
   if (shape.size() == 4) o.vectors = 7, o.block = std::max<int64_t>(1, 448 / (shape[2] * (o.vectors + shape[3] - 1)));
+  if (o.taps * o.block * o.vectors > 65536) return at::empty({0}, options);  // lines are 16-bit numbers
   Writer out;
   const int64_t words_of_mask = (o.taps * o.block + 63) / 64;
   for (int64_t chunk = 0; chunk < o.chunks(); ++chunk) {

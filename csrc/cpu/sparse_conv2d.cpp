@@ -186,7 +186,8 @@ at::Tensor sparse_conv2d(const at::Tensor& input, const at::Tensor& values, cons
     const int64_t groups = std::min(together, t.groups - first);
     at::parallel_for(0, groups * s.channels, 1, [&](int64_t begin, int64_t end) {
       std::vector<float> scratch(kLanes * t.plane);
-      for (int64_t i = begin; i < end; ++i) rearrange(s, t, in, corner.data() + (first + i / s.channels) * kLanes, i % s.channels, scratch.data(), arranged + i * t.plane * kLanes);
+      for (int64_t i = begin; i < end; ++i)
+        rearrange(s, t, in, corner.data() + (first + i / s.channels) * kLanes, i % s.channels, scratch.data(), arranged + i * t.plane * kLanes);
     });
     snows::Panels panels{groups * t.h * across, strips, t.vectors, 0, lines.data(), nullptr, nullptr};
     panels.fill = [&](float*, int64_t panel, int64_t strip, int64_t block) {
