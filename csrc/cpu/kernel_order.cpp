@@ -96,7 +96,9 @@ std::vector<Pair> pair_up(const std::vector<Row>& rows) {
     left.erase(left.begin());
   }
   // Equal loops one after the other: the processor foresees their ends.
-  std::stable_sort(pairs.begin(), pairs.end(), [](const Pair& a, const Pair& b) { return std::tie(a.shared, a.both, a.rest) > std::tie(b.shared, b.both, b.rest); });
+  std::stable_sort(pairs.begin(), pairs.end(), [](const Pair& a, const Pair& b) {
+    return std::tie(a.shared, a.both, a.rest) > std::tie(b.shared, b.both, b.rest);
+  });
   return pairs;
 }
 

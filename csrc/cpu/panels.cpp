@@ -232,7 +232,8 @@ void transpose(const float* in, int64_t in_stride, float* out, int64_t out_strid
   auto tiles = [&](auto tile, int64_t high, int64_t wide, int64_t end, int64_t whole_columns) {
     for (int64_t first = 0; first < whole_columns; first += 16)  // a cache line of every row, and no more lines written at once
       for (int64_t i = row; i < end; i += high)
-        for (int64_t j = first; j < std::min(first + 16, whole_columns); j += wide) tile(in + i * in_stride + j, in_stride, out + j * out_stride + i, out_stride);
+        for (int64_t j = first; j < std::min(first + 16, whole_columns); j += wide)
+          tile(in + i * in_stride + j, in_stride, out + j * out_stride + i, out_stride);
     row = std::max(row, end);
   };
   if (simd() != Simd::portable) whole = columns / 8 * 8;
