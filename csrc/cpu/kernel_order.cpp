@@ -5,8 +5,10 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <bit>
 #include <cstring>
 #include <numeric>
+#include <tuple>
 #include <vector>
 
 #include "panels.h"
@@ -14,6 +16,7 @@
 namespace {
 
 using snows::Order;
+using snows::Pair;
 
 class Bits {
  public:
@@ -63,6 +66,68 @@ bool decode(const at::Tensor& values, const at::Tensor& codes, int64_t rows, int
   return value == end;
 }
 
+// One row's weights in one block: their lines, ascending, and the block's columns they stand in as bits.
+struct Row {
+  std::vector<std::pair<uint16_t, float>> entries;
+  std::vector<uint64_t> mask;
+};
+
+// Pairs of rows that share many columns and have about as many: the longest first, each with the best of those left.
+std::vector<Pair> pair_up(const std::vector<Row>& rows) {
+  auto length = [&](size_t r) { return r < rows.size() ? int32_t(rows[r].entries.size()) : 0; };
+  std::vector<int32_t> left(rows.size());
+  std::iota(left.begin(), left.end(), 0);
+  std::stable_sort(left.begin(), left.end(), [&](int32_t a, int32_t b) { return length(a) > length(b); });
+  if (left.size() % 2) left.push_back(int32_t(rows.size()));  // one that there is not
+  std::vector<Pair> pairs;
+  while (!left.empty()) {
+    const int32_t first = left[0];
+    int32_t best = -1, shared = 0;
+    size_t at = 1;
+    for (size_t i = 1; i < left.size() && 2 * length(left[i]) > best; ++i) {  // the rest is shorter, and can do no better
+      int32_t common = 0;
+      for (size_t k = 0; left[i] < int32_t(rows.size()) && k < rows[first].mask.size(); ++k)
+        common += std::popcount(rows[first].mask[k] & rows[left[i]].mask[k]);
+      if (common + length(left[i]) > best) best = common + length(left[i]), shared = common, at = i;
+    }
+    const int32_t second = left[at];
+    pairs.push_back({shared, length(second) - shared, length(first) - length(second), first, second});
+    left.erase(left.begin() + at);
+    left.erase(left.begin());
+  }
+  // Equal loops one after the other: the processor foresees their ends.
+  std::stable_sort(pairs.begin(), pairs.end(), [](const Pair& a, const Pair& b) {
+    return std::tie(a.shared, a.both, a.rest) > std::tie(b.shared, b.both, b.rest);
+  });
+  return pairs;
+}
+
+struct Writer {
+  std::vector<int32_t> starts;
+  std::vector<Pair> pairs;
+  std::vector<float> weights;
+  std::vector<uint16_t> lines;
+
+  void write(const Pair& pair, const Row& first, const Row& second) {
+    std::vector<std::pair<uint16_t, float>> only[2];
+    auto x = first.entries.begin(), y = second.entries.begin();
+    while (x != first.entries.end() || y != second.entries.end()) {
+      if (y == second.entries.end() || (x != first.entries.end() && x->first < y->first)) {
+        only[0].push_back(*x++);
+      } else if (x == first.entries.end() || y->first < x->first) {
+        only[1].push_back(*y++);
+      } else {
+        lines.push_back(x->first);
+        weights.insert(weights.end(), {(x++)->second, (y++)->second});
+      }
+    }
+    for (size_t i = 0; i < only[0].size(); ++i)
+      for (const auto& row : only)
+        if (i < row.size()) lines.push_back(row[i].first), weights.push_back(row[i].second);
+    pairs.push_back(pair);
+  }
+};
+
 }  // namespace
 
 at::Tensor snows::kernel_order(const at::Tensor& values_, const at::Tensor& codes_, at::IntArrayRef shape, int64_t n, int64_t m) {
@@ -72,53 +137,44 @@ at::Tensor snows::kernel_order(const at::Tensor& values_, const at::Tensor& code
   if (values_.scalar_type() != at::kFloat || rows * columns == 0) return at::empty({0}, options);
   if (!decode(values_.contiguous(), codes_.contiguous(), rows, columns, n, m, stored)) return at::empty({0}, options);
 
-  // Either way 24 KiB of a panel and 16 vectors of sums. Long vectors of tokens share a weight's broadcast; where a row
-  // has few weights in a block, long blocks pay more, for sums are then loaded and stored less often.
+  // A block's part of a panel should take 24 to 27 KiB. Wide panels share a weight's broadcast; where a row has few weights in
+  // a block, long blocks pay more, for sums are then loaded and stored less often. In a convolution taps overlap: a channel takes
+  // as many lines as a strip of pixels has neighbours.
   const bool dense = values_.numel() * 5 >= rows * columns * 2;
-  Order o{rows, columns, dense ? 48 : 96, dense ? 128 : 64, dense ? 2 : 4, 0, nullptr, nullptr, nullptr, nullptr};
-  std::vector<int32_t> starts{0}, row_of;
-  std::vector<float> weights;
-  std::vector<uint16_t> offsets;
-  std::vector<int64_t> cursor(rows, 0), count(rows);
-  const int64_t together = 4 / o.bundle;  // the kernels read four offsets at once
-  for (int64_t chunk = 0; chunk < o.chunks(); ++chunk)
-    for (int64_t block = 0; block < o.blocks(); ++block) {
-      const int64_t first = chunk * Order::kChunk, last = std::min(first + Order::kChunk, rows);
-      for (int64_t r = first; r < last; ++r) {
-        count[r] = 0;
-        for (size_t i = cursor[r]; i < stored[r].size() && stored[r][i].column < (block + 1) * o.block; ++i) ++count[r];
+  Order o{rows, shape[1], columns / shape[1], dense ? 64 : 80, dense ? 6 : 5, 0, 0, nullptr, nullptr, nullptr, nullptr};
+  if (shape.size() == 4) o.vectors = 7, o.block = std::max<int64_t>(1, 448 / (shape[2] * (o.vectors + shape[3] - 1)));
+  if (o.taps * o.block * o.vectors > 65536) return at::empty({0}, options);  // lines are 16-bit numbers
+  Writer out;
+  const int64_t words_of_mask = (o.taps * o.block + 63) / 64;
+  for (int64_t chunk = 0; chunk < o.chunks(); ++chunk) {
+    const int64_t first = chunk * Order::kChunk, count = std::min(Order::kChunk, rows - first);
+    std::vector<std::vector<Row>> blocks(o.blocks(), std::vector<Row>(count));
+    for (int64_t r = 0; r < count; ++r) {
+      for (auto& block : blocks) block[r].mask.resize(words_of_mask);
+      for (const Stored& entry : stored[first + r]) {
+        const int64_t channel = entry.column % o.channels, column = entry.column / o.channels * o.block + channel % o.block;
+        Row& row = blocks[channel / o.block][r];
+        row.entries.emplace_back(static_cast<uint16_t>(column * o.vectors), entry.value);
+        row.mask[column / 64] |= uint64_t(1) << column % 64;
       }
-      std::vector<int64_t> sorted(last - first);
-      std::iota(sorted.begin(), sorted.end(), first);
-      std::stable_sort(sorted.begin(), sorted.end(), [&](int64_t a, int64_t b) { return count[a] > count[b]; });
-      for (int64_t i = 0; i < o.bundles(); ++i) {
-        const int64_t at = i * o.bundle;
-        const int64_t longest = at < last - first ? count[sorted[at]] : 0;
-        const int64_t steps = (longest + together - 1) / together * together;
-        for (int64_t r = 0; r < o.bundle; ++r) row_of.push_back(at + r < last - first ? sorted[at + r] - first : Order::kChunk);
-        for (int64_t s = 0; s < steps; ++s)
-          for (int64_t r = 0; r < o.bundle; ++r) {
-            const bool there = at + r < last - first && s < count[sorted[at + r]];
-            const Stored entry = there ? stored[sorted[at + r]][cursor[sorted[at + r]] + s] : Stored{block * o.block, 0.0f};
-            weights.push_back(entry.value);
-            offsets.push_back(static_cast<uint16_t>((entry.column - block * o.block) * o.tokens * 4));
-          }
-        o.steps += steps;
-        starts.push_back(static_cast<int32_t>(o.steps));
-      }
-      for (int64_t r = first; r < last; ++r) cursor[r] += count[r];
     }
+    for (auto& block : blocks) {
+      out.starts.insert(out.starts.end(), {int32_t(out.weights.size()), int32_t(out.lines.size())});
+      for (const Pair& pair : pair_up(block)) out.write(pair, block[pair.first], pair.second < count ? block[pair.second] : Row());
+    }
+  }
+  o.entries = int64_t(out.weights.size()), o.steps = int64_t(out.lines.size());
 
-  const int64_t words[] = {Order::kHeader, int64_t(starts.size()), int64_t(row_of.size()), int64_t(weights.size()), int64_t(offsets.size() + 1) / 2};
+  const int64_t words[] = {Order::kHeader, int64_t(out.starts.size()), int64_t(out.pairs.size() * sizeof(Pair) / 4), o.entries, (o.steps + 1) / 2};
   at::Tensor order = at::empty({std::accumulate(words, words + 5, int64_t(0))}, options);
   int32_t* p = order.mutable_data_ptr<int32_t>();
   std::fill_n(p, order.numel(), 0);
-  const int32_t header[] = {int32_t(rows), int32_t(columns), int32_t(o.block), int32_t(o.tokens), int32_t(o.bundle), int32_t(o.steps)};
+  const int32_t header[] = {int32_t(rows), int32_t(o.channels), int32_t(o.taps), int32_t(o.block), int32_t(o.vectors), int32_t(o.steps), int32_t(o.entries)};
   std::memcpy(p, header, sizeof header);
-  std::memcpy(p += words[0], starts.data(), 4 * starts.size());
-  std::memcpy(p += words[1], row_of.data(), 4 * row_of.size());
-  std::memcpy(p += words[2], weights.data(), 4 * weights.size());
-  std::memcpy(p += words[3], offsets.data(), 2 * offsets.size());
+  std::memcpy(p += words[0], out.starts.data(), 4 * words[1]);
+  std::memcpy(p += words[1], out.pairs.data(), 4 * words[2]);
+  std::memcpy(p += words[2], out.weights.data(), 4 * words[3]);
+  std::memcpy(p += words[3], out.lines.data(), 2 * o.steps);
   return order;
 }
 

@@ -5,16 +5,21 @@
 #include <ATen/Parallel.h>
 #include <ATen/Version.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/from_blob.h>
 #include <ATen/ops/gelu.h>
 #include <ATen/ops/relu.h>
 
 #include <algorithm>
 #include <cstring>
-#include <memory>
+#include <vector>
 
 #if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"  // gcc 12's own undefined vectors
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #include <immintrin.h>
+#pragma GCC diagnostic pop
 #define SNOWS_X86 1
 #endif
 
@@ -22,82 +27,136 @@ namespace snows {
 
 namespace {
 
-// One bundle over one block: sums[row[r]] (+)= the bundle's weights times the block of the panel, `vectors` * 16 tokens.
-struct Bundle {
-  int64_t steps, vectors;
+// All pairs of a chunk over one block: sums[row] (+)= the weights times the block of the panel.
+struct Part {
+  const Pair* pairs;
+  int64_t count, vectors;
   const float* weights;
-  const uint16_t* offsets;
+  const uint16_t* lines;
   const float* panel;
-  float* rows[4];         // accumulators of each row
-  const float* start[4];  // where each row's sums begin: the bias, or null where they go on
+  float* sums;        // 16 * vectors a row
+  const float* bias;  // a row's sums begin with it; null where they go on
+  const float* at(uint16_t line) const { return panel + int64_t(line) * 16; }
 };
 
-template <int R>
-void run_portable(const Bundle& b) {
-  const int64_t tokens = 16 * b.vectors;
-  for (int r = 0; r < R; ++r) {
-    float* __restrict sum = b.rows[r];
-    if (b.start[r]) std::fill(sum, sum + tokens, *b.start[r]);
-    for (int64_t s = r; s < b.steps * R; s += R) {
-      const float w = b.weights[s];
-      const float* __restrict x = reinterpret_cast<const float*>(reinterpret_cast<const char*>(b.panel) + b.offsets[s]);
-      for (int64_t t = 0; t < tokens; ++t) sum[t] += w * x[t];
-    }
+void run_portable(const Part& p) {
+  const int64_t tokens = 16 * p.vectors;
+  const float* w = p.weights;
+  const uint16_t* c = p.lines;
+  for (const Pair* pair = p.pairs; pair < p.pairs + p.count; ++pair) {
+    float* __restrict first = p.sums + pair->first * tokens;
+    float* __restrict second = p.sums + pair->second * tokens;
+    if (p.bias) std::fill_n(first, tokens, p.bias[pair->first]), std::fill_n(second, tokens, p.bias[pair->second]);
+    auto add = [tokens](float* __restrict sum, float weight, const float* __restrict x) {
+      for (int64_t t = 0; t < tokens; ++t) sum[t] += weight * x[t];
+    };
+    for (int i = 0; i < pair->shared; ++i, w += 2, ++c) add(first, w[0], p.at(c[0])), add(second, w[1], p.at(c[0]));
+    for (int i = 0; i < pair->both; ++i, w += 2, c += 2) add(first, w[0], p.at(c[0])), add(second, w[1], p.at(c[1]));
+    for (int i = 0; i < pair->rest; ++i, ++w, ++c) add(first, w[0], p.at(c[0]));
   }
 }
 
 #ifdef SNOWS_X86
 
-template <int R, int V>  // 16 accumulators: enough to hide the latency, few enough for the registers
-__attribute__((target("avx512f"))) void run_avx512(const Bundle& b) {
-  __m512 sum[R][V];
-#pragma GCC unroll 4
-  for (int r = 0; r < R; ++r)
+// Keeps a value in its register: the compiler would load it again for its second use, and loads are what bounds these loops.
+#define SNOWS_KEEP(register_kind, value) asm("" : "+" register_kind(value))
+
+template <int V>
+__attribute__((target("avx512f"))) void run_avx512(const Part& p) {
+  const float* w = p.weights;
+  const uint16_t* c = p.lines;
+  for (const Pair* pair = p.pairs; pair < p.pairs + p.count; ++pair) {
+    float* first = p.sums + pair->first * 16 * V;
+    float* second = p.sums + pair->second * 16 * V;
+    __m512 a[V], b[V];
+    if (p.bias) {
 #pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) sum[r][v] = b.start[r] ? _mm512_set1_ps(*b.start[r]) : _mm512_loadu_ps(b.rows[r] + 16 * v);
-  const char* panel = reinterpret_cast<const char*>(b.panel);
-  const float* w = b.weights;
-  const uint16_t* offsets = b.offsets;
-  for (int64_t s = 0; s < b.steps * R; s += 4) {
-    uint64_t four;  // one load for four offsets: loads are what bounds this loop
-    std::memcpy(&four, offsets + s, 8);
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
-      const float* x = reinterpret_cast<const float*>(panel + (four >> 16 * i & 0xffff));
-      const __m512 weight = _mm512_set1_ps(w[s + i]);
+      for (int v = 0; v < V; ++v) a[v] = _mm512_set1_ps(p.bias[pair->first]), b[v] = _mm512_set1_ps(p.bias[pair->second]);
+    } else {
 #pragma GCC unroll 8
-      for (int v = 0; v < V; ++v) sum[i % R][v] = _mm512_fmadd_ps(weight, _mm512_loadu_ps(x + 16 * v), sum[i % R][v]);
+      for (int v = 0; v < V; ++v) a[v] = _mm512_load_ps(first + 16 * v), b[v] = _mm512_load_ps(second + 16 * v);
     }
+    for (int i = pair->shared; i > 0; --i, w += 2, ++c) {
+      const float* x = p.at(c[0]);
+      SNOWS_KEEP("r", x);
+      const __m512 of_first = _mm512_set1_ps(w[0]), of_second = _mm512_set1_ps(w[1]);
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) {
+        __m512 tokens = _mm512_load_ps(x + 16 * v);
+        SNOWS_KEEP("v", tokens);
+        a[v] = _mm512_fmadd_ps(of_first, tokens, a[v]);
+        b[v] = _mm512_fmadd_ps(of_second, tokens, b[v]);
+      }
+    }
+    for (int i = pair->both; i > 0; --i, w += 2, c += 2) {
+      const float *x = p.at(c[0]), *y = p.at(c[1]);
+      SNOWS_KEEP("r", x);
+      SNOWS_KEEP("r", y);
+      const __m512 of_first = _mm512_set1_ps(w[0]), of_second = _mm512_set1_ps(w[1]);
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) a[v] = _mm512_fmadd_ps(of_first, _mm512_load_ps(x + 16 * v), a[v]);
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) b[v] = _mm512_fmadd_ps(of_second, _mm512_load_ps(y + 16 * v), b[v]);
+    }
+    for (int i = pair->rest; i > 0; --i, ++w, ++c) {
+      const float* x = p.at(c[0]);
+      const __m512 of_first = _mm512_set1_ps(w[0]);
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) a[v] = _mm512_fmadd_ps(of_first, _mm512_load_ps(x + 16 * v), a[v]);
+    }
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) _mm512_store_ps(first + 16 * v, a[v]), _mm512_store_ps(second + 16 * v, b[v]);
   }
+}
+
+// V vectors of 8 tokens at a time, from `token` on: 16 registers hold no more than 4 for each row.
+template <int V>
+__attribute__((target("avx2,fma"))) void part_avx2(const Part& p, int64_t token) {
+  const float* w = p.weights;
+  const uint16_t* c = p.lines;
+  for (const Pair* pair = p.pairs; pair < p.pairs + p.count; ++pair) {
+    float* first = p.sums + pair->first * 16 * p.vectors + token;
+    float* second = p.sums + pair->second * 16 * p.vectors + token;
+    __m256 a[V], b[V];
 #pragma GCC unroll 4
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) _mm512_storeu_ps(b.rows[r] + 16 * v, sum[r][v]);
+    for (int v = 0; v < V; ++v) {
+      a[v] = p.bias ? _mm256_set1_ps(p.bias[pair->first]) : _mm256_loadu_ps(first + 8 * v);
+      b[v] = p.bias ? _mm256_set1_ps(p.bias[pair->second]) : _mm256_loadu_ps(second + 8 * v);
+    }
+    for (int i = pair->shared; i > 0; --i, w += 2, ++c) {
+      const float* x = p.at(c[0]) + token;
+      const __m256 of_first = _mm256_set1_ps(w[0]), of_second = _mm256_set1_ps(w[1]);
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) {
+        __m256 tokens = _mm256_loadu_ps(x + 8 * v);
+        SNOWS_KEEP("x", tokens);
+        a[v] = _mm256_fmadd_ps(of_first, tokens, a[v]);
+        b[v] = _mm256_fmadd_ps(of_second, tokens, b[v]);
+      }
+    }
+    for (int i = pair->both; i > 0; --i, w += 2, c += 2) {
+      const float *x = p.at(c[0]) + token, *y = p.at(c[1]) + token;
+      const __m256 of_first = _mm256_set1_ps(w[0]), of_second = _mm256_set1_ps(w[1]);
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) {
+        a[v] = _mm256_fmadd_ps(of_first, _mm256_loadu_ps(x + 8 * v), a[v]);
+        b[v] = _mm256_fmadd_ps(of_second, _mm256_loadu_ps(y + 8 * v), b[v]);
+      }
+    }
+    for (int i = pair->rest; i > 0; --i, ++w, ++c) {
+      const float* x = p.at(c[0]) + token;
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) a[v] = _mm256_fmadd_ps(_mm256_set1_ps(w[0]), _mm256_loadu_ps(x + 8 * v), a[v]);
+    }
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) _mm256_storeu_ps(first + 8 * v, a[v]), _mm256_storeu_ps(second + 8 * v, b[v]);
+  }
 }
 
-template <int R, int V>  // V vectors of 8 tokens at a time, a row after the other: 16 registers hold no more
-__attribute__((target("avx2,fma"))) void part_avx2(const Bundle& b, int r, int64_t token) {
-  __m256 sum[V];
-#pragma GCC unroll 8
-  for (int v = 0; v < V; ++v) sum[v] = b.start[r] ? _mm256_set1_ps(*b.start[r]) : _mm256_loadu_ps(b.rows[r] + token + 8 * v);
-  const char* panel = reinterpret_cast<const char*>(b.panel + token);
-  for (int64_t s = r; s < b.steps * R; s += R) {
-    const float* x = reinterpret_cast<const float*>(panel + b.offsets[s]);
-    const __m256 weight = _mm256_set1_ps(b.weights[s]);
-#pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) sum[v] = _mm256_fmadd_ps(weight, _mm256_loadu_ps(x + 8 * v), sum[v]);
-  }
-#pragma GCC unroll 8
-  for (int v = 0; v < V; ++v) _mm256_storeu_ps(b.rows[r] + token + 8 * v, sum[v]);
-}
-
-template <int R>
-void run_avx2(const Bundle& b) {
-  for (int r = 0; r < R; ++r) {
-    int64_t v = 0;
-    for (; v + 4 <= b.vectors; v += 4) part_avx2<R, 8>(b, r, 16 * v);
-    for (; v < b.vectors; ++v) part_avx2<R, 2>(b, r, 16 * v);
-  }
+void run_avx2(const Part& p) {
+  int64_t v = 0;
+  for (; v + 2 <= p.vectors; v += 2) part_avx2<4>(p, 16 * v);
+  if (v < p.vectors) part_avx2<2>(p, 16 * v);
 }
 
 __attribute__((target("avx2"))) void transpose_8x8(const float* in, int64_t in_stride, float* out, int64_t out_stride) {
@@ -118,24 +177,33 @@ __attribute__((target("avx2"))) void transpose_8x8(const float* in, int64_t in_s
   }
 }
 
-#endif
-
-using Run = void (*)(const Bundle&);
-
-Run choose(int64_t bundle, int64_t vectors) {
-#ifdef SNOWS_X86
-  static constexpr Run two[] = {run_avx512<2, 1>, run_avx512<2, 2>, run_avx512<2, 3>, run_avx512<2, 4>,
-                                run_avx512<2, 5>, run_avx512<2, 6>, run_avx512<2, 7>, run_avx512<2, 8>};
-  static constexpr Run four[] = {run_avx512<4, 1>, run_avx512<4, 2>, run_avx512<4, 3>, run_avx512<4, 4>};
-  if (simd() == Simd::avx512) return bundle == 2 ? two[vectors - 1] : four[vectors - 1];
-  if (simd() == Simd::avx2) return bundle == 2 ? run_avx2<2> : run_avx2<4>;
-#endif
-  return bundle == 2 ? run_portable<2> : run_portable<4>;
+// Every register takes four columns of four rows in its four quarters; a 4 x 4 transposition of the quarters ends it.
+__attribute__((target("avx512f"))) void transpose_16x4(const float* in, int64_t in_stride, float* out, int64_t out_stride) {
+  __m512 a[4];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    a[i] = _mm512_broadcast_f32x4(_mm_loadu_ps(in + i * in_stride));
+    a[i] = _mm512_mask_broadcast_f32x4(a[i], 0x00f0, _mm_loadu_ps(in + (i + 4) * in_stride));
+    a[i] = _mm512_mask_broadcast_f32x4(a[i], 0x0f00, _mm_loadu_ps(in + (i + 8) * in_stride));
+    a[i] = _mm512_mask_broadcast_f32x4(a[i], 0xf000, _mm_loadu_ps(in + (i + 12) * in_stride));
+  }
+  const __m512 b[4] = {_mm512_unpacklo_ps(a[0], a[1]), _mm512_unpackhi_ps(a[0], a[1]), _mm512_unpacklo_ps(a[2], a[3]), _mm512_unpackhi_ps(a[2], a[3])};
+  _mm512_storeu_ps(out, _mm512_shuffle_ps(b[0], b[2], 0x44));
+  _mm512_storeu_ps(out + out_stride, _mm512_shuffle_ps(b[0], b[2], 0xee));
+  _mm512_storeu_ps(out + 2 * out_stride, _mm512_shuffle_ps(b[1], b[3], 0x44));
+  _mm512_storeu_ps(out + 3 * out_stride, _mm512_shuffle_ps(b[1], b[3], 0xee));
 }
 
-float* aligned(std::unique_ptr<float[]>& memory, int64_t size) {  // to a cache line: no load straddles two
-  memory.reset(new float[size + 16]);
-  return reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(memory.get()) + 63) / 64 * 64);
+#endif
+
+void run(const Part& p) {
+#ifdef SNOWS_X86
+  static constexpr void (*avx512[])(const Part&) = {run_avx512<1>, run_avx512<2>, run_avx512<3>, run_avx512<4>,
+                                                    run_avx512<5>, run_avx512<6>, run_avx512<7>, run_avx512<8>};
+  if (simd() == Simd::avx512) return avx512[p.vectors - 1](p);
+  if (simd() == Simd::avx2) return run_avx2(p);
+#endif
+  run_portable(p);
 }
 
 }  // namespace
@@ -150,76 +218,72 @@ Simd simd() {
 
 Order Order::read(const at::Tensor& words) {
   const int32_t* p = words.const_data_ptr<int32_t>();
-  Order o{p[0], p[1], p[2], p[3], p[4], p[5], nullptr, nullptr, nullptr, nullptr};
-  const int64_t all = o.chunks() * o.blocks() * o.bundles();
+  Order o{p[0], p[1], p[2], p[3], p[4], p[5], p[6], nullptr, nullptr, nullptr, nullptr};
   o.starts = p + kHeader;
-  o.row = o.starts + all + 1;
-  o.weights = reinterpret_cast<const float*>(o.row + all * o.bundle);
-  o.offsets = reinterpret_cast<const uint16_t*>(o.weights + o.steps * o.bundle);
+  o.pairs = reinterpret_cast<const Pair*>(o.starts + 2 * o.chunks() * o.blocks());
+  o.weights = reinterpret_cast<const float*>(o.pairs + (o.rows + 1) / 2 * o.blocks());
+  o.lines = reinterpret_cast<const uint16_t*>(o.weights + o.entries);
   return o;
 }
 
 void transpose(const float* in, int64_t in_stride, float* out, int64_t out_stride, int64_t rows, int64_t columns) {
-  int64_t whole_rows = 0, whole_columns = 0;
+  int64_t row = 0, whole = 0;  // whole columns of the rows before `row` are done
 #ifdef SNOWS_X86
-  if (simd() != Simd::portable) {
-    whole_rows = rows / 8 * 8, whole_columns = columns / 8 * 8;
+  auto tiles = [&](auto tile, int64_t high, int64_t wide, int64_t end, int64_t whole_columns) {
     for (int64_t first = 0; first < whole_columns; first += 16)  // a cache line of every row, and no more lines written at once
-      for (int64_t i = 0; i < whole_rows; i += 8)
-        for (int64_t j = first; j < std::min(first + 16, whole_columns); j += 8)
-          transpose_8x8(in + i * in_stride + j, in_stride, out + j * out_stride + i, out_stride);
-  }
+      for (int64_t i = row; i < end; i += high)
+        for (int64_t j = first; j < std::min(first + 16, whole_columns); j += wide)
+          tile(in + i * in_stride + j, in_stride, out + j * out_stride + i, out_stride);
+    row = std::max(row, end);
+  };
+  if (simd() != Simd::portable) whole = columns / 8 * 8;
+  if (simd() == Simd::avx512) tiles(transpose_16x4, 16, 4, rows / 16 * 16, whole);
+  if (simd() != Simd::portable) tiles(transpose_8x8, 8, 8, rows / 8 * 8, whole);
 #endif
   for (int64_t i = 0; i < rows; ++i)
-    for (int64_t j = i < whole_rows ? whole_columns : 0; j < columns; ++j) out[j * out_stride + i] = in[i * in_stride + j];
+    for (int64_t j = i < row ? whole : 0; j < columns; ++j) out[j * out_stride + i] = in[i * in_stride + j];
 }
 
-void multiply(const Order& o, int64_t tokens, const at::Tensor& bias, c10::string_view activation, const Fill& fill, const Store& store) {
-  const int64_t width = o.tokens, panels = (tokens + width - 1) / width, chunks = o.chunks();
-  const int64_t blocks = o.blocks(), bundles = o.bundles();
+void multiply(const Order& o, const Panels& panels, const at::Tensor& bias, c10::string_view activation) {
+  constexpr int64_t kTogether = 2;  // chunks for which a block is filled once: their sums are what the second-level cache holds
+  const int64_t chunks = o.chunks(), blocks = o.blocks();
   // Several threads share a panel only where there are too few for all; each then fills it for itself.
-  const int64_t wanted = 8 * at::get_num_threads(), shares = std::min(chunks, std::max<int64_t>(1, wanted / std::max<int64_t>(1, panels)));
-  at::parallel_for(0, panels * shares, 1, [&](int64_t begin, int64_t end) {
-    std::unique_ptr<float[]> panel_memory, sums_memory;
-    float* panel = aligned(panel_memory, o.columns * width);
-    float* sums = aligned(sums_memory, (Order::kChunk + 1) * width);
-    float starts[Order::kChunk + 1];
-    int64_t filled = -1;
+  const int64_t wanted = 8 * at::get_num_threads(), shares = std::min(chunks, std::max<int64_t>(1, wanted / std::max<int64_t>(1, panels.count)));
+  const int64_t most = std::min(kTogether * Order::kChunk, o.rows) + 1;  // rows of sums; one more where their number is odd
+  at::parallel_for(0, panels.count * shares, 1, [&](int64_t begin, int64_t end) {
+    const int64_t step = most * 16 * panels.vectors;
+    const at::Tensor memory = at::empty({panels.strips * step + 128 + panels.scratch}, at::kFloat);
+    float* sums = memory.mutable_data_ptr<float>();  // this and scratch are aligned to a cache line: no load straddles two
+    float* scratch = sums + panels.strips * step + 128;
+    std::vector<float> starts(most);
     for (int64_t item = begin; item < end; ++item) {
-      const int64_t first = item / shares * width, count = std::min(width, tokens - first), vectors = (count + 15) / 16;
-      if (item / shares != filled) fill(panel, first, count, width);
-      filled = item / shares;
-      const Run run = choose(o.bundle, vectors);
-      Bundle b;
-      b.vectors = vectors;
-      const int64_t share = item % shares;
-      for (int64_t chunk = chunks * share / shares; chunk < chunks * (share + 1) / shares; ++chunk) {
-        const int64_t row = chunk * Order::kChunk, rows = std::min(Order::kChunk, o.rows - row);
-        std::fill(starts, starts + Order::kChunk + 1, 0.0f);
-        if (bias.defined()) std::copy_n(bias.const_data_ptr<float>() + row, rows, starts);
-        const int64_t many = (rows + o.bundle - 1) / o.bundle;
-        for (int64_t block = 0; block < blocks; ++block) {
-          const int32_t* step = o.starts + (chunk * blocks + block) * bundles;
-          const int32_t* row_of = o.row + (chunk * blocks + block) * bundles * o.bundle;
-          b.panel = panel + block * o.block * width;
-          for (int64_t i = 0; i < many; ++i) {
-            b.steps = step[i + 1] - step[i];
-            b.weights = o.weights + step[i] * o.bundle;
-            b.offsets = o.offsets + step[i] * o.bundle;
-            for (int64_t r = 0; r < o.bundle; ++r, ++row_of) {
-              b.rows[r] = sums + *row_of * width;
-              b.start[r] = block == 0 ? starts + *row_of : nullptr;
+      const int64_t panel = item / shares, share = item % shares, end_of_share = chunks * (share + 1) / shares;
+      for (int64_t from = chunks * share / shares, to; from < end_of_share; from = to) {
+        to = std::min(from + kTogether, end_of_share);
+        const int64_t row = from * Order::kChunk, rows = std::min(to * Order::kChunk, o.rows) - row;
+        std::fill(starts.begin(), starts.end(), 0.0f);
+        if (bias.defined()) std::copy_n(bias.const_data_ptr<float>() + row, rows, starts.begin());
+        for (int64_t block = 0; block < blocks; ++block)
+          for (int64_t strip = 0; strip < panels.strips; ++strip) {
+            const Source source = panels.fill(scratch, panel, strip, block);
+            for (int64_t chunk = from; chunk < to && source.vectors > 0; ++chunk) {
+              const int64_t at = chunk * blocks + block, before = (chunk - from) * Order::kChunk, count = o.pairs_of(chunk);
+              run({o.pairs + chunk * blocks * (Order::kChunk / 2) + block * count, count, source.vectors, o.weights + o.starts[2 * at],
+                   panels.lines + o.starts[2 * at + 1], source.at, sums + strip * step + before * 16 * source.vectors,
+                   block == 0 ? starts.data() + before : nullptr});
             }
-            if (b.steps > 0 || block == 0) run(b);
+          }
+        for (int64_t strip = 0; strip < panels.strips; ++strip) {
+          const int64_t count = rows * 16 * panels.vectors;  // where the strip is narrower, it does what nobody reads
+          float* all = sums + strip * step;
+          if (activation == "relu")
+            for (int64_t i = 0; i < count; ++i) all[i] = all[i] < 0 ? 0 : all[i];  // NaN stays
+          if (activation == "gelu") {
+            at::Tensor tensor = at::from_blob(all, {count}, at::kFloat);
+            at::gelu_(tensor);
           }
         }
-        if (activation == "relu")
-          for (int64_t i = 0; i < rows * width; ++i) sums[i] = sums[i] < 0 ? 0 : sums[i];  // NaN stays
-        if (activation == "gelu") {
-          at::Tensor all = at::from_blob(sums, {rows, width}, at::kFloat);
-          at::gelu_(all);
-        }
-        store(sums, row, rows, first, count, width);
+        panels.store(sums, step, panel, row, rows);
       }
     }
   });

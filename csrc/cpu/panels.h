@@ -1,9 +1,10 @@
 // A packed weight times a matrix of activations, shared by the linear layer and the convolution.
 //
-// The activations of up to `tokens` tokens (or output pixels) stand in a panel, one row of tokens a column of the weight:
-// panel[column][token]. A stored weight is then one broadcast, and one fused multiply-add for each vector of tokens.
-// What bounds it is loads: for R rows and V vectors the accumulators stay in registers over a block of columns whose part
-// of the panel (32 KiB) stays in the first-level cache; a chunk of rows' accumulators stays in the second.
+// The activations of up to 128 tokens (or output pixels) stand in a panel: 16 * vectors numbers for each column of
+// the weight, wherever the caller put them. A stored weight is then one broadcast, and one fused multiply-add a vector.
+// What bounds this is loads: the processor does two multiply-adds a cycle and two loads, and each of these would need one
+// load of its own. So rows go in pairs, chosen to have many columns in common: such a column's vectors are loaded once for
+// both. Sums stay in registers over a block of columns, whose part of the panel stays in the first-level cache.
 
 #pragma once
 
@@ -11,38 +12,61 @@
 
 #include <cstdint>
 #include <functional>
+#include <vector>
 
 namespace snows {
 
+// Two rows of a chunk over one block. Their weights and lines follow each other in three runs:
+struct Pair {
+  int32_t shared;         // steps of a column that both have: two weights, one column
+  int32_t both;           // steps of a column each: two weights, two columns
+  int32_t rest;           // what only the first has still: one weight, one column
+  int32_t first, second;  // which rows of the chunk
+};
+
 // The weight as the kernels read it. In memory (int32 words): the fields of the header, then the four arrays.
 struct Order {
-  int64_t rows, columns;
-  int64_t block;   // columns in a block
-  int64_t tokens;  // tokens in a panel
-  int64_t bundle;  // rows whose weights are interleaved, R
-  int64_t steps;   // in all: one stored weight of each row of a bundle
+  int64_t rows, channels;
+  int64_t taps;     // of a convolution's kernel, 1 for a linear layer: column tap * channels + channel
+  int64_t block;    // channels in a block, which holds them for every tap
+  int64_t vectors;  // of 16 tokens: the widest panel of which a block fits in the first-level cache
+  int64_t steps, entries;  // numbers of columns and of weights
 
   static constexpr int64_t kHeader = 8;
-  static constexpr int64_t kChunk = 256;         // rows whose accumulators are kept together
+  static constexpr int64_t kChunk = 512;  // rows among which pairs are chosen
 
-  const int32_t* starts;    // (chunk, block, bundle): its first step; and one past the last
-  const int32_t* row;       // (chunk, block, bundle, R): which row of the chunk; kChunk where there is none
-  const float* weights;     // (steps, R)
-  const uint16_t* offsets;  // (steps, R): bytes from the block's first column to this weight's
+  const int32_t* starts;    // (chunk, block): its first weight and its first step
+  const Pair* pairs;        // (chunk, block, pairs(chunk))
+  const float* weights;     // entries
+  const uint16_t* lines;    // steps: where a column's vectors begin in an unfolded panel, (tap * block + channel of the block) * vectors
 
   int64_t chunks() const { return (rows + kChunk - 1) / kChunk; }
-  int64_t blocks() const { return (columns + block - 1) / block; }
-  int64_t bundles() const { return kChunk / bundle; }  // in a chunk, the last one's missing rows included
+  int64_t blocks() const { return (channels + block - 1) / block; }
+  int64_t pairs_of(int64_t chunk) const { return (std::min(kChunk, rows - chunk * kChunk) + 1) / 2; }
   static Order read(const at::Tensor& words);
 };
 
-using Fill = std::function<void(float* panel, int64_t first, int64_t count, int64_t stride)>;
-using Store = std::function<void(const float* sums, int64_t row, int64_t rows, int64_t first, int64_t count, int64_t stride)>;
+// Where a block's part of a strip stands; without vectors there is no such strip.
+struct Source {
+  const float* at;
+  int64_t vectors;
+};
 
-// Over all tokens: fill a panel, multiply, add the bias, apply the activation, store. Both functions run on many threads.
-// `fill` writes panel[column * stride + i] for tokens first + i, i < count, and zeros up to the next multiple of 16.
-// `store` gets sums[r * stride + i] for rows row + r.
-void multiply(const Order& order, int64_t tokens, const at::Tensor& bias, c10::string_view activation, const Fill& fill, const Store& store);
+// How a layer gives its activations and takes its sums. A panel is one strip, or several that are stored together.
+// Both functions run on many threads.
+struct Panels {
+  int64_t count;
+  int64_t strips;         // of a panel, the most
+  int64_t vectors;        // of a strip, the most
+  int64_t scratch;        // floats of it that `fill` gets, aligned to a cache line
+  const uint16_t* lines;  // the order's, or the same in a panel of another layout: vectors begin 64 * lines[i] bytes behind the block's part
+  std::function<Source(float* scratch, int64_t panel, int64_t strip, int64_t block)> fill;
+  // sums[strip * step + r * 16 * (the strip's vectors) + i] belongs to row + r and token i of the strip. 8 vectors behind them are readable.
+  std::function<void(const float* sums, int64_t step, int64_t panel, int64_t row, int64_t rows)> store;
+};
+
+// Over all panels: fill, multiply, add the bias, apply the activation, store.
+void multiply(const Order& order, const Panels& panels, const at::Tensor& bias, c10::string_view activation);
 
 // snows/ops.py, kernel_order: the words that Order::read reads, or none.
 at::Tensor kernel_order(const at::Tensor& values, const at::Tensor& codes, at::IntArrayRef shape, int64_t n, int64_t m);

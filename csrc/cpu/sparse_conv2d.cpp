@@ -1,45 +1,146 @@
-// Packed convolution on the CPU: a panel of output pixels is gathered from the images (padding, stride and dilation
-// happen there), multiplied by panels.h, and stored. Only one panel a thread is ever unfolded, in the second-level cache.
-// Specification: snows/reference.py, sparse_conv2d.
+// Packed convolution on the CPU, without unfolding. The output is cut into tiles of equal size, whole images or parts of them,
+// and 16 tiles are computed side by side: where the input of 16 tiles stands pixel by pixel, one vector for each, a tap of
+// the kernel is nothing but a distance in memory, and every load is aligned. A panel is a few pixels in a row of 16 tiles.
+// Padding, stride and dilation happen when the input is rearranged. Specification: snows/reference.py, sparse_conv2d.
 
+#include <ATen/Parallel.h>
 #include <ATen/ops/conv2d.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include <algorithm>
+#include <limits>
 #include <vector>
 
 #include "panels.h"
 
 namespace {
 
-// Pixels that lie side by side in the panel and, `step` apart, in a row of an image; those outside of it are zeros.
-struct Span {
-  int64_t at, count, source;  // source is negative for zeros
-};
+constexpr int64_t kLanes = 16, kLine = 64;  // and bytes of as many floats
+constexpr int64_t kNear = 5 << 19;          // bytes of input that are rearranged at a time, where it may be so little
+
+int64_t parts(int64_t whole, int64_t part) { return (whole + part - 1) / part; }
 
 struct Shape {
-  int64_t channels, height, width, kernel_h, kernel_w, out_h, out_w;
+  int64_t images, channels, height, width, kernel_h, kernel_w, out_h, out_w;
   int64_t stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
+};
 
-  // The spans of one tap of the kernel, for output pixels first .. first + count of all images.
-  void spans(int64_t tap_h, int64_t tap_w, int64_t first, int64_t count, std::vector<Span>& out) const {
-    out.clear();
-    for (int64_t t = 0; t < count;) {
-      const int64_t image = (first + t) / (out_h * out_w), pixel = (first + t) % (out_h * out_w), h = pixel / out_w, w = pixel % out_w;
-      const int64_t many = std::min(out_w - w, count - t);
-      const int64_t row = h * stride_h - pad_h + tap_h * dilation_h, left = w * stride_w - pad_w + tap_w * dilation_w;
-      // Of these pixels, those from `begin` up to `end` see the inside of the image.
-      int64_t begin = left < 0 ? std::min(many, (-left + stride_w - 1) / stride_w) : 0;
-      int64_t end = left < width ? std::min(many, (width - left + stride_w - 1) / stride_w) : 0;
-      if (row < 0 || row >= height || end <= begin) begin = end = many;
-      if (begin > 0) out.push_back({t, begin, -1});
-      if (end > begin) out.push_back({t + begin, end - begin, (image * channels * height + row) * width + left + begin * stride_w});
-      if (many > end) out.push_back({t + end, many - end, -1});
-      t += many;
+struct Tiles {
+  int64_t h, w;              // output pixels of a tile
+  int64_t down, across;      // tiles of an image
+  int64_t count, groups;     // of all images, and of 16 tiles each
+  int64_t vectors, strips;   // pixels of a panel, panels in a row of a tile
+  int64_t in_h, phase;       // rows of input, and pixels of it of each remainder modulo the stride
+  int64_t row, plane;        // lines from one row, one channel to the next
+
+  Tiles(const Shape& s, int64_t down_, int64_t across_, int64_t most) {
+    h = parts(s.out_h, down_), w = parts(s.out_w, across_);
+    down = parts(s.out_h, h), across = parts(s.out_w, w);
+    count = s.images * down * across, groups = parts(count, kLanes);
+    strips = parts(w, most), vectors = parts(w, strips);
+    in_h = (h - 1) * s.stride_h + (s.kernel_h - 1) * s.dilation_h + 1;
+    phase = parts((w - 1) * s.stride_w + (s.kernel_w - 1) * s.dilation_w + 1, s.stride_w);
+    row = parts(s.stride_w * phase, 4) * 4;  // the rearrangement works on four at a time
+    plane = in_h * row;
+  }
+  // Moves the planes apart until the lines that a block reads at once fall on all sets of the first-level cache alike.
+  void spread(const Shape& s, int64_t block) {
+    int64_t least = std::numeric_limits<int64_t>::max(), best = plane;
+    for (int64_t candidate = plane; candidate < plane + 64; candidate += 4) {
+      int32_t sets[64] = {};
+      for (int64_t c = 0; c < block; ++c)
+        for (int64_t i = 0; i < s.kernel_h; ++i)
+          for (int64_t x = 0; x < vectors + s.kernel_w - 1; ++x) ++sets[(c * candidate + i * s.dilation_h * row + x) % 64];
+      const int64_t worst = *std::max_element(sets, sets + 64);
+      if (worst < least) least = worst, best = candidate;
+    }
+    plane = best;
+  }
+  int64_t line(const Shape& s, int64_t x) const { return x % s.stride_w * phase + x / s.stride_w; }
+};
+
+// The tiles of the least work, counted in multiply-adds of vectors, or none of which a block's lines have 16-bit numbers.
+std::optional<Tiles> choose(const Shape& s, const snows::Order& o) {
+  std::optional<Tiles> best;
+  double least = std::numeric_limits<double>::infinity();
+  const double weights = static_cast<double>(o.entries) / static_cast<double>(o.channels);
+  for (int64_t down = 1; down <= std::min(s.out_h, 64L); ++down)
+    for (int64_t across = 1; across <= std::min(s.out_w, 64L); ++across) {
+      const Tiles t(s, down, across, o.vectors);
+      // Measured: what a strip's sums cost, and what it costs to rearrange a line for the near caches and for memory.
+      const bool near = s.channels * t.plane * kLine <= kNear;
+      const double products = weights * t.h * (t.w + 0.7 * t.strips), moves = (near ? 80.0 : 185.0) * t.plane;
+      const double work = t.groups * (products + moves);
+      if (work < least && o.block * (t.plane + 64) <= 65536) least = work, best = t;
+    }
+  if (best) best->spread(s, o.block);
+  return best;
+}
+
+struct Corner {  // of a tile's input; no image for tiles that there are not
+  int64_t image, top, left;
+};
+
+std::vector<Corner> corners(const Shape& s, const Tiles& t) {
+  std::vector<Corner> all;
+  for (int64_t tile = 0; tile < t.groups * kLanes; ++tile)
+    all.push_back({tile < t.count ? tile / (t.down * t.across) : -1, tile / t.across % t.down * t.h * s.stride_h - s.pad_h,
+                   tile % t.across * t.w * s.stride_w - s.pad_w});
+  return all;
+}
+
+// One channel of the input of 16 tiles, into `to`; zeros around the images.
+void rearrange(const Shape& s, const Tiles& t, const float* in, const Corner* corner, int64_t channel, float* scratch, float* to) {
+  for (int64_t lane = 0; lane < kLanes; ++lane) {
+    const auto [image, top, left] = corner[lane];
+    const int64_t begin = std::max<int64_t>(0, -left), end = std::min(s.stride_w * t.phase, s.width - left);
+    float* row = scratch + lane * t.plane;
+    for (int64_t y = 0; y < t.in_h; ++y, row += t.row) {
+      const float* from = in + ((image * s.channels + channel) * s.height + top + y) * s.width + left;
+      if (image < 0 || top + y < 0 || top + y >= s.height || begin >= end) {
+        std::fill_n(row, t.row, 0.0f);
+      } else if (s.stride_w == 1) {
+        std::fill_n(row, begin, 0.0f);
+        std::copy(from + begin, from + end, row + begin);
+        std::fill(row + end, row + t.row, 0.0f);
+      } else {
+        std::fill_n(row, t.row, 0.0f);
+        for (int64_t x = begin; x < end; ++x) row[t.line(s, x)] = from[x];
+      }
     }
   }
-};
+  snows::transpose(scratch, t.plane, to, kLanes, kLanes, t.in_h * t.row);
+}
+
+// A kernel of one pixel, at every pixel: the images are matrices with a row for each channel, and panels are cut out of them.
+void one_pixel(const Shape& s, const snows::Order& o, const at::Tensor& bias, c10::string_view activation, const float* in, float* out) {
+  const int64_t pixels = s.height * s.width, tokens = s.images * pixels, width = kLanes * o.vectors;
+  auto runs = [=](int64_t first, int64_t count, auto&& run) {  // run(where in the panel, image, pixel, how many)
+    for (int64_t t = 0, many; t < count; t += many) {
+      const int64_t pixel = (first + t) % pixels;
+      many = std::min(pixels - pixel, count - t);
+      run(t, (first + t) / pixels, pixel, many);
+    }
+  };
+  snows::Panels panels{parts(tokens, width), 1, o.vectors, o.block * width, o.lines, nullptr, nullptr};
+  panels.fill = [&](float* scratch, int64_t panel, int64_t, int64_t block) {
+    const int64_t first = panel * width, count = std::min(width, tokens - first), padded = parts(count, kLanes) * kLanes;
+    const int64_t channel = block * o.block, many = std::min(o.block, s.channels - channel);
+    runs(first, count, [&](int64_t at, int64_t image, int64_t pixel, int64_t length) {
+      for (int64_t c = 0; c < many; ++c) std::copy_n(in + (image * s.channels + channel + c) * pixels + pixel, length, scratch + c * width + at);
+    });
+    for (int64_t c = 0; c < many; ++c) std::fill(scratch + c * width + count, scratch + c * width + padded, 0.0f);
+    return snows::Source{scratch, padded / kLanes};
+  };
+  panels.store = [&](const float* sums, int64_t, int64_t panel, int64_t row, int64_t rows) {
+    const int64_t first = panel * width, count = std::min(width, tokens - first), stride = parts(count, kLanes) * kLanes;
+    runs(first, count, [&](int64_t at, int64_t image, int64_t pixel, int64_t length) {
+      for (int64_t r = 0; r < rows; ++r) std::copy_n(sums + r * stride + at, length, out + (image * o.rows + row + r) * pixels + pixel);
+    });
+  };
+  snows::multiply(o, panels, bias, activation);
+}
 
 at::Tensor sparse_conv2d(const at::Tensor& input, const at::Tensor& values, const at::Tensor& codes, const std::optional<at::Tensor>& bias_,
                          at::IntArrayRef shape, int64_t n, int64_t m, at::IntArrayRef stride, at::IntArrayRef padding,
@@ -47,44 +148,76 @@ at::Tensor sparse_conv2d(const at::Tensor& input, const at::Tensor& values, cons
   const at::Tensor bias = bias_.has_value() ? bias_->contiguous() : at::Tensor();
   const at::Tensor order = order_.has_value() ? *order_ : snows::kernel_order(values, codes, shape, n, m);
   const at::Tensor x = input.contiguous();
-  if (order.numel() == 0 || input.scalar_type() != at::kFloat)
-    return snows::activate(at::conv2d(x, snows::unpack(values, codes, shape, n, m), bias_, stride, padding, dilation), activation).contiguous();
-
-  Shape s{x.size(1), x.size(2), x.size(3), shape[2], shape[3], 0, 0, stride[0], stride[1], padding[0], padding[1], dilation[0], dilation[1]};
+  Shape s{x.size(0), x.size(1), x.size(2), x.size(3), shape[2], shape[3], 0, 0, stride[0], stride[1], padding[0], padding[1], dilation[0], dilation[1]};
   s.out_h = (s.height + 2 * s.pad_h - (s.kernel_h - 1) * s.dilation_h - 1) / s.stride_h + 1;
   s.out_w = (s.width + 2 * s.pad_w - (s.kernel_w - 1) * s.dilation_w - 1) / s.stride_w + 1;
-  const int64_t rows = shape[0], pixels = s.out_h * s.out_w, plane = s.height * s.width;
-  at::Tensor y = at::empty({x.size(0), rows, s.out_h, s.out_w}, x.options());
+  const bool takes = order.numel() > 0 && input.scalar_type() == at::kFloat;
+  const bool one = s.kernel_h * s.kernel_w * s.stride_h * s.stride_w == 1 && s.pad_h + s.pad_w == 0;
+  const std::optional<Tiles> tiles = takes && !one ? choose(s, snows::Order::read(order)) : std::nullopt;
+  if (!takes || !(one || tiles))
+    return snows::activate(at::conv2d(x, snows::unpack(values, codes, shape, n, m), bias_, stride, padding, dilation), activation).contiguous();
+
+  const snows::Order o = snows::Order::read(order);
+  at::Tensor y = at::empty({x.size(0), shape[0], s.out_h, s.out_w}, x.options());
   const float* in = x.const_data_ptr<float>();
   float* out = y.mutable_data_ptr<float>();
-  snows::multiply(
-      snows::Order::read(order), x.size(0) * pixels, bias, activation,
-      [&](float* panel, int64_t first, int64_t count, int64_t panel_stride) {
-        std::vector<Span> spans;
-        for (int64_t tap = 0; tap < s.kernel_h * s.kernel_w; ++tap) {
-          s.spans(tap / s.kernel_w, tap % s.kernel_w, first, count, spans);
-          if (count % 16) spans.push_back({count, 16 - count % 16, -1});
-          float* to = panel + tap * s.channels * panel_stride;
-          for (int64_t c = 0; c < s.channels; ++c, to += panel_stride)
-            for (const Span& span : spans) {
-              const float* from = in + span.source + c * plane;
-              if (span.source < 0)
-                std::fill_n(to + span.at, span.count, 0.0f);
-              else if (s.stride_w == 1)
-                std::copy_n(from, span.count, to + span.at);
-              else
-                for (int64_t i = 0; i < span.count; ++i) to[span.at + i] = from[i * s.stride_w];
-            }
+  if (one) {
+    one_pixel(s, o, bias, activation, in, out);
+    return y;
+  }
+  const Tiles t = *tiles;
+  std::vector<uint16_t> line_of(s.kernel_h * s.kernel_w * o.block * o.vectors), lines(o.steps);
+  for (int64_t tap = 0; tap < s.kernel_h * s.kernel_w; ++tap)
+    for (int64_t c = 0; c < o.block; ++c)
+      line_of[(tap * o.block + c) * o.vectors] = static_cast<uint16_t>(
+          c * t.plane + tap / s.kernel_w * s.dilation_h * t.row + t.line(s, tap % s.kernel_w * s.dilation_w));
+  for (int64_t i = 0; i < o.steps; ++i) lines[i] = line_of[o.lines[i]];
+
+  const int64_t rows = shape[0], pixels = s.out_h * s.out_w, group_size = s.channels * t.plane * kLanes;
+  const int64_t for_all = parts(4 * at::get_num_threads(), t.h * t.strips);  // groups that give every thread something to do
+  const int64_t together = std::min(std::max(kNear / (group_size * 4), for_all), std::max<int64_t>(1, t.groups));
+  const at::Tensor memory = at::empty({together * group_size}, x.options());
+  float* arranged = memory.mutable_data_ptr<float>();
+  const std::vector<Corner> corner = corners(s, t);
+  // Strips of a row are stored together while their sums fit in the second-level cache: fewer cache lines are written twice.
+  const int64_t strips = std::clamp<int64_t>((128 << 10) / (std::min(rows, 2 * snows::Order::kChunk) * t.vectors * kLanes), 1, t.strips);
+  const int64_t across = parts(t.strips, strips);
+  for (int64_t first = 0; first < t.groups; first += together) {
+    const int64_t groups = std::min(together, t.groups - first);
+    at::parallel_for(0, groups * s.channels, 1, [&](int64_t begin, int64_t end) {
+      std::vector<float> scratch(kLanes * t.plane);
+      for (int64_t i = begin; i < end; ++i)
+        rearrange(s, t, in, corner.data() + (first + i / s.channels) * kLanes, i % s.channels, scratch.data(), arranged + i * t.plane * kLanes);
+    });
+    snows::Panels panels{groups * t.h * across, strips, t.vectors, 0, lines.data(), nullptr, nullptr};
+    panels.fill = [&](float*, int64_t panel, int64_t strip, int64_t block) {
+      const int64_t left = (panel % across * strips + strip) * t.vectors, row = panel / across % t.h, group = panel / across / t.h;
+      const int64_t line = (group * s.channels + block * o.block) * t.plane + row * s.stride_h * t.row + left;
+      return snows::Source{arranged + line * kLanes, std::clamp<int64_t>(t.w - left, 0, t.vectors)};
+    };
+    panels.store = [&](const float* sums, int64_t step, int64_t panel, int64_t row, int64_t many) {
+      const int64_t left = panel % across * strips * t.vectors, down = panel / across % t.h, group = first + panel / across / t.h;
+      const int64_t width = strips * t.vectors, stride = width + 8;
+      std::vector<float> pixels_of(kLanes * stride);
+      float* to[kLanes];
+      int64_t length[kLanes];
+      for (int64_t lane = 0; lane < kLanes; ++lane) {
+        const int64_t tile = group * kLanes + lane, image = tile / (t.down * t.across);
+        const int64_t h = tile / t.across % t.down * t.h + down, w = tile % t.across * t.w + left;
+        to[lane] = out + (image * rows + row) * pixels + h * s.out_w + w;
+        length[lane] = tile < t.count && h < s.out_h ? std::clamp<int64_t>(std::min(t.w - left, s.out_w - w), 0, width) : 0;
+      }
+      for (int64_t r = 0; r < many; ++r) {
+        for (int64_t strip = 0; strip < strips; ++strip) {  // 8 pixels, of which some may be the next row's: they are overwritten, or not copied
+          const int64_t vectors = std::clamp<int64_t>(t.w - left - strip * t.vectors, 0, t.vectors);
+          snows::transpose(sums + strip * step + r * 16 * vectors, kLanes, pixels_of.data() + strip * t.vectors, stride, 8, kLanes);
         }
-      },
-      [&](const float* sums, int64_t row, int64_t many, int64_t first, int64_t count, int64_t sums_stride) {
-        for (int64_t t = 0; t < count;) {
-          const int64_t image = (first + t) / pixels, pixel = (first + t) % pixels, length = std::min(pixels - pixel, count - t);
-          for (int64_t r = 0; r < many; ++r)
-            std::copy_n(sums + r * sums_stride + t, length, out + (image * rows + row + r) * pixels + pixel);
-          t += length;
-        }
-      });
+        for (int64_t lane = 0; lane < kLanes; ++lane)
+          if (length[lane] > 0) std::copy_n(pixels_of.data() + lane * stride, length[lane], to[lane] + r * pixels);
+      }
+    };
+    snows::multiply(o, panels, bias, activation);
+  }
   return y;
 }
 

@@ -1,4 +1,4 @@
-// Packed linear layer on the CPU: tokens transposed into panels, products of panels.h, sums transposed back.
+// Packed linear layer on the CPU: tokens transposed into panels, block by block, products of panels.h, sums transposed back.
 // Specification: snows/reference.py, sparse_linear.
 
 #include <ATen/ops/empty.h>
@@ -29,16 +29,25 @@ at::Tensor sparse_linear(const at::Tensor& input, const at::Tensor& values_, con
   if (tokens == 1 && snows::one_token(in, values.const_data_ptr<float>(), codes.const_data_ptr<uint8_t>(),
                                       bias.defined() ? bias.const_data_ptr<float>() : nullptr, out, rows, columns, n, m))
     return snows::activate(y, activation);
-  snows::multiply(
-      snows::Order::read(order), tokens, bias, activation,
-      [&](float* panel, int64_t first, int64_t count, int64_t stride) {
-        snows::transpose(in + first * columns, columns, panel, stride, count, columns);
-        const int64_t padded = (count + 15) / 16 * 16;
-        for (int64_t c = 0; c < columns && padded > count; ++c) std::fill(panel + c * stride + count, panel + c * stride + padded, 0.0f);
-      },
-      [&](const float* sums, int64_t row, int64_t many, int64_t first, int64_t count, int64_t stride) {
-        snows::transpose(sums, stride, out + first * rows + row, rows, many, count);
-      });
+  const snows::Order o = snows::Order::read(order);
+  constexpr int64_t kAhead = 4;             // blocks transposed at a time, into the second-level cache
+  const int64_t width = 16 * o.vectors;  // of a panel
+  snows::Panels panels{(tokens + width - 1) / width, 1, o.vectors, kAhead * o.block * width, o.lines, nullptr, nullptr};
+  panels.fill = [&](float* scratch, int64_t panel, int64_t, int64_t block) {
+    const int64_t first = panel * width, count = std::min(width, tokens - first), padded = (count + 15) / 16 * 16;
+    float* const to = scratch + block % kAhead * o.block * width;
+    if (block % kAhead > 0) return snows::Source{to, padded / 16};
+    const int64_t column = block * o.block, many = std::min(kAhead * o.block, columns - column);
+    for (int64_t t = 0; t < count; t += 16)  // the processor fetches ahead in 16 long rows, in more it loses its thread
+      snows::transpose(in + (first + t) * columns + column, columns, scratch + t, width, std::min<int64_t>(16, count - t), many);
+    for (int64_t c = 0; c < many && padded > count; ++c) std::fill(scratch + c * width + count, scratch + c * width + padded, 0.0f);
+    return snows::Source{to, padded / 16};
+  };
+  panels.store = [&](const float* sums, int64_t, int64_t panel, int64_t row, int64_t many) {
+    const int64_t first = panel * width, count = std::min(width, tokens - first);
+    snows::transpose(sums, (count + 15) / 16 * 16, out + first * rows + row, rows, many, count);
+  };
+  snows::multiply(o, panels, bias, activation);
   return y;
 }
 
