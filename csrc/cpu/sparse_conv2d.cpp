@@ -68,7 +68,7 @@ std::optional<Tiles> choose(const Shape& s, const snows::Order& o) {
   for (int64_t down = 1; down <= std::min(s.out_h, 64L); ++down)
     for (int64_t across = 1; across <= std::min(s.out_w, 64L); ++across) {
       const Tiles t(s, down, across, o.vectors);
-      // Measured: what a strip's sums cost, and what it costs to rearrange a line for the near caches and for memory.
+      // A rough model: what a strip's sums cost, and what it costs to rearrange a line within the near caches and through memory.
       const bool near = s.channels * t.plane * kLine <= kNear;
       const double products = weights * t.h * (t.w + 0.7 * t.strips), moves = (near ? 80.0 : 185.0) * t.plane;
       const double work = t.groups * (products + moves);
