@@ -106,7 +106,10 @@ void rearrange(const Shape& s, const Tiles& t, const float* in, const Corner* co
         std::fill(row + end, row + t.row, 0.0f);
       } else {
         std::fill_n(row, t.row, 0.0f);
-        for (int64_t x = begin; x < end; ++x) row[t.line(s, x)] = from[x];
+        for (int64_t x = begin; x < std::min(end, begin + s.stride_w); ++x) {  // one remainder modulo the stride after the other
+          float* to_line = row + t.line(s, x);
+          for (int64_t i = 0, at = x; at < end; ++i, at += s.stride_w) to_line[i] = from[at];
+        }
       }
     }
   }
@@ -147,21 +150,24 @@ at::Tensor sparse_conv2d(const at::Tensor& input, const at::Tensor& values, cons
                          at::IntArrayRef dilation, c10::string_view activation, const std::optional<at::Tensor>& order_) {
   const at::Tensor bias = bias_.has_value() ? bias_->contiguous() : at::Tensor();
   const at::Tensor order = order_.has_value() ? *order_ : snows::kernel_order(values, codes, shape, n, m);
+  const bool lone = shape[2] * shape[3] == 1 && padding[0] + padding[1] == 0;  // a kernel of one pixel reads only those it keeps
+  if (lone && stride[0] * stride[1] > 1)
+    return sparse_conv2d(input.slice(2, 0, std::nullopt, stride[0]).slice(3, 0, std::nullopt, stride[1]), values, codes, bias_, shape, n, m, {1, 1},
+                         padding, dilation, activation, order_);
   const at::Tensor x = input.contiguous();
   Shape s{x.size(0), x.size(1), x.size(2), x.size(3), shape[2], shape[3], 0, 0, stride[0], stride[1], padding[0], padding[1], dilation[0], dilation[1]};
   s.out_h = (s.height + 2 * s.pad_h - (s.kernel_h - 1) * s.dilation_h - 1) / s.stride_h + 1;
   s.out_w = (s.width + 2 * s.pad_w - (s.kernel_w - 1) * s.dilation_w - 1) / s.stride_w + 1;
   const bool takes = order.numel() > 0 && input.scalar_type() == at::kFloat;
-  const bool one = s.kernel_h * s.kernel_w * s.stride_h * s.stride_w == 1 && s.pad_h + s.pad_w == 0;
-  const std::optional<Tiles> tiles = takes && !one ? choose(s, snows::Order::read(order)) : std::nullopt;
-  if (!takes || !(one || tiles))
+  const std::optional<Tiles> tiles = takes && !lone ? choose(s, snows::Order::read(order)) : std::nullopt;
+  if (!takes || !(lone || tiles))
     return snows::activate(at::conv2d(x, snows::unpack(values, codes, shape, n, m), bias_, stride, padding, dilation), activation).contiguous();
 
   const snows::Order o = snows::Order::read(order);
   at::Tensor y = at::empty({x.size(0), shape[0], s.out_h, s.out_w}, x.options());
   const float* in = x.const_data_ptr<float>();
   float* out = y.mutable_data_ptr<float>();
-  if (one) {
+  if (lone) {
     one_pixel(s, o, bias, activation, in, out);
     return y;
   }
