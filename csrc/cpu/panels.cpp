@@ -226,6 +226,11 @@ Order Order::read(const at::Tensor& words) {
   return o;
 }
 
+float* Scratch::floats(int64_t count) {
+  if (static_cast<int64_t>(memory_.size()) < count + 16) memory_ = std::vector<float>(count + 16);
+  return reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(memory_.data()) + 63) / 64 * 64);
+}
+
 void transpose(const float* in, int64_t in_stride, float* out, int64_t out_stride, int64_t rows, int64_t columns) {
   int64_t row = 0, whole = 0;  // whole columns of the rows before `row` are done
 #ifdef SNOWS_X86
@@ -252,8 +257,8 @@ void multiply(const Order& o, const Panels& panels, const at::Tensor& bias, c10:
   const int64_t most = std::min(kTogether * Order::kChunk, o.rows) + 1;  // rows of sums; one more where their number is odd
   at::parallel_for(0, panels.count * shares, 1, [&](int64_t begin, int64_t end) {
     const int64_t step = most * 16 * panels.vectors;
-    const at::Tensor memory = at::empty({panels.strips * step + 128 + panels.scratch}, at::kFloat);
-    float* sums = memory.mutable_data_ptr<float>();  // this and scratch are aligned to a cache line: no load straddles two
+    static thread_local Scratch memory;
+    float* sums = memory.floats(panels.strips * step + 128 + panels.scratch);  // and with it scratch aligned: no load straddles two cache lines
     float* scratch = sums + panels.strips * step + 128;
     std::vector<float> starts(most);
     for (int64_t item = begin; item < end; ++item) {

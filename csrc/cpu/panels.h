@@ -65,6 +65,15 @@ struct Panels {
   std::function<void(const float* sums, int64_t step, int64_t panel, int64_t row, int64_t rows)> store;
 };
 
+// Memory that a thread keeps from call to call, so that it is in a near cache and no page of it is new.
+class Scratch {
+ public:
+  float* floats(int64_t count);  // at least so many, aligned to a cache line
+
+ private:
+  std::vector<float> memory_;
+};
+
 // Over all panels: fill, multiply, add the bias, apply the activation, store.
 void multiply(const Order& order, const Panels& panels, const at::Tensor& bias, c10::string_view activation);
 

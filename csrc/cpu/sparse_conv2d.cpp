@@ -182,8 +182,8 @@ at::Tensor sparse_conv2d(const at::Tensor& input, const at::Tensor& values, cons
   const int64_t rows = shape[0], pixels = s.out_h * s.out_w, group_size = s.channels * t.plane * kLanes;
   const int64_t for_all = parts(4 * at::get_num_threads(), t.h * t.strips);  // groups that give every thread something to do
   const int64_t together = std::min(std::max(kNear / (group_size * 4), for_all), std::max<int64_t>(1, t.groups));
-  const at::Tensor memory = at::empty({together * group_size}, x.options());
-  float* arranged = memory.mutable_data_ptr<float>();
+  static thread_local snows::Scratch memory;
+  float* arranged = memory.floats(together * group_size);
   const std::vector<Corner> corner = corners(s, t);
   // Strips of a row are stored together while their sums fit in the second-level cache: fewer cache lines are written twice.
   const int64_t strips = std::clamp<int64_t>((128 << 10) / (std::min(rows, 2 * snows::Order::kChunk) * t.vectors * kLanes), 1, t.strips);
