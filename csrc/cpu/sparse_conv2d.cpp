@@ -46,9 +46,12 @@ at::Tensor sparse_conv2d(const at::Tensor& input, const at::Tensor& values, cons
                          at::IntArrayRef dilation, c10::string_view activation, const std::optional<at::Tensor>& order_) {
   const at::Tensor bias = bias_.has_value() ? bias_->contiguous() : at::Tensor();
   const at::Tensor order = order_.has_value() ? *order_ : snows::kernel_order(values, codes, shape, n, m);
-  const at::Tensor x = input.contiguous();
+  const auto last = at::MemoryFormat::ChannelsLast;
+  const auto format = input.is_contiguous(last) && !input.is_contiguous() ? last : at::MemoryFormat::Contiguous;
   if (order.numel() == 0 || input.scalar_type() != at::kFloat)
-    return snows::activate(at::conv2d(x, snows::unpack(values, codes, shape, n, m), bias_, stride, padding, dilation), activation).contiguous();
+    return snows::activate(at::conv2d(input.contiguous(format), snows::unpack(values, codes, shape, n, m), bias_, stride, padding, dilation),
+                           activation).contiguous(format);
+  const at::Tensor x = input.contiguous();
 
   Shape s{x.size(1), x.size(2), x.size(3), shape[2], shape[3], 0, 0, stride[0], stride[1], padding[0], padding[1], dilation[0], dilation[1]};
   s.out_h = (s.height + 2 * s.pad_h - (s.kernel_h - 1) * s.dilation_h - 1) / s.stride_h + 1;
@@ -85,7 +88,7 @@ at::Tensor sparse_conv2d(const at::Tensor& input, const at::Tensor& values, cons
           t += length;
         }
       });
-  return y;
+  return y.contiguous(format);
 }
 
 }  // namespace
