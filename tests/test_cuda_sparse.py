@@ -315,8 +315,9 @@ class TestOnGPU:
 
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize(("tokens", "out", "width"), [
-        (0, 64, 64), (1, 1024, 4096), (16, 1000, 4096), (7, 33, 67), (197, 768, 3072), (197 * 8, 3072, 768), (197 * 64, 768, 768),
-        (5000, 1031, 1000), (300, 10, 770), (129, 4096, 32),
+        (0, 64, 64), (7, 33, 67), (16, 200, 1024), (300, 10, 770), (129, 512, 32), (130, 136, 328),
+        *(pytest.param(*sizes, id=f"large {sizes}") for sizes in (
+            (1, 1024, 4096), (16, 1000, 4096), (197, 768, 3072), (197 * 8, 3072, 768), (197 * 64, 768, 768), (5000, 1031, 1000))),
     ])
     def test_linear(self, device, dtype, tokens, out, width):
         weight, packed = sparse_weight(out, width, dtype=dtype)
@@ -332,10 +333,11 @@ class TestOnGPU:
 
     @pytest.mark.parametrize("last", [False, True])
     @pytest.mark.parametrize("dtype", DTYPES)
-    @pytest.mark.parametrize(("input_shape", "weight_shape", "settings"), [case[:3] for case in CONV] + [
-        ((8, 256, 14, 14), (256, 3, 3), ((1, 1), (1, 1), (1, 1))), ((64, 64, 56, 56), (64, 3, 3), ((2, 2), (1, 1), (1, 1))),
-        ((4, 3, 64, 64), (64, 7, 7), ((2, 2), (3, 3), (1, 1))), ((16, 512, 7, 7), (512, 1, 1), ((1, 1), (0, 0), (1, 1))),
-        ((0, 8, 9, 9), (8, 3, 3), ((1, 1), (1, 1), (1, 1))),
+    @pytest.mark.parametrize(("input_shape", "weight_shape", "settings"), [
+        *(case[:3] for case in CONV), ((0, 8, 9, 9), (8, 3, 3), ((1, 1), (1, 1), (1, 1))),
+        *(pytest.param(*sizes, id=f"large {sizes}") for sizes in (
+            ((8, 256, 14, 14), (256, 3, 3), ((1, 1), (1, 1), (1, 1))), ((64, 64, 56, 56), (64, 3, 3), ((2, 2), (1, 1), (1, 1))),
+            ((4, 3, 64, 64), (64, 7, 7), ((2, 2), (3, 3), (1, 1))), ((16, 512, 7, 7), (512, 1, 1), ((1, 1), (0, 0), (1, 1))))),
     ])
     def test_convolution(self, device, dtype, input_shape, weight_shape, settings, last):
         weight, packed = sparse_weight(weight_shape[0], input_shape[1], *weight_shape[1:], dtype=dtype)
