@@ -115,7 +115,8 @@ at::Tensor sparse_conv2d(const at::Tensor& input, const at::Tensor& values, cons
   int64_t size[2];
   for (int i = 0; i < 2; ++i) size[i] = (input.size(2 + i) + 2 * padding[i] - (shape[2 + i] - 1) * dilation[i] - 1) / stride[i] + 1;
   const int64_t pixels = input.size(0) * size[0] * size[1], reach = std::max(input.size(2) + 2 * padding[0], input.size(3) + 2 * padding[1]);
-  if (order.numel() == 0 || !small(pixels) || reach >= -snows::Pixels<true>::OUTSIDE)
+  const int64_t patch = ((shape[2] * dilation[0] + 1) * input.size(3) + shape[3] * dilation[1]) * shape[1];  // from its first number to its last
+  if (order.numel() == 0 || !small(pixels) || !small(patch) || reach >= -snows::Pixels<true>::OUTSIDE)
     return snows::activate(at::conv2d(input.contiguous(format), snows::unpack(values, codes, shape, n, m), bias, stride, padding, dilation),
                            activation).contiguous(format);
   const at::Tensor x = input.contiguous(last);

@@ -15,12 +15,12 @@ struct Pixels {
   static constexpr bool WIDE = Wide;  // channels % 8 == 0 and x on 16 bytes
   static constexpr int OUTSIDE = -(1 << 30);
 
-  struct Row {  // an output pixel: its image's first pixel, and where in it the kernel begins
-    int64_t image;
+  struct Row {  // an output pixel: where in its image the kernel begins, perhaps outside
+    const uint16_t* begin;
     int h, w;
   };
   struct Column {  // of a patch: from where the kernel begins to this tap
-    int h, w, channel;
+    int offset, h, w;
   };
 
   const uint16_t* x;  // (images, height, width, channels)
@@ -31,19 +31,19 @@ struct Pixels {
     return {x, pixels, channels, height, width, kernel_h, kernel_w, out_h, out_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w};
   }
   __device__ Row row(int n) const {
-    if (n >= pixels) return {0, OUTSIDE, 0};
+    if (n >= pixels) return {x, OUTSIDE, 0};
     const int image = n / (out_h * out_w), pixel = n % (out_h * out_w);
-    return {int64_t(image) * height * width, pixel / out_w * stride_h - pad_h, pixel % out_w * stride_w - pad_w};
+    const int h = pixel / out_w * stride_h - pad_h, w = pixel % out_w * stride_w - pad_w;
+    return {x + ((int64_t(image) * height + h) * width + w) * channels, h, w};
   }
   __device__ Column column(int k) const {
-    const int tap = k / channels, h = tap / kernel_w;
-    return {h < kernel_h ? h * dilation_h : OUTSIDE, (tap - h * kernel_w) * dilation_w, k - tap * channels};
+    const int tap = k / channels, up = tap / kernel_w, h = up * dilation_h, w = (tap - up * kernel_w) * dilation_w;
+    return {(h * width + w) * channels + k - tap * channels, up < kernel_h ? h : OUTSIDE, w};
   }
-  __device__ const uint16_t* at(const Row& row, const Column& column) const {
-    const int h = row.h + column.h, w = row.w + column.w;
-    if (h < 0 || h >= height || w < 0 || w >= width) return nullptr;
-    return x + (row.image + int64_t(h) * width + w) * channels + column.channel;
+  __device__ bool there(const Row& row, const Column& column) const {
+    return unsigned(row.h + column.h) < unsigned(height) && unsigned(row.w + column.w) < unsigned(width);  // below zero is beyond
   }
+  __device__ const uint16_t* at(const Row& row, const Column& column) const { return row.begin + column.offset; }
 };
 
 }  // namespace snows

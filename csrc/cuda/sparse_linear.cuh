@@ -17,9 +17,10 @@ struct Tokens {
 
   Tokens<false> narrow() const { return {x, tokens, columns}; }
 
-  __device__ Row row(int n) const { return n < tokens ? x + int64_t(n) * columns : nullptr; }
+  __device__ Row row(int n) const { return x + int64_t(n < tokens ? n : tokens - 1) * columns; }
   __device__ Column column(int k) const { return k; }
-  __device__ const uint16_t* at(Row row, Column k) const { return row != nullptr && k < columns ? row + k : nullptr; }
+  __device__ bool there(Row, Column k) const { return k < columns; }
+  __device__ const uint16_t* at(Row row, Column k) const { return row + k; }
 };
 
 }  // namespace snows

@@ -66,20 +66,20 @@ __device__ void finish(const Product<T>& p, int n, int m, float (&v)[8]) {
 template <typename Input>
 __device__ void fetch(const Input& input, Line* to, const typename Input::Row& row, int k, const typename Input::Column& column) {
   if constexpr (Input::WIDE) {
-    const uint16_t* from = input.at(row, column);
-    copy_async(to, from != nullptr ? from : input.x, from != nullptr);
+    copy_async(to, input.at(row, column), input.there(row, column));
   } else {
     Line line = {};
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
-      const uint16_t* from = input.at(row, input.column(k + j));
-      if (from != nullptr) line.word[j / 2] |= uint32_t(*from) << 16 * (j % 2);
+      const auto one = input.column(k + j);
+      if (input.there(row, one)) line.word[j / 2] |= uint32_t(*input.at(row, one)) << 16 * (j % 2);
     }
     *to = line;
   }
 }
 
-// `Input` finds the numbers: row(n) is computed once, column(k) once a step, and at(row, column) is an address, or null for a zero.
+// `Input` finds the numbers: row(n) is computed once, column(k) once a step; at(row, column) is their address, if they are there(row,
+// column), else they count as zeros. Tokens beyond the last may be any: they are not stored.
 // WIDE: eight consecutive columns from a multiple of eight are one line in memory, or all zeros.
 template <typename T, typename S, typename Input>
 __device__ void sparse_product(const Product<T>& p, const Input& input) {
@@ -96,29 +96,37 @@ __device__ void sparse_product(const Product<T>& p, const Input& input) {
   for (int n = thread; n < S::N; n += S::THREADS) tokens[n] = input.row(n0 + n);
   __syncthreads();
 
-  auto stage_of = [&](int step) { return memory + (step - first) % S::STAGES * S::LINES; };
-  auto fill = [&](int step) {
-    if (step < last) {
-      Line* const stage = stage_of(step);
-      for (int i = thread; i < S::A_LINES; i += S::THREADS) {
-        const int i_tile = m0 / TILE + i / (2 * TILE_LINES), tile = i_tile < down ? i_tile : down - 1;  // rows beyond are not stored
-        copy_async(stage + i, p.order + (int64_t(tile) * steps + step) * (2 * TILE_LINES) + i % (2 * TILE_LINES));
-      }
-      const int part = thread % 8, k = 2 * TILE * step + 8 * part;
+  // What a thread copies of every step: of one tile row of the weights, and of every (THREADS / 8)-th token, whose line stands alike.
+  constexpr int SHARE = S::THREADS / (S::M / TILE), EVERY = S::THREADS / 8;
+  static_assert(SHARE >= 32 && EVERY % 8 == 0 && S::N % EVERY == 0);
+  const int own = thread % SHARE, own_tile = thread / SHARE, part = thread % 8, token = thread / 8;
+  const int tile = m0 / TILE + own_tile < down ? m0 / TILE + own_tile : down - 1;  // rows beyond are not stored
+  const Line* from = p.order + (int64_t(tile) * steps + first) * (2 * TILE_LINES) + own;
+  const int to_a = own_tile * 2 * TILE_LINES + own, to_b = S::A_LINES + 8 * token + (part ^ token % 8);
+  int k = 2 * TILE * first + 8 * part;  // of the next step to be copied; so are its stage and how many are left
+  int filling = 0, left = last - first;
+  auto fill = [&] {
+    if (left > 0) {
+      Line* const stage = memory + filling * S::LINES;
+#pragma unroll
+      for (int i = 0; i < 2 * TILE_LINES; i += SHARE)
+        if (i + SHARE <= 2 * TILE_LINES || own < 2 * TILE_LINES - i) copy_async(stage + to_a + i, from + i);
       const auto column = input.column(k);
-      for (int n = thread / 8; n < S::N; n += S::THREADS / 8)
-        fetch(input, stage + S::A_LINES + 8 * n + (part ^ n % 8), tokens[n], k, column);
+#pragma unroll
+      for (int i = 0; i < S::N / EVERY; ++i) fetch(input, stage + to_b + i * S::THREADS, tokens[token + i * EVERY], k, column);
+      from += 2 * TILE_LINES, k += 2 * TILE, --left;
+      filling = filling + 1 < S::STAGES ? filling + 1 : 0;
     }
     commit();  // an empty group at the end, so that their number is right
   };
 
   float sum[S::WM / TILE][2][S::WN / 8][4] = {};
-  for (int s = 0; s < S::STAGES - 1; ++s) fill(first + s);
-  for (int step = first; step < last; ++step) {
+  for (int s = 0; s < S::STAGES - 1; ++s) fill();
+  for (int step = first, reading = 0; step < last; ++step, reading = reading + 1 < S::STAGES ? reading + 1 : 0) {
     wait<S::STAGES - 2>();
     __syncthreads();  // the step's lines of all threads are there, and the last step's have been read
-    fill(step + S::STAGES - 1);
-    const Line *a = stage_of(step) + warp_m / TILE * 2 * TILE_LINES, *b = stage_of(step) + S::A_LINES + 8 * warp_n;
+    fill();
+    const Line *a = memory + reading * S::LINES + warp_m / TILE * 2 * TILE_LINES, *b = memory + reading * S::LINES + S::A_LINES + 8 * warp_n;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       Line values[S::WM / TILE][2];

@@ -100,7 +100,7 @@ inline void copy_async(Line* to, const void* from, bool there = true) {
     const uintptr_t offset = reinterpret_cast<uintptr_t>(p) - reinterpret_cast<uintptr_t>(base);
     return offset + sizeof(Line) <= bytes && offset < bytes;
   };
-  if (!on_16(from) || !on_16(to)) emulation::fail("cp.async of a line not on 16 bytes");
+  if ((there && !on_16(from)) || !on_16(to)) emulation::fail("cp.async of a line not on 16 bytes");
   if (!within(to, emulation::shared.data(), emulation::shared.size() * sizeof(Line))) emulation::fail("cp.async beyond shared memory");
   bool inside = !there;
   for (const auto& [base, bytes] : emulation::readable) inside |= within(from, base, bytes);
