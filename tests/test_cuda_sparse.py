@@ -266,7 +266,7 @@ def disassembler():
 
 
 PRODUCT = "template __global__ void snows::sparse_product_kernel<{0}, snows::{1}, snows::{2}>(snows::Product<{0}>, snows::{2});"
-MOST = {"Large": 255, "Medium": 128, "Small": 96}  # registers: 256 threads of Large, 512 of Medium on a processor
+MOST = {"Large": 255, "Medium": 102, "Small": 80}  # registers, of 65,536: two blocks of Large, five of Medium on a processor
 SOME = [("__nv_bfloat16", "Large", "Tokens<true>"), ("__half", "Small", "Tokens<true>"), ("__half", "Medium", "Pixels<true>")]
 REST = [("__nv_bfloat16", "Large", "Pixels<true>"), ("__half", "Large", "Tokens<true>"), ("__half", "Medium", "Tokens<false>"),
         ("__nv_bfloat16", "Medium", "Pixels<false>")]
