@@ -48,11 +48,12 @@ def steps(out: Path) -> list[Step]:
     plan += [
         Step(f"benchmark {x.stem}", [PYTHON, "-m", "pytest", "-q", str(x.relative_to(ROOT)), f"--benchmark-json={out / x.stem}.json"], 300,
              out / f"{x.stem}.json")
-        for x in sorted((ROOT / "bench").glob("kernels*.py"))
+        for x in [*sorted((ROOT / "bench").glob("kernels*.py")), ROOT / "bench" / "products.py"]
     ]
     sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     for tool in TOOLS:
-        command = [sanitizer, "--tool", tool, "--error-exitcode", "9", PYTHON, "-m", "pytest", "-q", "-m", "gpu", "tests/test_cuda.py"]
+        command = [sanitizer, "--tool", tool, "--error-exitcode", "9", PYTHON, "-m", "pytest", "-q", "-m", "gpu", "-k", "not large",
+                   "tests/test_cuda.py", "tests/test_cuda_sparse.py"]
         plan.append(Step(f"sanitizer {tool}", command, 180))
     plan.append(Step("all tests", tests("all-tests"), 600, out / "all-tests.xml"))
     return plan

@@ -556,7 +556,7 @@ def sparse_conv2d(
         order: what `kernel_order` made of the weight.
 
     Returns:
-        (images, out, output height, output width), or without images as the input; contiguous.
+        (images, out, output height, output width), or without images as the input; contiguous, channels last where the input is.
 
     Raises:
         ValueError: the input's dimensions, channels or dtype are not the weight's, it is smaller than the kernel, or

@@ -634,7 +634,10 @@ def sparse_conv2d(
         order: the weight in the order of a kernel, which the reference does not read.
 
     Returns:
-        (images, out, output height, output width), contiguous.
+        (images, out, output height, output width), contiguous: channels last where the input is.
     """
     weight = unpack(values, codes, shape, n, m)
-    return activate(F.conv2d(input.contiguous(), weight, bias, stride, padding, dilation), activation).contiguous()
+    last = input.is_contiguous(memory_format=torch.channels_last) and not input.is_contiguous()
+    layout = torch.channels_last if last else torch.contiguous_format
+    output = F.conv2d(input.contiguous(memory_format=layout), weight, bias, stride, padding, dilation)
+    return activate(output, activation).contiguous(memory_format=layout)

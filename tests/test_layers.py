@@ -135,6 +135,12 @@ def test_convolution_of_views_one_image_and_none():
         assert sparse(x).shape == dense(x).shape
         assert error(sparse(x), dense, x) < 2e-6
     assert sparse(torch.randn(0, 8, 9, 9)).shape == (0, 6, 9, 9)
+    last = torch.randn(2, 8, 9, 9).contiguous(memory_format=torch.channels_last)
+    for dtype in (torch.float32, torch.bfloat16):  # by a kernel, by the reference
+        assert sparse.to(dtype)(last.to(dtype)).is_contiguous(memory_format=torch.channels_last)
+        assert sparse(last.to(dtype).contiguous()).is_contiguous()
+    weight = (sparse.values, sparse.codes, sparse.bias, sparse.shape, 2, 4)
+    torch.library.opcheck(torch.ops.snows.sparse_conv2d.default, (last.bfloat16(), *weight, (1, 1), (1, 1), (1, 1), "none", sparse.order))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])

@@ -150,10 +150,13 @@ at::Tensor sparse_conv2d(const at::Tensor& input, const at::Tensor& values, cons
                          at::IntArrayRef dilation, c10::string_view activation, const std::optional<at::Tensor>& order_) {
   const at::Tensor bias = bias_.has_value() ? bias_->contiguous() : at::Tensor();
   const at::Tensor order = order_.has_value() ? *order_ : snows::kernel_order(values, codes, shape, n, m);
+  const auto last = at::MemoryFormat::ChannelsLast;
+  const auto format = input.is_contiguous(last) && !input.is_contiguous() ? last : at::MemoryFormat::Contiguous;
   const bool lone = shape[2] * shape[3] == 1 && padding[0] + padding[1] == 0;  // a kernel of one pixel reads only those it keeps
-  if (lone && stride[0] * stride[1] > 1)
-    return sparse_conv2d(input.slice(2, 0, std::nullopt, stride[0]).slice(3, 0, std::nullopt, stride[1]), values, codes, bias_, shape, n, m, {1, 1},
-                         padding, dilation, activation, order_);
+  if (lone && stride[0] * stride[1] > 1) {
+    const at::Tensor kept = input.slice(2, 0, std::nullopt, stride[0]).slice(3, 0, std::nullopt, stride[1]).contiguous();
+    return sparse_conv2d(kept, values, codes, bias_, shape, n, m, {1, 1}, padding, dilation, activation, order_).contiguous(format);
+  }
   const at::Tensor x = input.contiguous();
   Shape s{x.size(0), x.size(1), x.size(2), x.size(3), shape[2], shape[3], 0, 0, stride[0], stride[1], padding[0], padding[1], dilation[0], dilation[1]};
   s.out_h = (s.height + 2 * s.pad_h - (s.kernel_h - 1) * s.dilation_h - 1) / s.stride_h + 1;
@@ -161,7 +164,8 @@ at::Tensor sparse_conv2d(const at::Tensor& input, const at::Tensor& values, cons
   const bool takes = order.numel() > 0 && input.scalar_type() == at::kFloat;
   const std::optional<Tiles> tiles = takes && !lone ? choose(s, snows::Order::read(order)) : std::nullopt;
   if (!takes || !(lone || tiles))
-    return snows::activate(at::conv2d(x, snows::unpack(values, codes, shape, n, m), bias_, stride, padding, dilation), activation).contiguous();
+    return snows::activate(at::conv2d(input.contiguous(format), snows::unpack(values, codes, shape, n, m), bias_, stride, padding, dilation),
+                           activation).contiguous(format);
 
   const snows::Order o = snows::Order::read(order);
   at::Tensor y = at::empty({x.size(0), shape[0], s.out_h, s.out_w}, x.options());
@@ -169,7 +173,7 @@ at::Tensor sparse_conv2d(const at::Tensor& input, const at::Tensor& values, cons
   float* out = y.mutable_data_ptr<float>();
   if (lone) {
     one_pixel(s, o, bias, activation, in, out);
-    return y;
+    return y.contiguous(format);
   }
   const Tiles t = *tiles;
   std::vector<uint16_t> line_of(s.kernel_h * s.kernel_w * o.block * o.vectors), lines(o.steps);
@@ -224,7 +228,7 @@ at::Tensor sparse_conv2d(const at::Tensor& input, const at::Tensor& values, cons
     };
     snows::multiply(o, panels, bias, activation);
   }
-  return y;
+  return y.contiguous(format);
 }
 
 }  // namespace

@@ -58,13 +58,16 @@ __device__ void load(const T* from, Wide<T> (&out)[N]) {
 
 template <int N, typename T>
 __device__ void store(T* to, const Wide<T> (&in)[N]) {
-  if constexpr (N == WIDTH<T>) {
-    T part[N];
+  if constexpr (N % WIDTH<T> == 0) {
 #pragma unroll
-    for (int j = 0; j < N; ++j) part[j] = narrow<T>(in[j]);
-    Line line;
-    memcpy(&line, part, sizeof line);
-    *reinterpret_cast<Line*>(to) = line;
+    for (int i = 0; i < N; i += WIDTH<T>) {
+      T part[WIDTH<T>];
+#pragma unroll
+      for (int j = 0; j < WIDTH<T>; ++j) part[j] = narrow<T>(in[i + j]);
+      Line line;
+      memcpy(&line, part, sizeof line);
+      *reinterpret_cast<Line*>(to + i) = line;
+    }
   } else {
 #pragma unroll
     for (int i = 0; i < N; ++i) to[i] = narrow<T>(in[i]);

@@ -1,13 +1,17 @@
 // Enough of CUDA to run the kernels of csrc/cuda on a CPU as they stand: a block is an OS thread, its threads are fibres that
-// change hands at a barrier alone. One thread after the other runs up to each barrier, so that a barrier too few shows.
+// change hands at a barrier alone, or where the 32 of a warp meet. One warp after the other runs up to each barrier, from the first
+// or from the last, so that a barrier too few shows.
 
 #pragma once
 
 #include <ucontext.h>
 
+#include <algorithm>
 #include <condition_variable>
 #include <cmath>
 #include <cstdint>
+#include <cstdio>
+#include <cstdlib>
 #include <functional>
 #include <mutex>
 #include <thread>
@@ -28,13 +32,22 @@ inline thread_local Index threadIdx, blockIdx, blockDim, gridDim;
 
 namespace emulation {
 
+constexpr unsigned WARP = 32;
+enum State { RUNS, AT_BARRIER, IN_WARP, ENDED };
+
 struct Block {
   std::vector<ucontext_t> fibres;
-  std::vector<char> ended;
+  std::vector<State> states;
   ucontext_t scheduler;
   std::function<void()> body;
 };
 inline thread_local Block block;
+inline bool backwards;  // the last warp runs first
+
+[[noreturn]] inline void fail(const char* why) {
+  std::fprintf(stderr, "emulation: block %u, thread %u: %s\n", blockIdx.x, threadIdx.x, why);
+  std::abort();
+}
 
 inline std::mutex mutex;
 inline std::condition_variable arrived;
@@ -42,16 +55,37 @@ inline unsigned waiting, passed;
 
 inline void enter() {
   block.body();
-  block.ended[threadIdx.x] = 1;
+  block.states[threadIdx.x] = ENDED;
 }
 
-// Every fibre runs to its next barrier, in order, until all have ended.
+inline void leave(State state) {
+  const unsigned self = threadIdx.x;
+  block.states[self] = state;
+  swapcontext(&block.fibres[self], &block.scheduler);
+}
+
+// Run a warp's threads, in order, until each has ended or waits at a barrier.
+inline void run_warp(unsigned warp) {
+  const unsigned first = warp * WARP, end = std::min(first + WARP, blockDim.x);
+  for (bool ran = true; ran;) {
+    ran = false;
+    for (unsigned t = first; t < end; ++t)
+      while (block.states[t] == RUNS) {
+        ran = true;
+        threadIdx.x = t;
+        swapcontext(&block.scheduler, &block.fibres[t]);
+      }
+  }
+  for (unsigned t = first; t < end; ++t)
+    if (block.states[t] == IN_WARP) fail("a part of its warp waits for the rest");
+}
+
 inline void run_block() {
-  const unsigned threads = blockDim.x;
+  const unsigned threads = blockDim.x, warps = (threads + WARP - 1) / WARP;
   constexpr size_t STACK = 1 << 16;
   std::vector<char> stacks(threads * STACK);
   block.fibres.assign(threads, {});
-  block.ended.assign(threads, 0);
+  block.states.assign(threads, RUNS);
   for (unsigned t = 0; t < threads; ++t) {
     ucontext_t& fibre = block.fibres[t];
     getcontext(&fibre);
@@ -61,22 +95,16 @@ inline void run_block() {
     makecontext(&fibre, enter, 0);
   }
   for (bool left = true; left;) {
+    for (unsigned w = 0; w < warps; ++w) run_warp(backwards ? warps - 1 - w : w);
     left = false;
-    for (unsigned t = 0; t < threads; ++t) {
-      if (block.ended[t]) continue;
-      threadIdx.x = t;
-      swapcontext(&block.scheduler, &block.fibres[t]);
-      left |= !block.ended[t];
-    }
+    for (State& state : block.states)
+      if (state == AT_BARRIER) state = RUNS, left = true;
   }
 }
 
 }  // namespace emulation
 
-inline void __syncthreads() {
-  const unsigned self = threadIdx.x;
-  swapcontext(&emulation::block.fibres[self], &emulation::block.scheduler);
-}
+inline void __syncthreads() { emulation::leave(emulation::AT_BARRIER); }
 
 inline uint32_t atomicOr(uint32_t* to, uint32_t bits) {
   const uint32_t before = *to;
