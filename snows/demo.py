@@ -99,8 +99,8 @@ def run(out: Path, console: Console) -> list[dict[str, object]]:
             count = sum(not x.reason for x in found.layers)
             if count:
                 files.save(packed, packed_path)
-            row |= {"dense ms": found.dense_ms, "packed ms": found.sparse_ms, "times as fast": found.dense_ms / found.sparse_ms,
-                    "packed layers": f"{count} of {len(found.layers)}",
+            row |= {"dense ms": found.dense_ms, "packed ms": found.sparse_ms, "ratio": found.dense_ms / found.sparse_ms,
+                    "packed": f"{count} of {len(found.layers)}",
                     "MB": path.stat().st_size / 1e6, "packed MB": packed_path.stat().st_size / 1e6 if count else "",
                     "accuracy": measure(packed, name).top1}
             rows.append(row)
@@ -122,7 +122,7 @@ def run(out: Path, console: Console) -> list[dict[str, object]]:
 
 
 PRUNED = ("network", "pattern", "dense", "magnitude", "magnitude + statistics", "snows", "divergence", "seconds")
-DEPLOYED = ("network", "pattern", "packed layers", "dense ms", "packed ms", "times as fast", "MB", "packed MB", "accuracy")
+DEPLOYED = ("network", "pattern", "packed", "dense ms", "packed ms", "ratio", "MB", "packed MB", "accuracy")
 
 
 def table(rows: list[dict[str, object]], columns: tuple[str, ...]) -> Table:
