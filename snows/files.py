@@ -145,6 +145,7 @@ def _described(module: SparseLinear | SparseConv2d) -> dict[str, Any]:
     entry: dict[str, Any] = {"pattern": str(module.pattern), "shape": list(module.shape), "activation": module.activation}
     if isinstance(module, SparseConv2d):
         entry |= {key: value if isinstance(value := getattr(module, key), str) else list(value) for key in CONVOLUTION}
+        entry["innermost"] = module.innermost
     return entry
 
 
@@ -222,6 +223,8 @@ def _filled(net: nn.Module, layers: dict[str, Any], tensors: dict[str, Tensor], 
         packed = Packed(tensors.pop(f"{name}.values"), tensors.pop(f"{name}.codes"), parse_pattern(entry["pattern"]),
                         tuple(entry["shape"]))
         settings: dict[str, Any] = {key: value if isinstance(value := entry[key], str) else tuple(value) for key in CONVOLUTION if key in entry}
+        if "innermost" in entry:
+            settings["innermost"] = entry["innermost"] is True
         kind: Any = SparseLinear if len(packed.shape) == 2 else SparseConv2d
         try:
             layer = kind(packed, tensors.pop(f"{name}.bias", None), activation=entry["activation"], **settings)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from snows import ops, packing
+from snows import ops, packing, reference
 from snows.packing import Packed
 from snows.sparsity import NM, Unstructured
 
@@ -159,6 +159,8 @@ class SparseConv2d(_Sparse):
         dilation: as for `nn.Conv2d`.
         padding_mode: as for `nn.Conv2d`.
         activation: None, "relu" or "gelu" (by erf), applied to the output.
+        innermost: bring the input of 16 images or a multiple of it into a layout with the images innermost in memory, which
+            the output keeps, and element-wise functions too: the fastest on a CPU, where nothing converts in between.
 
     Raises:
         ValueError: they do not belong together.
@@ -167,7 +169,7 @@ class SparseConv2d(_Sparse):
     def __init__(
         self, packed: Packed, bias: Tensor | None = None, stride: int | tuple[int, int] = 1,
         padding: int | tuple[int, int] | str = 0, dilation: int | tuple[int, int] = 1, padding_mode: PaddingMode = "zeros",
-        activation: Activation = None,
+        activation: Activation = None, innermost: bool = False,
     ) -> None:
         if len(packed.shape) != 4:
             raise ValueError(f"SparseConv2d: expected a packed weight of (out, in, kernel height, kernel width), got {packed.shape}")
@@ -175,7 +177,7 @@ class SparseConv2d(_Sparse):
         dense = nn.Conv2d(packed.shape[1], packed.shape[0], packed.shape[2:], stride, padding, dilation,
                           padding_mode=padding_mode, device="meta")  # it validates, and writes every setting as a pair
         self.out_channels, self.in_channels, *_ = packed.shape
-        self.kernel_size = packed.shape[2:]
+        self.kernel_size, self.innermost = packed.shape[2:], innermost
         self.stride, self.padding, self.dilation, self.padding_mode = dense.stride, dense.padding, dense.dilation, padding_mode
         # F.pad's order: left, right, top, bottom. One op pads with zeros on both sides alike; anything else is padded before.
         left, right, top, bottom = dense._reversed_padding_repeated_twice
@@ -218,6 +220,8 @@ class SparseConv2d(_Sparse):
         if any(self._before):
             mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
             input = F.pad(input, self._before, mode)
+        if self.innermost and input.ndim == 4 and input.shape[0] % 16 == 0 and not reference.images_innermost(input):
+            input = reference.innermost_images(input)
         return ops.sparse_conv2d(
             input, self.values, self.codes, self.bias, self.shape, *self.packed.group,
             self.stride, self._inside, self.dilation, self.activation or "none", self._kernel_order())

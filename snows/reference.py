@@ -613,6 +613,16 @@ def sparse_linear(
     return activate(F.linear(input, unpack(values, codes, shape, n, m), bias), activation).contiguous()
 
 
+def images_innermost(x: Tensor) -> bool:
+    """Whether an (images, channels, height, width) tensor lies in memory as (channels, height, width, images), 16 or a multiple of it."""
+    return x.ndim == 4 and not x.is_contiguous() and x.stride(0) == 1 and x.permute(1, 2, 3, 0).is_contiguous() and x.shape[0] % 16 == 0
+
+
+def innermost_images(x: Tensor) -> Tensor:
+    """The same values, so laid out."""
+    return x.flatten(1).t().contiguous().view(*x.shape[1:], x.shape[0]).permute(3, 0, 1, 2)
+
+
 def sparse_conv2d(
     input: Tensor, values: Tensor, codes: Tensor, bias: Tensor | None, shape: list[int], n: int, m: int,
     stride: list[int], padding: list[int], dilation: list[int], activation: str = "none", order: Tensor | None = None,
@@ -634,9 +644,11 @@ def sparse_conv2d(
         order: the weight in the order of a kernel, which the reference does not read.
 
     Returns:
-        (images, out, output height, output width), contiguous: channels last where the input is.
+        (images, out, output height, output width), contiguous, or channels last or images innermost where the input is.
     """
     weight = unpack(values, codes, shape, n, m)
+    if images_innermost(input):
+        return innermost_images(activate(F.conv2d(input, weight, bias, stride, padding, dilation), activation))
     last = input.is_contiguous(memory_format=torch.channels_last) and not input.is_contiguous()
     layout = torch.channels_last if last else torch.contiguous_format
     output = F.conv2d(input.contiguous(memory_format=layout), weight, bias, stride, padding, dilation)

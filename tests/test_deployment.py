@@ -254,7 +254,7 @@ def test_the_faster_one_stays_and_the_network_as_a_whole_decides(monkeypatch):
     net, x = masked(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 12), nn.Linear(12, 4))), torch.randn(3, 8)
     monkeypatch.setattr(SparseLinear, "kernel", "native")
 
-    def race(runs, seconds, whole=(3.0, 2.0, 2.5), layers=iter([[2.0, 1.0], [1.0, 1.1], [1.0, 0.9]])):  # noqa: B008
+    def race(runs, seconds, whole=(3.0, 2.5, 2.0), layers=iter([[2.0, 1.0], [1.0, 1.1], [1.0, 0.9]])):  # noqa: B008
         return list(whole) if len(runs) == 3 else next(layers)
 
     monkeypatch.setattr(deployment, "_race", race)
@@ -264,7 +264,7 @@ def test_the_faster_one_stays_and_the_network_as_a_whole_decides(monkeypatch):
     assert (deployed.report.dense_ms, deployed.report.sparse_ms) == (3.0, 2.0)
 
     again = [[2.0, 1.0], [1.0, 1.1], [1.0, 0.9]]
-    monkeypatch.setattr(deployment, "_race", lambda runs, seconds: [3.0, 2.0, 1.5] if len(runs) == 3 else again.pop(0))
+    monkeypatch.setattr(deployment, "_race", lambda runs, seconds: [3.0, 1.5, 2.0] if len(runs) == 3 else again.pop(0))
     deployed = snows.deploy(net, x, progress=False)
     assert [type(m) for m in deployed] == [nn.Linear] * 3
     assert deployed.report.sparse_ms == 1.5

@@ -82,7 +82,7 @@ def test_the_file_is_plain_safetensors_of_the_packed_size(chain):
         content = json.loads(file.metadata()["snows"])
     assert names == {"first.values", "first.codes", "first.bias", "second.values", "second.codes", "second.bias"}
     assert content["layers"]["first"] == {"pattern": "2:4", "shape": [8, 4, 3, 3], "activation": "relu", "stride": [1, 1],
-                                          "padding": [1, 1], "dilation": [1, 1], "padding_mode": "zeros"}
+                                          "padding": [1, 1], "dilation": [1, 1], "padding_mode": "zeros", "innermost": False}
     assert sorted(content["identities"]) == ["act", "first_norm", "last_act", "second_norm"]
     assert content["version"] == 1
 

@@ -127,6 +127,29 @@ def test_convolution_against_float64(text, settings):
         assert error(fused(x), dense, x, "gelu") < 2e-6
 
 
+@pytest.mark.parametrize("pattern", [NM(2, 4), NM(1, 4), Unstructured(0.9)], ids=str)
+@pytest.mark.parametrize(("images", "channels", "size", "kernel", "stride", "padding", "dilation"), [
+    (16, 8, (9, 7), 3, 1, 1, 1), (32, 8, (9, 7), 3, 2, 1, 1), (48, 16, (20, 33), (3, 5), (1, 2), (1, 2), (2, 1)),
+    (16, 8, (7, 7), 1, 1, 0, 1), (32, 8, (7, 8), 1, 2, 0, 1), (16, 4, (56, 56), 3, 1, 1, 1), (16, 4, (5, 5), 3, 1, 4, 1),
+])
+def test_images_innermost_stay_so(pattern, images, channels, size, kernel, stride, padding, dilation):
+    conv = nn.Conv2d(channels, 12, kernel, stride, padding, dilation)
+    conv.weight.data *= pattern.mask(conv.weight.data.abs())
+    sparse = SparseConv2d.from_dense(conv, pattern, activation="relu")
+    x = torch.randn(images, channels, *size)
+    laid = reference.innermost_images(x)
+    assert torch.equal(laid, x)
+    assert laid.stride()[0] == 1
+    with torch.no_grad():
+        want, found = conv.double()(x.double()).relu(), sparse(laid)
+        assert found.permute(1, 2, 3, 0).is_contiguous()
+        assert ((found - want).norm() / want.norm()).item() < 2e-6
+        sparse.innermost = True  # brings its input into the layout
+        assert torch.equal(sparse(x), found)
+        assert sparse(x[:3]).is_contiguous()  # too few
+        assert torch.equal(sparse(x[:3]), SparseConv2d.from_dense(conv.float(), pattern, activation="relu")(x[:3]))
+
+
 def test_convolution_of_views_one_image_and_none():
     dense = sparsify(nn.Conv2d(8, 6, 3, padding=1), NM(2, 4))
     sparse = SparseConv2d.from_dense(dense)

@@ -1,7 +1,8 @@
 // Packed convolution on the CPU, without unfolding. The output is cut into tiles of equal size, whole images or parts of them,
 // and 16 tiles are computed side by side: where the input of 16 tiles stands pixel by pixel, one vector for each, a tap of
 // the kernel is nothing but a distance in memory, and every load is aligned. A panel is a few pixels in a row of 16 tiles.
-// Padding, stride and dilation happen when the input is rearranged. Specification: snows/reference.py, sparse_conv2d.
+// Padding, stride and dilation happen when the input is rearranged. Where images are innermost in memory, 16 of them at the
+// same place are such tiles as they stand, and nothing is transposed. Specification: snows/reference.py, sparse_conv2d.
 
 #include <ATen/Parallel.h>
 #include <ATen/ops/conv2d.h>
@@ -9,6 +10,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <cstring>
 #include <limits>
 #include <vector>
 
@@ -24,6 +26,7 @@ int64_t parts(int64_t whole, int64_t part) { return (whole + part - 1) / part; }
 struct Shape {
   int64_t images, channels, height, width, kernel_h, kernel_w, out_h, out_w;
   int64_t stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
+  int64_t inner;  // 1, or so many images innermost: then `images` counts blocks of 16
 };
 
 struct Tiles {
@@ -37,7 +40,7 @@ struct Tiles {
   Tiles(const Shape& s, int64_t down_, int64_t across_, int64_t most) {
     h = parts(s.out_h, down_), w = parts(s.out_w, across_);
     down = parts(s.out_h, h), across = parts(s.out_w, w);
-    count = s.images * down * across, groups = parts(count, kLanes);
+    count = s.images * down * across, groups = s.inner > 1 ? count : parts(count, kLanes);
     strips = parts(w, most), vectors = parts(w, strips);
     in_h = (h - 1) * s.stride_h + (s.kernel_h - 1) * s.dilation_h + 1;
     phase = parts((w - 1) * s.stride_w + (s.kernel_w - 1) * s.dilation_w + 1, s.stride_w);
@@ -70,7 +73,7 @@ std::optional<Tiles> choose(const Shape& s, const snows::Order& o) {
       const Tiles t(s, down, across, o.vectors);
       // A rough model: what a strip's sums cost, and what it costs to rearrange a line within the near caches and through memory.
       const bool near = s.channels * t.plane * kLine <= kNear;
-      const double products = weights * t.h * (t.w + 0.7 * t.strips), moves = (near ? 80.0 : 185.0) * t.plane;
+      const double products = weights * t.h * (t.w + 0.7 * t.strips), moves = (s.inner > 1 ? 30.0 : near ? 80.0 : 185.0) * t.plane;
       const double work = t.groups * (products + moves);
       if (work < least && o.block * (t.plane + 64) <= 65536) least = work, best = t;
     }
@@ -84,7 +87,7 @@ struct Corner {  // of a tile's input; no image for tiles that there are not
 
 std::vector<Corner> corners(const Shape& s, const Tiles& t) {
   std::vector<Corner> all;
-  for (int64_t tile = 0; tile < t.groups * kLanes; ++tile)
+  for (int64_t tile = 0; tile < (s.inner > 1 ? t.count : t.groups * kLanes); ++tile)
     all.push_back({tile < t.count ? tile / (t.down * t.across) : -1, tile / t.across % t.down * t.h * s.stride_h - s.pad_h,
                    tile % t.across * t.w * s.stride_w - s.pad_w});
   return all;
@@ -114,6 +117,26 @@ void rearrange(const Shape& s, const Tiles& t, const float* in, const Corner* co
     }
   }
   snows::transpose(scratch, t.plane, to, kLanes, kLanes, t.in_h * t.row);
+}
+
+// The same where images are innermost: one block of 16 images, line by line.
+void rearrange_lines(const Shape& s, const Tiles& t, const float* in, const Corner& corner, int64_t channel, float* to) {
+  const auto [block, top, left] = corner;
+  const int64_t begin = std::max<int64_t>(0, -left), end = std::max(begin, std::min(s.stride_w * t.phase, s.width - left));
+  for (int64_t y = 0; y < t.in_h; ++y, to += t.row * kLanes) {
+    if (top + y < 0 || top + y >= s.height || begin == end) {
+      std::fill_n(to, t.row * kLanes, 0.0f);
+      continue;
+    }
+    const float* from = in + ((channel * s.height + top + y) * s.width + left) * s.inner + block * kLanes;
+    if (begin > 0 || s.stride_w > 1 || end < t.row) std::fill_n(to, t.row * kLanes, 0.0f);
+    if (s.stride_w == 1 && s.inner == kLanes) {
+      std::copy(from + begin * kLanes, from + end * kLanes, to + begin * kLanes);
+      continue;
+    }
+    for (int64_t x = begin; x < std::min(end, begin + s.stride_w); ++x)
+      for (int64_t i = t.line(s, x), at = x; at < end; ++i, at += s.stride_w) std::memcpy(to + i * kLanes, from + at * s.inner, kLine);
+  }
 }
 
 // A kernel of one pixel, at every pixel: the images are matrices with a row for each channel, and panels are cut out of them.
@@ -152,28 +175,35 @@ at::Tensor sparse_conv2d(const at::Tensor& input, const at::Tensor& values, cons
   const at::Tensor order = order_.has_value() ? *order_ : snows::kernel_order(values, codes, shape, n, m);
   const auto last = at::MemoryFormat::ChannelsLast;
   const auto format = input.is_contiguous(last) && !input.is_contiguous() ? last : at::MemoryFormat::Contiguous;
+  const bool inner = input.size(0) % kLanes == 0 && input.permute({1, 2, 3, 0}).is_contiguous() && !input.is_contiguous();
+  const auto laid_out = [&](const at::Tensor& y) {  // as the input is
+    return inner ? y.permute({1, 2, 3, 0}).contiguous().permute({3, 0, 1, 2}) : y.contiguous(format);
+  };
   const bool lone = shape[2] * shape[3] == 1 && padding[0] + padding[1] == 0;  // a kernel of one pixel reads only those it keeps
   if (lone && stride[0] * stride[1] > 1) {
-    const at::Tensor kept = input.slice(2, 0, std::nullopt, stride[0]).slice(3, 0, std::nullopt, stride[1]).contiguous();
-    return sparse_conv2d(kept, values, codes, bias_, shape, n, m, {1, 1}, padding, dilation, activation, order_).contiguous(format);
+    const at::Tensor kept = laid_out(input.slice(2, 0, std::nullopt, stride[0]).slice(3, 0, std::nullopt, stride[1]));
+    return laid_out(sparse_conv2d(kept, values, codes, bias_, shape, n, m, {1, 1}, padding, dilation, activation, order_));
   }
-  const at::Tensor x = input.contiguous();
-  Shape s{x.size(0), x.size(1), x.size(2), x.size(3), shape[2], shape[3], 0, 0, stride[0], stride[1], padding[0], padding[1], dilation[0], dilation[1]};
+  const at::Tensor x = inner ? input : input.contiguous();
+  Shape s{x.size(0), x.size(1), x.size(2), x.size(3), shape[2], shape[3], 0, 0, stride[0], stride[1], padding[0], padding[1], dilation[0], dilation[1], 1};
+  if (inner) s.images /= kLanes, s.inner = x.size(0);
   s.out_h = (s.height + 2 * s.pad_h - (s.kernel_h - 1) * s.dilation_h - 1) / s.stride_h + 1;
   s.out_w = (s.width + 2 * s.pad_w - (s.kernel_w - 1) * s.dilation_w - 1) / s.stride_w + 1;
   const bool takes = order.numel() > 0 && input.scalar_type() == at::kFloat;
   const std::optional<Tiles> tiles = takes && !lone ? choose(s, snows::Order::read(order)) : std::nullopt;
   if (!takes || !(lone || tiles))
-    return snows::activate(at::conv2d(input.contiguous(format), snows::unpack(values, codes, shape, n, m), bias_, stride, padding, dilation),
-                           activation).contiguous(format);
+    return laid_out(snows::activate(
+        at::conv2d(input.contiguous(format), snows::unpack(values, codes, shape, n, m), bias_, stride, padding, dilation), activation));
 
   const snows::Order o = snows::Order::read(order);
-  at::Tensor y = at::empty({x.size(0), shape[0], s.out_h, s.out_w}, x.options());
+  at::Tensor y = inner ? at::empty({shape[0], s.out_h, s.out_w, s.inner}, x.options()).permute({3, 0, 1, 2})
+                       : at::empty({x.size(0), shape[0], s.out_h, s.out_w}, x.options());
   const float* in = x.const_data_ptr<float>();
   float* out = y.mutable_data_ptr<float>();
   if (lone) {
+    if (inner) s.images = 1, s.width *= s.inner;  // one wide image
     one_pixel(s, o, bias, activation, in, out);
-    return y.contiguous(format);
+    return inner ? y : y.contiguous(format);
   }
   const Tiles t = *tiles;
   std::vector<uint16_t> line_of(s.kernel_h * s.kernel_w * o.block * o.vectors), lines(o.steps);
@@ -196,7 +226,9 @@ at::Tensor sparse_conv2d(const at::Tensor& input, const at::Tensor& values, cons
     const int64_t groups = std::min(together, t.groups - first);
     at::parallel_for(0, groups * s.channels, 1, [&](int64_t begin, int64_t end) {
       std::vector<float> scratch(kLanes * t.plane);
-      for (int64_t i = begin; i < end; ++i)
+      for (int64_t i = begin; i < end && inner; ++i)
+        rearrange_lines(s, t, in, corner[first + i / s.channels], i % s.channels, arranged + i * t.plane * kLanes);
+      for (int64_t i = begin; i < end && !inner; ++i)
         rearrange(s, t, in, corner.data() + (first + i / s.channels) * kLanes, i % s.channels, scratch.data(), arranged + i * t.plane * kLanes);
     });
     snows::Panels panels{groups * t.h * across, strips, t.vectors, 0, lines.data(), nullptr, nullptr};
@@ -208,6 +240,17 @@ at::Tensor sparse_conv2d(const at::Tensor& input, const at::Tensor& values, cons
     panels.store = [&](const float* sums, int64_t step, int64_t panel, int64_t row, int64_t many) {
       const int64_t left = panel % across * strips * t.vectors, down = panel / across % t.h, group = first + panel / across / t.h;
       const int64_t width = strips * t.vectors, stride = width + 8;
+      if (inner) {
+        const int64_t block = group / (t.down * t.across), h = group / t.across % t.down * t.h + down, w = group % t.across * t.w + left;
+        const int64_t count = h < s.out_h ? std::clamp<int64_t>(std::min(t.w - left, s.out_w - w), 0, width) : 0;
+        for (int64_t r = 0; r < many; ++r)
+          for (int64_t x = 0; x < count; ++x) {
+            const int64_t strip = x / t.vectors, vectors = std::clamp<int64_t>(t.w - left - strip * t.vectors, 0, t.vectors);
+            std::memcpy(out + (((row + r) * s.out_h + h) * s.out_w + w + x) * s.inner + block * kLanes,
+                        sums + strip * step + (r * vectors + x % t.vectors) * kLanes, kLine);
+          }
+        return;
+      }
       std::vector<float> pixels_of(kLanes * stride);
       float* to[kLanes];
       int64_t length[kLanes];
@@ -228,7 +271,7 @@ at::Tensor sparse_conv2d(const at::Tensor& input, const at::Tensor& values, cons
     };
     snows::multiply(o, panels, bias, activation);
   }
-  return y.contiguous(format);
+  return inner ? y : y.contiguous(format);
 }
 
 }  // namespace

@@ -111,22 +111,26 @@ at::Tensor sparse_conv2d(const at::Tensor& input, const at::Tensor& values, cons
   const c10::cuda::CUDAGuard guard(input.device());
   const auto last = at::MemoryFormat::ChannelsLast;
   const auto format = input.is_contiguous(last) && !input.is_contiguous() ? last : at::MemoryFormat::Contiguous;
+  const bool inner = input.size(0) % 16 == 0 && input.permute({1, 2, 3, 0}).is_contiguous() && !input.is_contiguous();
+  const auto laid_out = [&](const at::Tensor& y) {  // as the input is
+    return inner ? y.permute({1, 2, 3, 0}).contiguous().permute({3, 0, 1, 2}) : y.contiguous(format);
+  };
   const at::Tensor order = order_of("sparse_conv2d", input, values, codes, shape, n, m, given);
   int64_t size[2];
   for (int i = 0; i < 2; ++i) size[i] = (input.size(2 + i) + 2 * padding[i] - (shape[2 + i] - 1) * dilation[i] - 1) / stride[i] + 1;
   const int64_t pixels = input.size(0) * size[0] * size[1], reach = std::max(input.size(2) + 2 * padding[0], input.size(3) + 2 * padding[1]);
   const int64_t patch = ((shape[2] * dilation[0] + 1) * input.size(3) + shape[3] * dilation[1]) * shape[1];  // from its first number to its last
   if (order.numel() == 0 || !small(pixels) || !small(patch) || reach >= -snows::Pixels<true>::OUTSIDE)
-    return snows::activate(at::conv2d(input.contiguous(format), snows::unpack(values, codes, shape, n, m), bias, stride, padding, dilation),
-                           activation).contiguous(format);
+    return laid_out(snows::activate(
+        at::conv2d(input.contiguous(format), snows::unpack(values, codes, shape, n, m), bias, stride, padding, dilation), activation));
   const at::Tensor x = input.contiguous(last);
   at::Tensor y = at::empty({input.size(0), shape[0], size[0], size[1]}, x.options(), last);
-  if (pixels == 0) return y.contiguous(format);
+  if (pixels == 0) return laid_out(y);
   const snows::Pixels<true> from{
       static_cast<const uint16_t*>(x.const_data_ptr()), int(pixels), int(shape[1]), int(x.size(2)), int(x.size(3)), int(shape[2]), int(shape[3]),
       int(size[0]), int(size[1]), int(stride[0]), int(stride[1]), int(padding[0]), int(padding[1]), int(dilation[0]), int(dilation[1])};
   multiply(order, bias, activation, y, shape[0], shape[1] * shape[2] * shape[3], pixels, from, on_lines(x, shape[1]));
-  return y.contiguous(format);
+  return laid_out(y);
 }
 
 }  // namespace
