@@ -41,22 +41,23 @@ def frozen(model, example):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--networks", default="torchvision:vit_b_16=2:4,torchvision:resnet50=1:4,zoo:resnet20=1:4,zoo:vit=1:4")
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--networks", default="torchvision:vit_b_16=2:4@8,torchvision:resnet50=1:4@8,torchvision:resnet50=1:4@16,"
+                        "zoo:resnet20=1:4@8,zoo:resnet20=1:4@64,zoo:vit=1:4@8,zoo:vit=1:4@64", help="source=pattern@images")
+    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     rows = []
     for entry in args.networks.split(","):
-        source, _, text = entry.partition("=")
-        x = torch.randn(args.batch, *((1, 28, 28) if source.startswith("zoo:") else (3, 224, 224)))
+        source, _, rest = entry.partition("=")
+        text, _, images = rest.partition("@")
+        x = torch.randn(int(images), *((1, 28, 28) if source.startswith("zoo:") else (3, 224, 224)))
         net = masked(source, snows.parse_pattern(text), x)
         deployed = snows.deploy(net, x)
         last = masked(source, snows.parse_pattern(text), x).to(memory_format=torch.channels_last)
         x_last = x.contiguous(memory_format=torch.channels_last) if source != "zoo:vit" else x
         runs = {"eager": (net, x), "eager channels last": (last, x_last), "torch.compile frozen": (frozen(net, x), x), "snows": (deployed, x)}
         wanted = outputs(net, as_inputs(x))
-        case = f"{source} {text}, {args.batch} images, {sum(not r.reason for r in deployed.report.layers)} of {len(deployed.report.layers)} packed"
+        case = f"{source} {text}, {images} images, {sum(not r.reason for r in deployed.report.layers)} of {len(deployed.report.layers)} packed"
         times = {name: [] for name in runs}
         with torch.no_grad():
             for name, (run, example) in runs.items():

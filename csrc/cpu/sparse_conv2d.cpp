@@ -87,9 +87,14 @@ struct Corner {  // of a tile's input; no image for tiles that there are not
 
 std::vector<Corner> corners(const Shape& s, const Tiles& t) {
   std::vector<Corner> all;
-  for (int64_t tile = 0; tile < (s.inner > 1 ? t.count : t.groups * kLanes); ++tile)
-    all.push_back({tile < t.count ? tile / (t.down * t.across) : -1, tile / t.across % t.down * t.h * s.stride_h - s.pad_h,
-                   tile % t.across * t.w * s.stride_w - s.pad_w});
+  auto add = [&](int64_t image, int64_t tile) {
+    all.push_back({image, tile / t.across * t.h * s.stride_h - s.pad_h, tile % t.across * t.w * s.stride_w - s.pad_w});
+  };
+  if (s.inner > 1)  // a group is a block of images; those of one tile side by side, as they are in memory
+    for (int64_t group = 0; group < t.groups; ++group) add(group % s.images, group / s.images);
+  else
+    for (int64_t tile = 0; tile < t.groups * kLanes; ++tile)
+      add(tile < t.count ? tile / (t.down * t.across) : -1, tile % (t.down * t.across));
   return all;
 }
 
@@ -119,23 +124,18 @@ void rearrange(const Shape& s, const Tiles& t, const float* in, const Corner* co
   snows::transpose(scratch, t.plane, to, kLanes, kLanes, t.in_h * t.row);
 }
 
-// The same where images are innermost: one block of 16 images, line by line.
-void rearrange_lines(const Shape& s, const Tiles& t, const float* in, const Corner& corner, int64_t channel, float* to) {
+// The same where images are innermost: `blocks` of 16 images from the corner's on, line by line, the next one's at `apart`.
+void rearrange_lines(const Shape& s, const Tiles& t, const float* in, const Corner& corner, int64_t blocks, int64_t channel, float* to, int64_t apart) {
   const auto [block, top, left] = corner;
   const int64_t begin = std::max<int64_t>(0, -left), end = std::max(begin, std::min(s.stride_w * t.phase, s.width - left));
   for (int64_t y = 0; y < t.in_h; ++y, to += t.row * kLanes) {
-    if (top + y < 0 || top + y >= s.height || begin == end) {
-      std::fill_n(to, t.row * kLanes, 0.0f);
-      continue;
-    }
+    const bool inside = top + y >= 0 && top + y < s.height && begin < end;
+    for (int64_t b = 0; b < blocks && !(inside && begin == 0 && end == t.row && s.stride_w == 1); ++b) std::fill_n(to + b * apart, t.row * kLanes, 0.0f);
+    if (!inside) continue;
     const float* from = in + ((channel * s.height + top + y) * s.width + left) * s.inner + block * kLanes;
-    if (begin > 0 || s.stride_w > 1 || end < t.row) std::fill_n(to, t.row * kLanes, 0.0f);
-    if (s.stride_w == 1 && s.inner == kLanes) {
-      std::copy(from + begin * kLanes, from + end * kLanes, to + begin * kLanes);
-      continue;
-    }
     for (int64_t x = begin; x < std::min(end, begin + s.stride_w); ++x)
-      for (int64_t i = t.line(s, x), at = x; at < end; ++i, at += s.stride_w) std::memcpy(to + i * kLanes, from + at * s.inner, kLine);
+      for (int64_t i = t.line(s, x), at = x; at < end; ++i, at += s.stride_w)
+        for (int64_t b = 0; b < blocks; ++b) std::memcpy(to + b * apart + i * kLanes, from + at * s.inner + b * kLanes, kLine);
   }
 }
 
@@ -222,33 +222,47 @@ at::Tensor sparse_conv2d(const at::Tensor& input, const at::Tensor& values, cons
   // Strips of a row are stored together while their sums fit in the second-level cache: fewer cache lines are written twice.
   const int64_t strips = std::clamp<int64_t>((128 << 10) / (std::min(rows, 2 * snows::Order::kChunk) * t.vectors * kLanes), 1, t.strips);
   const int64_t across = parts(t.strips, strips);
-  for (int64_t first = 0; first < t.groups; first += together) {
-    const int64_t groups = std::min(together, t.groups - first);
-    at::parallel_for(0, groups * s.channels, 1, [&](int64_t begin, int64_t end) {
-      std::vector<float> scratch(kLanes * t.plane);
-      for (int64_t i = begin; i < end && inner; ++i)
-        rearrange_lines(s, t, in, corner[first + i / s.channels], i % s.channels, arranged + i * t.plane * kLanes);
-      for (int64_t i = begin; i < end && !inner; ++i)
-        rearrange(s, t, in, corner.data() + (first + i / s.channels) * kLanes, i % s.channels, scratch.data(), arranged + i * t.plane * kLanes);
+  const int64_t blocks = inner ? std::min(together, s.images) : 1;  // of images that are worked on side by side
+  for (int64_t first = 0, groups; first < t.groups; first += groups) {
+    groups = inner && blocks < s.images ? std::min(blocks, s.images - first % s.images) : std::min(together / blocks * blocks, t.groups - first);
+    const int64_t abreast = std::min(blocks, groups);
+    at::parallel_for(0, inner ? s.channels : groups * s.channels, 1, [&](int64_t begin, int64_t end) {
+      std::vector<float> scratch(inner ? 0 : kLanes * t.plane);
+      for (int64_t i = begin; i < end; ++i)
+        if (inner)
+          for (int64_t group = 0; group < groups; group += abreast)
+            rearrange_lines(s, t, in, corner[first + group], abreast, i, arranged + (group * s.channels + i) * t.plane * kLanes, group_size);
+        else
+          rearrange(s, t, in, corner.data() + (first + i / s.channels) * kLanes, i % s.channels, scratch.data(), arranged + i * t.plane * kLanes);
     });
+    struct Place {
+      int64_t group, row, left;
+    };
+    const auto place = [&](int64_t panel) {  // panels that are written side by side follow each other
+      const int64_t rest = panel / abreast;
+      return Place{rest / across / t.h * abreast + panel % abreast, rest / across % t.h, rest % across * strips * t.vectors};
+    };
     snows::Panels panels{groups * t.h * across, strips, t.vectors, 0, lines.data(), nullptr, nullptr};
     panels.fill = [&](float*, int64_t panel, int64_t strip, int64_t block) {
-      const int64_t left = (panel % across * strips + strip) * t.vectors, row = panel / across % t.h, group = panel / across / t.h;
-      const int64_t line = (group * s.channels + block * o.block) * t.plane + row * s.stride_h * t.row + left;
+      const auto [group, row, start] = place(panel);
+      const int64_t left = start + strip * t.vectors, line = (group * s.channels + block * o.block) * t.plane + row * s.stride_h * t.row + left;
       return snows::Source{arranged + line * kLanes, std::clamp<int64_t>(t.w - left, 0, t.vectors)};
     };
     panels.store = [&](const float* sums, int64_t step, int64_t panel, int64_t row, int64_t many) {
-      const int64_t left = panel % across * strips * t.vectors, down = panel / across % t.h, group = first + panel / across / t.h;
-      const int64_t width = strips * t.vectors, stride = width + 8;
+      const auto [local, down, left] = place(panel);
+      const int64_t group = first + local, width = strips * t.vectors, stride = width + 8;
       if (inner) {
-        const int64_t block = group / (t.down * t.across), h = group / t.across % t.down * t.h + down, w = group % t.across * t.w + left;
+        const int64_t block = group % s.images, tile = group / s.images, h = tile / t.across * t.h + down, w = tile % t.across * t.w + left;
         const int64_t count = h < s.out_h ? std::clamp<int64_t>(std::min(t.w - left, s.out_w - w), 0, width) : 0;
-        for (int64_t r = 0; r < many; ++r)
-          for (int64_t x = 0; x < count; ++x) {
-            const int64_t strip = x / t.vectors, vectors = std::clamp<int64_t>(t.w - left - strip * t.vectors, 0, t.vectors);
-            std::memcpy(out + (((row + r) * s.out_h + h) * s.out_w + w + x) * s.inner + block * kLanes,
-                        sums + strip * step + (r * vectors + x % t.vectors) * kLanes, kLine);
+        for (int64_t r = 0; r < many; ++r) {
+          float* to_row = out + (((row + r) * s.out_h + h) * s.out_w + w) * s.inner + block * kLanes;
+          for (int64_t start = 0; start < count; start += t.vectors, sums += step) {
+            const int64_t vectors = std::min(t.w - left - start, t.vectors);
+            for (int64_t x = 0; x < std::min(vectors, count - start); ++x)
+              std::memcpy(to_row + (start + x) * s.inner, sums + (r * vectors + x) * kLanes, kLine);
           }
+          sums -= parts(count, t.vectors) * step;
+        }
         return;
       }
       std::vector<float> pixels_of(kLanes * stride);
