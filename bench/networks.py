@@ -9,8 +9,10 @@ checked against the masked dense one first.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import statistics
+import sys
 import time
 from pathlib import Path
 
@@ -21,6 +23,13 @@ import snows
 from snows.network import as_inputs
 from snows.rewriting import difference, outputs
 from snows.sources import load_model
+
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+with contextlib.suppress(ImportError):  # torchvision beside a CPU build of torch
+    from conftest import define_torchvision_schemas
+
+    define_torchvision_schemas()
 
 
 def masked(source: str, pattern: snows.NM | snows.Unstructured, example):

@@ -20,7 +20,8 @@ DIGITS = {"divergence": 5, "accuracy": 2, "top-1": 1, "top-5": 1, "agreement": 2
 LABELS = ("network", "pattern", "method", "layer")
 
 
-OURS = ("snows", *(f"{pattern}{layout}" for layout in ("", " innermost") for pattern in ("2:4", "1:4", "0.9")))  # implementations; all others are rivals
+# Implementations that are ours; all others are rivals.
+OURS = ("snows", *(f"{pattern}{layout}" for layout in ("", " innermost") for pattern in ("2:4", "1:4", "0.9")))
 
 
 def race(rows: list[dict]) -> str:
