@@ -24,7 +24,6 @@ from snows.network import as_inputs
 from snows.rewriting import difference, outputs
 from snows.sources import load_model
 
-
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 with contextlib.suppress(ImportError):  # torchvision beside a CPU build of torch
     from conftest import define_torchvision_schemas
