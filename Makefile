@@ -22,9 +22,11 @@ check: .venv/.test
 	@$(BIN)/mypy
 
 bench: .venv/.test
-	@for suite in kernels kernels_rows products layers; do \
-	  $(BIN)/python -m pytest -q bench/$$suite.py --benchmark-json=bench/results/cpu/$$suite.json || exit 1; done
+	@for group in linear conv2d-16 conv2d-1; do \
+	  $(BIN)/python bench/layers.py --group $$group --out bench/results/cpu/layers-$$group.json || exit 1; done
 	@$(BIN)/python bench/networks.py --out bench/results/cpu/networks.json
+	@for suite in kernels kernels_rows products; do \
+	  $(BIN)/python -m pytest -q bench/$$suite.py --benchmark-json=bench/results/cpu/$$suite.json || exit 1; done
 	@$(BIN)/python bench/report.py
 
 accuracy: .venv/.test

@@ -24,6 +24,10 @@ LABELS = ("network", "pattern", "method", "layer")
 OURS = ("snows", *(f"{pattern}{layout}" for layout in ("", " innermost") for pattern in ("2:4", "1:4", "0.9")))
 
 
+def milliseconds(x: float) -> str:
+    return f"{x:.3g}" if x < 1000 else f"{x:.0f}"
+
+
 def race(rows: list[dict]) -> str:
     """Markdown: one line a case, the milliseconds of each implementation, and how much faster ours are than the fastest rival."""
     names = list(dict.fromkeys(row["implementation"] for row in rows))
@@ -36,7 +40,7 @@ def race(rows: list[dict]) -> str:
     lines = ["| " + " | ".join(heads) + " |", "| --- |" + " ---: |" * (len(heads) - 1)]
     for case, found in cases.items():
         rivals = [row["median ms"] for name, row in found.items() if name not in ours]
-        cells = [f"{found[name]['median ms']:.3g}" if name in found else "" for name in names]
+        cells = [milliseconds(found[name]["median ms"]) if name in found else "" for name in names]
         cells += [f"{min(rivals) / found[name]['median ms']:.2f}" if rivals and name in found else "" for name in ours]
         cells += [f"{found[ours[0]][x]:.2f}" for x in shares]
         lines.append("| " + " | ".join([case, *cells]) + " |")

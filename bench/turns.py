@@ -1,0 +1,40 @@
+"""Implementations of one thing, timed in turns: a noisy moment of the machine meets all of them."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+
+
+def in_turns(case: str, runs: Mapping[str, Callable[[], object]], rounds: int, **more: object) -> list[dict[str, object]]:
+    """One row an implementation: quartiles of its milliseconds over `rounds`, after one run that does not count."""
+    taken: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in range(rounds + 1):
+        for name, run in runs.items():
+            wait()
+            began = time.perf_counter()
+            run()
+            wait()
+            if turn:
+                taken[name].append(1e3 * (time.perf_counter() - began))
+    heads = ("quarter ms", "median ms", "three quarters ms")
+    return [{"case": case, "implementation": name, "rounds": rounds, **more, **dict(zip(heads, statistics.quantiles(times, n=4), strict=True))}
+            for name, times in taken.items()]
+
+
+def wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def keep(path: Path | None, rows: list[dict[str, object]]) -> None:
+    """Write what was measured so far."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"torch": torch.__version__, "threads": torch.get_num_threads(),
+                                    "capability": torch.backends.cpu.get_cpu_capability(), "rows": rows}, indent=1) + "\n")
