@@ -185,10 +185,18 @@ def report(run: Annotated[Path, typer.Argument(help="the folder of a run")]) -> 
 RunArgument = Annotated[Path, typer.Argument(help="the folder of a run")]
 
 
+def _not_its_own(run: Path, out: Path) -> None:
+    """Refuse to write over what a run made."""
+    if out.resolve() in {(run / name).resolve() for name in ("model.safetensors", "masks.safetensors", "run.json", "report.json", SOURCE)}:
+        raise ValueError(f"--out: {out} is a file of the run itself; name another")
+
+
 def _load_run(run: Path, images: int) -> tuple[torch.nn.Module, torch.Tensor]:
     """A run's pruned network, and a batch of its images."""
     if not (run / SOURCE).is_file() or not (run / "model.safetensors").is_file():
         raise ValueError(f"{run} is not the folder of a finished run; expected {SOURCE} and model.safetensors there, from snows prune")
+    if files.is_packed(run / "model.safetensors"):
+        raise ValueError(f"{run / 'model.safetensors'} is packed; expected the pruned weights as snows prune wrote them there")
     try:
         source = json.loads((run / SOURCE).read_text())
         settings: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in source["processing"].items()}
@@ -219,6 +227,7 @@ def deploy_command(
         raise ValueError(f"--dtype: expected {', '.join(dtypes)}, got {dtype!r}")
     if batch_size < 1:
         raise ValueError(f"--batch-size: expected at least 1, got {batch_size}")
+    _not_its_own(run, out)
     net, example = _load_run(run, batch_size)
     deployed = snows.deploy(net, example, objective=cast(Literal["speed", "size"], objective), dtype=dtypes[dtype],
                             progress=err_console.is_terminal)
@@ -244,6 +253,8 @@ def bench(
         sizes = [0]
     if min(sizes) < 1:
         raise ValueError(f"--batch-sizes: expected numbers of at least 1 with commas between, got {batch_sizes!r}")
+    path = out or run / "bench.json"
+    _not_its_own(run, path)
     net, images = _load_run(run, max(sizes))
     rows = []
     for size in sizes:
@@ -253,7 +264,6 @@ def bench(
         out_console.print(table)
         out_console.print(found.summary(), *found.notes, sep="\n", highlight=False)
         rows.append(asdict(found))
-    path = out or run / "bench.json"
     write(path, (json.dumps({"torch": torch.__version__, "batches": rows}, indent=1) + "\n").encode())
     out_console.print(f"figures are in {path}", highlight=False)
 
@@ -267,6 +277,9 @@ def export(
     """Write a run's network for other runtimes and libraries."""
     if onnx is None and dense is None:
         raise ValueError("export: expected --onnx FILE or --dense FILE, got neither")
+    for path in (onnx, dense):
+        if path is not None:
+            _not_its_own(run, path)
     net, example = _load_run(run, 2)
     if dense is not None:
         write(dense, to_bytes(state(net)))

@@ -5,10 +5,12 @@ import re
 import numpy as np
 import pytest
 import torch
+from models import small
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+import snows
 from snows import cli, sources, zoo
 from snows.sources import Preprocessing, load_data, load_model
 
@@ -21,6 +23,12 @@ def run(monkeypatch, capsys, *args):
         cli.main()
     printed = capsys.readouterr()
     return caught.value.code or 0, re.sub(r"\x1b\[[0-9;]*m", "", printed.out + printed.err)
+
+
+def half(module):
+    """Every other weight of a Linear."""
+    if isinstance(module, nn.Linear):
+        module.weight.data[:, ::2] = 0
 
 
 def tiny():
@@ -230,6 +238,9 @@ def test_what_deploy_bench_and_export_refuse(monkeypatch, capsys, pruned, tmp_pa
         (["deploy", pruned, "--out", out, "--batch-size", 99], "asked for a batch of 99 images, but"),
         (["deploy", pruned, "--out", out, "--objective", "fast"], '"speed" or "size"'),
         (["deploy", pruned, "--out", tmp_path / "no" / "x", "--objective", "size"], "cannot be written"),
+        (["deploy", pruned, "--out", pruned / "model.safetensors"], "is a file of the run itself"),
+        (["bench", pruned, "--out", pruned / "run.json"], "is a file of the run itself"),
+        (["export", pruned, "--dense", pruned / "." / "model.safetensors"], "is a file of the run itself"),
         (["bench", pruned, "--batch-sizes", "1,two"], "--batch-sizes: expected numbers"),
         (["export", pruned], "got neither"),
         (["export", pruned, "--onnx", tmp_path / "no" / "x.onnx"], "could not be written"),
@@ -239,6 +250,12 @@ def test_what_deploy_bench_and_export_refuse(monkeypatch, capsys, pruned, tmp_pa
         assert sentence in text
         assert "Traceback" not in text
     assert not out.exists()
+    weights = (pruned / "model.safetensors").read_bytes()
+    snows.save(small(nn.Sequential(nn.Linear(4, 4)).apply(half).eval(), torch.randn(2, 4)), pruned / "model.safetensors")
+    code, text = run(monkeypatch, capsys, "export", pruned, "--dense", out)
+    assert code == 2
+    assert "is packed" in text
+    (pruned / "model.safetensors").write_bytes(weights)
     (pruned / "source.json").write_text("{}")
     code, text = run(monkeypatch, capsys, "deploy", pruned, "--out", out)
     assert code == 2
