@@ -24,7 +24,7 @@ from snows.report import render
 from snows.rewriting import Site, Trace, activations, difference, fold_normalisations, outputs, plain, substitute
 from snows.sparsity import NM
 
-ROUNDS, LAYER_SECONDS, NETWORK_SECONDS = 5, 0.3, 1.0  # at least so many runs, and for so long, to time a layer or a network
+ROUNDS, LAYER_SECONDS, NETWORK_SECONDS = 5, 0.15, 1.0  # at least so many runs, and for so long, to time a layer or a network
 
 # ---------------------------------------------------------------- the report
 
@@ -139,7 +139,7 @@ def deploy(
     Args:
         model: any module in evaluation mode with zeros in its weights, whoever pruned it; left as it was.
         example: one batch: a tensor, `(images, labels)` or a mapping of keyword inputs. Its shapes, device and layout are
-            what the choice is made for; a few hundred milliseconds are spent on each layer.
+            what the choice is made for; a few tenths of a second are spent on each layer.
         objective: "speed" keeps the faster of dense and packed; "size" packs whatever becomes smaller.
         dtype: of the result's weights and inputs; None keeps the model's.
         progress: show a progress bar.
