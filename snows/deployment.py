@@ -249,7 +249,7 @@ def _choose(
                   pattern=str(packed.pattern) if isinstance(packed.pattern, NM) else f"{100 * packed.pattern.sparsity:.1f} %")
     x = [_random(shape, stride, layer.weight) for shape, stride in site.inputs]
     laid = [innermost_images(a) for a in x] if innermost else x
-    key = (kind, tuple(layer.weight.shape), tuple(site.inputs), row.pattern, follow, getattr(mine, "stride", None), layer.weight.is_contiguous())
+    key = (kind, tuple(layer.weight.shape), tuple(site.inputs), row.pattern, follow, str(site.settings), layer.weight.is_contiguous())
     if key not in times:
         times[key] = tuple(_race([lambda: [mine(a) if activation is None else activation(mine(a)) for a in x],  # type: ignore[assignment]
                                   lambda: [packed(a) for a in laid]], LAYER_SECONDS))
