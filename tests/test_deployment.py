@@ -263,8 +263,18 @@ def test_the_faster_one_stays_and_the_network_as_a_whole_decides(monkeypatch):
     assert [row.reason for row in deployed.report.layers] == ["", "faster as it is", ""]
     assert (deployed.report.dense_ms, deployed.report.sparse_ms) == (3.0, 2.0)
 
-    again = [[2.0, 1.0], [1.0, 1.1], [1.0, 0.9]]
-    monkeypatch.setattr(deployment, "_race", lambda runs, seconds: [3.0, 1.5, 2.0] if len(runs) == 3 else again.pop(0))
+    def losing(*wholes):
+        whole, layers = iter(wholes), iter([[2.0, 1.0], [1.0, 1.1], [1.0, 0.9]])
+        return lambda runs, seconds: list(next(whole)) if len(runs) == 3 else next(layers)
+
+    monkeypatch.setattr(deployment, "_race", losing((3.0, 1.5, 2.0), (3.0, 1.5, 1.4)))  # faster with the layer that gains much alone
+    deployed = snows.deploy(net, x, progress=False)
+    assert [type(m) for m in deployed] == [SparseLinear, nn.Linear, nn.Linear]
+    assert [row.reason for row in deployed.report.layers][1:] == ["faster as it is", "less than 1.3 times as fast: the network was faster without it"]
+    assert deployed.report.sparse_ms == 1.4
+    assert not deployed.report.notes
+
+    monkeypatch.setattr(deployment, "_race", losing((3.0, 1.5, 2.0), (3.0, 1.5, 2.0)))
     deployed = snows.deploy(net, x, progress=False)
     assert [type(m) for m in deployed] == [nn.Linear] * 3
     assert deployed.report.sparse_ms == 1.5
