@@ -1,4 +1,4 @@
-"""Whole networks on the CPU: deployed, beside eager PyTorch and a frozen `torch.compile` of the dense network.
+"""Whole networks on the CPU: deployed, beside eager PyTorch and a frozen `torch.compile` of the dense network, and compiled likewise.
 
     python bench/networks.py --out bench/results/cpu/networks.json
 
@@ -62,7 +62,8 @@ def main() -> None:
         deployed = snows.deploy(net, x)
         last = copy.deepcopy(net).to(memory_format=torch.channels_last)
         x_last = x.contiguous(memory_format=torch.channels_last) if source != "zoo:vit" else x
-        runs = {"eager": (net, x), "eager channels last": (last, x_last), "torch.compile frozen": (frozen(net, x), x), "snows": (deployed, x)}
+        runs = {"eager": (net, x), "eager channels last": (last, x_last), "torch.compile frozen": (frozen(net, x), x),
+                "snows": (deployed, x), "snows, torch.compile frozen": (frozen(deployed, x), x)}
         wanted = outputs(net, as_inputs(x))
         case = f"{source} {text}, {images} images, {sum(not r.reason for r in deployed.report.layers)} of {len(deployed.report.layers)} packed"
         with torch.no_grad():

@@ -21,7 +21,7 @@ LABELS = ("network", "pattern", "method", "layer")
 
 
 # Implementations that are ours; all others are rivals.
-OURS = ("snows", *(f"{pattern}{layout}" for layout in ("", " innermost") for pattern in ("2:4", "1:4", "0.9")))
+OURS = ("snows", "snows, torch.compile frozen", *(f"{pattern}{layout}" for layout in ("", " innermost") for pattern in ("2:4", "1:4", "0.9")))
 
 
 def milliseconds(x: float) -> str:
