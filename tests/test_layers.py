@@ -372,7 +372,7 @@ for pattern in (NM(2, 4), NM(1, 4), NM(3, 8), Unstructured(0.9)):
     close(SparseConv2d(pack(w, None, pattern), stride=2, padding=1)(x), F.conv2d(x.double(), w.double(), stride=2, padding=1))
 print(torch.backends.cpu.get_cpu_capability())
 """
-    package = str(Path(ops.__file__).parents[1])
+    package = str(Path(ops.__file__).parents[2])
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True,
                           env={**os.environ, "ATEN_CPU_CAPABILITY": capability, "PYTHONPATH": package})
     assert done.returncode == 0, done.stderr
@@ -407,5 +407,5 @@ w *= NM(2, 4).mask(w.abs())
 assert (SparseLinear(pack(w, None, NM(2, 4)))(x) - x @ w.T).abs().max() < 1e-6
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True,
-                          env={**os.environ, "SNOWS_REFERENCE": "1", "PYTHONPATH": str(Path(ops.__file__).parents[1])})
+                          env={**os.environ, "SNOWS_REFERENCE": "1", "PYTHONPATH": str(Path(ops.__file__).parents[2])})
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-// The vector part of conjugate gradients on the CPU, single and batched. Specification: snows/reference.py, cg_update,
+// The vector part of conjugate gradients on the CPU, single and batched. Specification: snows/reference/cg.py, cg_update,
 // cg_direction and batched_cg_update. Each pass reads its vectors once; sums go by chunks of fixed size and then over those in
 // order, so that they do not depend on the number of threads.
 
@@ -14,7 +14,7 @@
 
 namespace {
 
-constexpr double RUNNING = 0, CONVERGED = 1, NEGATIVE_CURVATURE = 2, NOT_FINITE = 3;  // as in snows/reference.py
+constexpr double RUNNING = 0, CONVERGED = 1, NEGATIVE_CURVATURE = 2, NOT_FINITE = 3;  // as in snows/reference/cg.py
 
 struct State {  // the tensor's numbers, in order
   double status, iterations, rz, rr, bb;

@@ -1,5 +1,5 @@
 // N:M selection on the CPU: one pass over the scores, an entry's rank in its group by counting.
-// Reads rows * columns scores, writes as many bytes. Specification: snows/reference.py, nm_mask.
+// Reads rows * columns scores, writes as many bytes. Specification: snows/reference/masks.py, nm_mask.
 
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>

@@ -2,7 +2,7 @@
 // and 16 tiles are computed side by side: where the input of 16 tiles stands pixel by pixel, one vector for each, a tap of
 // the kernel is nothing but a distance in memory, and every load is aligned. A panel is a few pixels in a row of 16 tiles.
 // Padding, stride and dilation happen when the input is rearranged. Where images are innermost in memory, 16 of them at the
-// same place are such tiles as they stand, and nothing is transposed. Specification: snows/reference.py, sparse_conv2d.
+// same place are such tiles as they stand, and nothing is transposed. Specification: snows/reference/packed.py, sparse_conv2d.
 
 #include <ATen/Parallel.h>
 #include <ATen/ops/conv2d.h>

@@ -1,5 +1,5 @@
 // Packed linear layer on the CPU: tokens transposed into panels, block by block, products of panels.h, sums transposed back.
-// Specification: snows/reference.py, sparse_linear.
+// Specification: snows/reference/packed.py, sparse_linear.
 
 #include <ATen/ops/empty.h>
 #include <ATen/ops/linear.h>

@@ -1,5 +1,5 @@
 // One iteration of many conjugate gradients, one row each: everything but the product with the Gram matrix they share.
-// Specification: snows/reference.py, batched_cg_update.
+// Specification: snows/reference/cg.py, batched_cg_update.
 //
 // A block takes a row and reads it from memory once: of the second and third time, the cache answers. A row that is done
 // costs one load.

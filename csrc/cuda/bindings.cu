@@ -1,4 +1,4 @@
-// The kernels as implementations of the ops for CUDA tensors. Arguments come validated and contiguous from snows/ops.py.
+// The kernels as implementations of the ops for CUDA tensors. Arguments come validated and contiguous from snows/ops.
 
 #include "batched_cg.cuh"
 #include "cg.cuh"

@@ -1,4 +1,4 @@
-// The vector part of conjugate gradients, two cooperative launches an iteration. Specification: snows/reference.py, cg_update
+// The vector part of conjugate gradients, two cooperative launches an iteration. Specification: snows/reference/cg.py, cg_update
 // and cg_direction. Scalars live on the device, in `State`; once it says stop, nothing is written any more.
 //
 // A launch reduces, waits for all blocks, and goes over its vectors with the scalar: cg_update moves 8 words an entry
@@ -13,7 +13,7 @@
 
 namespace snows {
 
-enum Status { RUNNING, CONVERGED, NEGATIVE_CURVATURE, NOT_FINITE, ZERO };  // as in snows/reference.py
+enum Status { RUNNING, CONVERGED, NEGATIVE_CURVATURE, NOT_FINITE, ZERO };  // as in snows/reference/cg.py
 
 struct State {  // the tensor's numbers, in order
   double status, iterations, rz, rr, bb;

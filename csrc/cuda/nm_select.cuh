@@ -1,5 +1,5 @@
 // N:M selection in one pass: the mask as bytes, as bits, and 2:4's codes, whichever are asked for.
-// Specification: snows/reference.py, nm_mask and nm_select.
+// Specification: snows/reference/masks.py, nm_mask and nm_select.
 //
 // A thread ranks whole groups in registers, comparing every pair once, and the block collects the chosen bits of its tile in
 // shared memory; from there each output is written in order. Reads rows * columns scores; writes a byte for each (mask), or

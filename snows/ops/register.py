@@ -1,0 +1,144 @@
+"""The register: a schema and a reference for every op, and the kernels that run in the reference's place.
+
+The reference serves every device and is its own fake kernel; native kernels are registered over it for the devices
+they serve, and PyTorch's dispatcher chooses. `SNOWS_REFERENCE=1`, set before the import, leaves the kernels out.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from snows import derivatives, reference
+
+_library = torch.library.Library("snows", "DEF")
+_PACKED = "int[] shape, int n, int m"
+_LAST = 'str activation="none", Tensor? order=None'
+
+# Tensors that take gradients come first; of several results the first is the op's own, the others are kept for its derivatives.
+SCHEMAS = (
+    "nm_mask(Tensor scores, int n, int m) -> Tensor",
+    "nm_select(Tensor scores, int n, int m) -> (Tensor bits, Tensor codes)",
+    "cg_direction(Tensor(a!) p, Tensor r, Tensor z, Tensor(b!) state) -> ()",
+    "cg_update(Tensor(a!) x, Tensor(b!) r, Tensor p, Tensor Ap, Tensor(c!) state, float rtol) -> ()",
+    "batched_cg_update(Tensor(a!) x, Tensor(b!) r, Tensor(c!) p, Tensor(d!) rz, Tensor product, Tensor mask, Tensor inverse, Tensor target)"
+    " -> ()",
+    "masked(Tensor weight, Tensor bits) -> Tensor",
+    "gelu(Tensor x, str approximate) -> (Tensor, Tensor)",
+    "gelu_curve(Tensor x, Tensor g, str approximate) -> Tensor",
+    "affine_relu(Tensor x, Tensor scale, Tensor shift) -> Tensor",
+    "affine_relu_grad(Tensor g, Tensor y, Tensor scale) -> Tensor",
+    "layer_norm(Tensor x, Tensor? weight, Tensor? bias, SymInt[] shape, float eps) -> (Tensor, Tensor, Tensor)",
+    "layer_norm_grad(Tensor g, Tensor x, Tensor mean, Tensor rstd, Tensor? before, Tensor? after, SymInt[] shape) -> Tensor",
+    "layer_norm_curve(Tensor g, Tensor v, Tensor x, Tensor mean, Tensor rstd, Tensor? before, Tensor? after, SymInt[] shape) -> Tensor",
+    "attention(Tensor q, Tensor k, Tensor v, Tensor? bias, float scale, bool keep) -> (Tensor, Tensor)",
+    "attention_grad(Tensor g, Tensor q, Tensor k, Tensor v, Tensor out, Tensor kept, Tensor? bias, float scale) -> (Tensor, Tensor, Tensor)",
+    "attention_tangent(Tensor dq, Tensor dk, Tensor dv, Tensor q, Tensor k, Tensor v, Tensor out, Tensor kept, Tensor? bias, float scale)"
+    " -> Tensor",
+    "attention_curve(Tensor g, Tensor dq, Tensor dk, Tensor dv, Tensor q, Tensor k, Tensor v, Tensor out, Tensor kept, Tensor? bias,"
+    " float scale) -> (Tensor, Tensor, Tensor)",
+    f"unpack(Tensor values, Tensor codes, {_PACKED}) -> Tensor",
+    f"kernel_order(Tensor values, Tensor codes, {_PACKED}) -> Tensor",
+    f"sparse_linear(Tensor input, Tensor values, Tensor codes, Tensor? bias, {_PACKED}, {_LAST}) -> Tensor",
+    f"sparse_conv2d(Tensor input, Tensor values, Tensor codes, Tensor? bias, {_PACKED}, int[2] stride, int[2] padding, int[2] dilation,"
+    f" {_LAST}) -> Tensor",
+)
+OPS = tuple(schema.split("(")[0] for schema in SCHEMAS)
+
+for _schema, _name in zip(SCHEMAS, OPS, strict=True):
+    _library.define(_schema)
+    _library.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
+derivatives.register(_library)
+
+
+def _autocast(op: str, device: str) -> Callable[..., Tensor]:
+    """Under autocast a packed layer computes in its own precision and rounds its output to autocast's."""
+    key = getattr(torch._C.DispatchKey, f"Autocast{device}")
+
+    def cast(input: Tensor, values: Tensor, *rest: Any, **named: Any) -> Tensor:
+        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
+            output: Tensor = getattr(torch.ops.snows, op)(input.to(values.dtype), values, *rest, **named)
+            return output if values.dtype == torch.float64 else output.to(torch.get_autocast_dtype(device.lower()))
+
+    return cast
+
+
+for _op in ("sparse_linear", "sparse_conv2d"):
+    for _device in ("CPU", "CUDA"):
+        _library.impl(_op, _autocast(_op, _device), f"Autocast{_device}")
+
+
+def _load_native() -> str:
+    """Load the compiled kernels if they were built; say in one phrase what happened."""
+    if os.environ.get("SNOWS_REFERENCE") == "1":
+        return "left out by SNOWS_REFERENCE=1"
+    for path in sorted(Path(__file__).parents[1].glob("_native*.so")):
+        try:
+            torch.ops.load_library(str(path))
+        except OSError as error:
+            warnings.warn(f"snows: the native kernels in {path.name} do not load ({error}); "
+                          "the reference runs instead. Reinstall snows with the torch in use.", stacklevel=3)
+            return "built, but does not load"
+        return "loaded"
+    return "not built"
+
+
+native = _load_native()
+
+TRITON = {  # file in kernels/ -> the ops in it
+    "masked": ("masked",),
+    "gelu": ("gelu", "gelu_curve"),
+    "affine_relu": ("affine_relu", "affine_relu_grad"),
+    "layer_norm": ("layer_norm", "layer_norm_grad", "layer_norm_curve"),
+    "attention": ("attention", "attention_grad", "attention_tangent"),
+}
+
+
+def from_triton(file: str, name: str) -> Callable[..., Any]:
+    """The op's launcher, imported when it is first called; the reference takes what the kernel does not."""
+
+    def call(*args: Any) -> Any:
+        kernel = importlib.import_module(f"snows.kernels.{file}")
+        old = torch.cuda.get_device_capability(args[0].device) < (8, 0)
+        large = any(isinstance(x, Tensor) and x.numel() >= 2**31 for x in args)
+        run = reference if old or large or not kernel.takes(*args) else kernel
+        with torch.cuda.device_of(args[0]):
+            return getattr(run, name)(*args)
+
+    return call
+
+
+def _register_triton() -> str:
+    """Register the Triton kernels for CUDA where both are there; say in one phrase what happened."""
+    if os.environ.get("SNOWS_REFERENCE") == "1":
+        return "left out by SNOWS_REFERENCE=1"
+    if torch.version.cuda is None:
+        return "not for this build of torch"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    for file, names in TRITON.items():
+        for name in names:
+            if not torch._C._dispatch_has_kernel_for_dispatch_key(f"snows::{name}", "CUDA"):
+                _library.impl(name, from_triton(file, name), "CUDA")
+    return "registered"
+
+
+triton = _register_triton()
+
+
+def implementation(op: str, device: str = "CPU") -> str:
+    """Name what runs `op` on `device`: "native", "triton" or "reference"."""
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"snows::{op}", device):
+        return "reference"
+    ours = device == "CUDA" and triton == "registered" and any(op in names for names in TRITON.values())
+    return "triton" if ours else "native"
+
+
