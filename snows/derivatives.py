@@ -68,7 +68,7 @@ def _gelu_backward(ctx: Any, g: Tensor | None, g_slope: Tensor | None) -> Any:
 
 
 def _affine_relu_setup(ctx: Any, inputs: Any, output: Tensor) -> None:
-    ctx.save_for_backward(output, inputs[1])
+    ctx.save_for_backward(output, inputs[2])
 
 
 def _affine_relu_backward(ctx: Any, g: Tensor | None) -> Any:

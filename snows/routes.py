@@ -53,18 +53,18 @@ def _batch_norm(input: Tensor, running_mean: Tensor | None, running_var: Tensor 
     shape = (1, -1) + (1,) * (input.ndim - 2)
     out = torch.addcmul(shift.view(shape), input, scale.view(shape))
     if _differentiated((input,), (scale, shift)) and scale.dtype == shift.dtype == input.dtype:
-        out._affine = (out._version, input, input._version, scale, shift)  # type: ignore[attr-defined]
+        out._affine = (out._version, input, input._version, scale)  # type: ignore[attr-defined]
     return out
 
 
 def _relu(func: Callable[..., Any]) -> Callable[..., Any]:
-    """A ReLU that, after evaluated BatchNorm, is one op with it. In place it is left alone: others may hold the tensor it changes."""
+    """A ReLU that, after evaluated BatchNorm, has one derivative with it. In place it is left alone: others may hold the tensor it changes."""
 
     def call(input: Tensor, inplace: bool = False) -> Tensor:
-        made: tuple[int, Tensor, int, Tensor, Tensor] | None = getattr(input, "_affine", None)
+        made: tuple[int, Tensor, int, Tensor] | None = getattr(input, "_affine", None)
         if inplace or made is None or (made[0], made[2]) != (input._version, made[1]._version):
             return F.relu(input, inplace) if func is F.relu else func(input)
-        return ops.affine_relu(made[1], made[3], made[4])
+        return ops.affine_relu(made[1], input.detach(), made[3])
 
     return call
 

@@ -25,7 +25,6 @@ KERNELS = {
     ("masked", "masked_kernel"): ("weight bits:*u8 out", "n", {"BYTES": 128}, 4),
     ("gelu", "gelu_kernel"): ("x value slope", "n", {"TANH": False, "BLOCK": 1024}, 4),
     ("gelu", "gelu_curve_kernel"): ("x g out", "n", {"TANH": True, "BLOCK": 1024}, 4),
-    ("affine_relu", "affine_relu_kernel"): ("x scale shift out", "channels positions", {"BLOCK": 1024}, 4),
     ("affine_relu", "affine_relu_grad_kernel"): ("g y scale out", "channels positions", {"BLOCK": 1024}, 4),
     ("layer_norm", "layer_norm_kernel"): ("x weight bias out mean:*fp32 rstd:*fp32", "n eps",
                                           {"WEIGHT": True, "BIAS": True, "BLOCK": 1024}, 4),

@@ -23,8 +23,12 @@ def causal(queries, keys):
     return torch.zeros(queries, keys).masked_fill_(torch.ones(queries, keys).triu(1).bool(), -torch.inf)
 
 
-def eager_batch_norm(x, scale, shift):
-    return (x * scale.view(1, -1, 1) + shift.view(1, -1, 1)).relu()
+def affine(x, scale, shift):
+    return x * scale.view(1, -1, 1) + shift.view(1, -1, 1)
+
+
+def affine_relu(x, scale, shift):
+    return ops.affine_relu(x, affine(x, scale, shift).detach(), scale)
 
 
 def unmasked(w):
@@ -39,7 +43,7 @@ CASES = {
     "masked": (lambda w: ops.masked(w, BITS), unmasked, [(3, 7)]),
     "gelu": (ops.gelu, F.gelu, [(4, 5)]),
     "gelu tanh": (lambda x: ops.gelu(x, "tanh"), lambda x: F.gelu(x, approximate="tanh"), [(4, 5)]),
-    "affine_relu": (lambda x: ops.affine_relu(x, SCALE, SHIFT), lambda x: eager_batch_norm(x, SCALE, SHIFT), [(2, 4, 3)]),
+    "affine_relu": (lambda x: affine_relu(x, SCALE, SHIFT), lambda x: affine(x, SCALE, SHIFT).relu(), [(2, 4, 3)]),
     "layer_norm": (lambda x: ops.layer_norm(x, (5,), W, B), lambda x: F.layer_norm(x, (5,), W, B), [(2, 3, 5)]),
     "layer_norm plain, large eps": (lambda x: ops.layer_norm(x, (5,), eps=0.3), lambda x: F.layer_norm(x, (5,), eps=0.3), [(3, 5)]),
     "layer_norm of two dimensions": (lambda x: ops.layer_norm(x, (3, 5)), lambda x: F.layer_norm(x, (3, 5)), [(2, 3, 5)]),
@@ -89,7 +93,7 @@ def test_values_and_both_derivatives_are_those_of_eager_pytorch(name):
 def test_lower_precision_is_near_float64(name, dtype):
     """First derivatives to a few units in the last place of what is stored; 16-bit numbers are summed in float32."""
     op = {"attention, made again": ops.attention, "layer_norm": lambda x: ops.layer_norm(x, (5,), W.to(x), B.to(x)),
-          "affine_relu": lambda x: ops.affine_relu(x, SCALE.to(x), SHIFT.to(x)),
+          "affine_relu": lambda x: affine_relu(x, SCALE.to(x), SHIFT.to(x)),
           "attention, scaled, with a bias that broadcasts": lambda q, k, v: ops.attention(q, k, v, BIAS.to(q), 0.7),
           "attention, causal": lambda q, k, v: ops.attention(q, k, v, causal(3, 4).to(q))}.get(name, CASES[name][0])  # fmt: skip
     x = variables(name, dtype)
@@ -111,7 +115,7 @@ def test_opcheck():
     _, mean, rstd = torch.ops.snows.layer_norm(x, None, None, (4,), 1e-5)
     calls = {
         "masked": (double(3, 7), BITS), "gelu": (x, "none"), "gelu_curve": (x, g, "tanh"),
-        "affine_relu": (x, double(4), double(4)), "affine_relu_grad": (g, x, double(4)),
+        "affine_relu": (x, g, double(4)), "affine_relu_grad": (g, x, double(4)),
         "layer_norm": (x, None, None, (4,), 1e-5), "layer_norm_grad": (g, x, mean, rstd, None, None, (4,)),
         "layer_norm_curve": (g, g, x, mean, rstd, None, None, (4,)),
         "attention": (q, k, v, None, 0.5, False), "attention_grad": (out, q, k, v, out, kept, None, 0.5),
@@ -196,7 +200,7 @@ def test_attention_by_parts_is_attention(monkeypatch):
 
 @pytest.mark.parametrize("call", [
     lambda e: ops.masked(e, ops.pack_bits(e > 0)), ops.gelu,
-    lambda e: ops.affine_relu(e, torch.ones(3), torch.ones(3)), lambda e: ops.layer_norm(e, (4,)), lambda e: ops.attention(e, e, e),
+    lambda e: affine_relu(e, torch.ones(3), torch.ones(3)), lambda e: ops.layer_norm(e, (4,)), lambda e: ops.attention(e, e, e),
 ], ids=["masked", "gelu", "affine_relu", "layer_norm", "attention"])  # fmt: skip
 @pytest.mark.parametrize("shape", [(0, 3, 4), (2, 3, 4)])
 def test_empty_tensors(call, shape):
@@ -215,8 +219,9 @@ def test_empty_tensors(call, shape):
     (lambda x: ops.gelu(x.long()), "gelu: x"),
     (lambda x: ops.gelu(x, "erf"), "gelu: approximate: .* got 'erf'"),
     (lambda x: ops.affine_relu(x[0], x[0], x[0]), "affine_relu: x"),
-    (lambda x: ops.affine_relu(x, torch.ones(4), torch.ones(3)), r"affine_relu: shift: expected \(4,\).* got \(3,\)"),
-    (lambda x: ops.affine_relu(x, torch.ones(4, requires_grad=True), torch.ones(4)), "affine_relu: scale: expected a constant"),
+    (lambda x: ops.affine_relu(x, x[0], x[0]), r"affine_relu: affine: expected \(3, 4\).* got \(4,\)"),
+    (lambda x: ops.affine_relu(x, x, torch.ones(3)), r"affine_relu: scale: expected \(4,\).* got \(3,\)"),
+    (lambda x: ops.affine_relu(x, x, torch.ones(4, requires_grad=True)), "affine_relu: scale: expected a constant"),
     (lambda x: ops.layer_norm(x, (3,)), "layer_norm: x: expected .*3.* got"),
     (lambda x: ops.layer_norm(x, (4,), torch.ones(4).double()), "layer_norm: weight: .* torch.float32 .* torch.float64"),
     (lambda x: ops.attention(x, x[:, :2], x), "attention: k: expected width 4, got 2"),
@@ -236,7 +241,7 @@ class Everything(torch.nn.Module):
         x = ops.layer_norm(x, (6,), torch.linspace(0.5, 2, 6))
         q = x.unflatten(-1, (2, 3)).transpose(1, 2)
         x = x + ops.attention(q, q, q, torch.linspace(-1, 1, 4).expand(4, 4)).transpose(1, 2).flatten(2)
-        x = ops.affine_relu(x, torch.linspace(0.5, 2, 4), torch.linspace(-0.5, 1, 4))
+        x = affine_relu(x, torch.linspace(0.5, 2, 4), torch.linspace(-0.5, 1, 4))
         return ops.gelu(ops.masked(x, torch.tensor([203, 94, 171, 85, 240, 15], dtype=torch.uint8)), "tanh")
 
 

@@ -29,13 +29,13 @@ def gelu(x: Tensor, approximate: str = "none") -> Tensor:
     return result
 
 
-def affine_relu(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """``max(0, scale x + shift)``, channel by channel; differentiable twice by x.
+def affine_relu(x: Tensor, affine: Tensor, scale: Tensor) -> Tensor:
+    """``max(0, affine)``, where ``affine = scale x + shift`` channel by channel is at hand; differentiable twice by x.
 
     Args:
         x: (batch, channels, ...), floating point.
+        affine: x.shape, a constant: gradients pass it by.
         scale: (channels,), a constant.
-        shift: (channels,), a constant.
 
     Returns:
         x.shape.
@@ -45,9 +45,9 @@ def affine_relu(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """
     check_real("affine_relu", "x", x)
     expect(x.ndim >= 2, "affine_relu", "x", "(batch, channels, ...)", tuple(x.shape))
+    check_constant("affine_relu", "affine", affine, x.shape, x)
     check_constant("affine_relu", "scale", scale, x.shape[1:2], x)
-    check_constant("affine_relu", "shift", shift, x.shape[1:2], x)
-    result: Tensor = torch.ops.snows.affine_relu(x, scale, shift)
+    result: Tensor = torch.ops.snows.affine_relu(x, affine, scale)
     return result
 
 

@@ -34,7 +34,7 @@ SCHEMAS = (
     "masked(Tensor weight, Tensor bits) -> Tensor",
     "gelu(Tensor x, str approximate) -> (Tensor, Tensor)",
     "gelu_curve(Tensor x, Tensor g, str approximate) -> Tensor",
-    "affine_relu(Tensor x, Tensor scale, Tensor shift) -> Tensor",
+    "affine_relu(Tensor x, Tensor affine, Tensor scale) -> Tensor",
     "affine_relu_grad(Tensor g, Tensor y, Tensor scale) -> Tensor",
     "layer_norm(Tensor x, Tensor? weight, Tensor? bias, SymInt[] shape, float eps) -> (Tensor, Tensor, Tensor)",
     "layer_norm_grad(Tensor g, Tensor x, Tensor mean, Tensor rstd, Tensor? before, Tensor? after, SymInt[] shape) -> Tensor",
@@ -96,7 +96,7 @@ native = _load_native()
 TRITON = {  # file in kernels/ -> the ops in it
     "masked": ("masked",),
     "gelu": ("gelu", "gelu_curve"),
-    "affine_relu": ("affine_relu", "affine_relu_grad"),
+    "affine_relu": ("affine_relu_grad",),
     "layer_norm": ("layer_norm", "layer_norm_grad", "layer_norm_curve"),
     "attention": ("attention", "attention_grad", "attention_tangent"),
 }

@@ -41,9 +41,9 @@ def gelu_curve(x: Tensor, g: Tensor, approximate: str) -> Tensor:
     return curve.mul_(g).to(x.dtype)
 
 
-def affine_relu(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+def affine_relu(x: Tensor, affine: Tensor, scale: Tensor) -> Tensor:
     """See `ops.affine_relu`."""
-    return torch.addcmul(_channels(shift, x), x, _channels(scale, x)).relu_()
+    return affine.relu()
 
 
 def affine_relu_grad(g: Tensor, y: Tensor, scale: Tensor) -> Tensor:
@@ -57,7 +57,7 @@ def affine_relu_grad(g: Tensor, y: Tensor, scale: Tensor) -> Tensor:
     Returns:
         g.shape.
     """
-    out: Tensor = torch.ops.aten.threshold_backward(g, y, 0).mul_(_channels(scale, g))
+    out: Tensor = torch.ops.aten.threshold_backward(g, y, 0).mul_(scale.view((1, -1) + (1,) * (g.ndim - 2)))
     return out
 
 
@@ -118,10 +118,6 @@ def layer_norm_curve(g: Tensor, v: Tensor, x: Tensor, mean: Tensor, rstd: Tensor
     # b A h + a A u = r (b h + a u - 2 a b x̂), with h and u centred
     out = normal.mul_(c - 2 * a * b).addcmul_(h, b).addcmul_(u, a)
     return out.mul_(rstd.square().neg_()).to(x.dtype)
-
-
-def _channels(x: Tensor, like: Tensor) -> Tensor:
-    return x.view((1, -1) + (1,) * (like.ndim - 2))
 
 
 def _widened_or_none(x: Tensor | None) -> Tensor | None:
