@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from snows import graphs
 from snows.sparsity import rows, unrows
 
 
@@ -68,15 +69,26 @@ def trace(operator: LinearOperator, mask: Tensor, *, probes: int = 8, generator:
 
 
 class Curvature(LinearOperator):
-    """A loss's second-order model at a point.
+    """A loss's second-order model at a point. On a CUDA device its products are captured and replayed, see `graphs`.
 
     Attributes:
         value: the loss there.
         grad: its gradient.
+        products: runs them.
     """
 
     value: float
     grad: Tensor
+
+    def __init__(self, at: Tensor) -> None:
+        self.products = graphs.Replayed(graphs.capture if at.is_cuda else None)
+
+    def __matmul__(self, v: Tensor) -> Tensor:
+        return self.products(self._product, v)
+
+    @abc.abstractmethod
+    def _product(self, v: Tensor) -> Tensor:
+        """Compute a product eagerly."""
 
 
 def twice_differentiable() -> AbstractContextManager[None]:
@@ -105,14 +117,15 @@ class Hessian(Curvature):
     """
 
     def __init__(self, loss: Loss, at: Tensor) -> None:
-        with torch.enable_grad(), twice_differentiable():
+        super().__init__(at)
+        with torch.enable_grad(), twice_differentiable(), graphs.aside(at.device):
             self._at = at.detach().clone().requires_grad_()
             value = loss(self._at)
             (self._grad,) = torch.autograd.grad(value, self._at, create_graph=True)
         self.value = value.item()
         self.grad = self._grad.detach()
 
-    def __matmul__(self, v: Tensor) -> Tensor:
+    def _product(self, v: Tensor) -> Tensor:
         if not self._grad.requires_grad:  # a loss linear in the weight
             return torch.zeros_like(v)
         (product,) = torch.autograd.grad(self._grad, self._at, v, retain_graph=True, materialize_grads=True)
@@ -132,8 +145,9 @@ class GaussNewton(Curvature):
     """
 
     def __init__(self, loss: Loss, at: Tensor) -> None:
+        super().__init__(at)
         self._factors = [2 * w for w in loss.weights]
-        with torch.enable_grad(), twice_differentiable():
+        with torch.enable_grad(), twice_differentiable(), graphs.aside(at.device):
             self._at = at.detach().clone().requires_grad_()
             self._residuals = list(loss.residuals(self._at))
             self._cotangents = [(w * r.detach()).requires_grad_() for w, r in zip(self._factors, self._residuals, strict=True)]
@@ -141,7 +155,7 @@ class GaussNewton(Curvature):
         self.value = sum(w * r.detach().square().sum().item() for w, r in zip(loss.weights, self._residuals, strict=True))
         self.grad = self._pullback.detach()
 
-    def __matmul__(self, v: Tensor) -> Tensor:
+    def _product(self, v: Tensor) -> Tensor:
         tangents = torch.autograd.grad(self._pullback, self._cotangents, v, retain_graph=True)
         scaled = [w * t for w, t in zip(self._factors, tangents, strict=True)]
         (product,) = torch.autograd.grad(self._residuals, self._at, scaled, retain_graph=True)
