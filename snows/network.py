@@ -540,14 +540,15 @@ def patches(call: Call) -> Iterator[Tensor]:
     height, width = call.settings["kernel"]
     top, bottom, left, right = _padding(call.settings.get("padding", 0), (height, width), dilation)
     size = max(1, 2**21 // max(1, call.x[0].numel() * height * width // (stride[0] * stride[1])))
+    layout = torch.channels_last if groups == 1 else torch.contiguous_format  # what a row takes from one image lies close together
     for x in call.x.split(size):
-        x = F.pad(x, (left, right, top, bottom)).permute(0, 2, 3, 1).contiguous()  # (B, H, W, C)
-        b, h, w, c = x.stride()
-        out = [(x.shape[1 + i] - dilation[i] * (k - 1) - 1) // stride[i] + 1 for i, k in enumerate((height, width))]
-        view = x.as_strided((x.shape[0], *out, height, width, x.shape[3]),
-                            (b, h * stride[0], w * stride[1], h * dilation[0], w * dilation[1], c))
-        view = view.reshape(-1, height * width, groups, x.shape[3] // groups)  # (positions, taps, groups, C / groups)
-        yield view.permute(2, 0, 1, 3).reshape(groups, view.shape[0], -1)
+        x = F.pad(x, (left, right, top, bottom)).contiguous(memory_format=layout)
+        b, c, h, w = x.stride()
+        channels = x.shape[1] // groups
+        out = [(x.shape[2 + i] - dilation[i] * (k - 1) - 1) // stride[i] + 1 for i, k in enumerate((height, width))]
+        view = x.as_strided((groups, x.shape[0], *out, height, width, channels),
+                            (channels * c, b, h * stride[0], w * stride[1], h * dilation[0], w * dilation[1], c))
+        yield view.reshape(groups, -1, height * width * channels)
 
 
 def positions(call: Call) -> int:

@@ -485,15 +485,17 @@ def _assign(net: nn.Module, order: Order, pattern: PatternChoice, masks: Mapping
 
 
 def _budget(net: nn.Module, patterns: Mapping[str, Pattern | None], budget: Unstructured, cap: float) -> dict[str, Pattern | None]:
-    """Spend an `Unstructured` budget over the layers by ``|W| / sqrt(rms(W))``.
+    """Spend an `Unstructured` budget over the layers by ``|W| sqrt(sqrt(groups) / rms(W))``.
 
-    Between the global magnitude ranking (no division) and a uniform share (division by the rms), and better than both.
+    Half-way, in the logarithm, between the global magnitude ranking and one where a weight counts by its layer's rms and, in a
+    grouped convolution, by its share of the output, which `groups` times fewer weights make; and better than both.
     """
     layers = network.prunable(net)
     scores = {}
     for name in patterns:
         weight = layers[name].weight.detach()
-        scores[name] = weight.abs() / weight.square().mean().sqrt().clamp_min(1e-30).sqrt()
+        rms = weight.square().mean().sqrt().clamp_min(1e-30)
+        scores[name] = weight.abs() * (network.groups_of(layers[name]) ** 0.5 / rms).sqrt()
     counts = allocate(scores, budget.sparsity, cap)
     shares = {name: counts[name] / score.numel() for name, score in scores.items()}
     return {name: Unstructured(share) for name, share in shares.items() if share > 0}

@@ -50,6 +50,17 @@ def test_prune_keeps_the_pattern_and_the_dense_model():
     assert all(x.after <= x.before for x in report.layers if not x.reason)
 
 
+def test_a_budget_takes_less_from_a_grouped_convolution():
+    net = nn.Sequential(nn.Conv2d(3, 64, 1), nn.Conv2d(64, 64, 1), nn.Conv2d(64, 64, 3, groups=16), nn.Conv2d(64, 3, 1)).eval()
+    for layer in net[1:3]:  # magnitudes evenly spread over (0, 1], so that a share is a threshold
+        count = layer.weight.numel()
+        layer.weight.data = (torch.randperm(count) + 1.0).div(count).view_as(layer.weight)
+    sparse, _ = snows.prune(net, [torch.randn(2, 3, 6, 6)], snows.Unstructured(0.5), select=snows.magnitude, solver=None, progress=False)
+    shares = [(layer.weight == 0).double().mean().item() for layer in sparse[1:3]]
+    assert shares[0] / shares[1] == pytest.approx(16**0.25, rel=0.01)
+    assert sum((layer.weight == 0).sum().item() for layer in sparse[1:3]) == round(0.5 * (64 * 64 + 64 * 4 * 9))
+
+
 def test_an_unstructured_budget_is_exact_over_the_prunable_weights():
     net, batches = small()
     sparse, report = quiet(net, batches, Unstructured(0.7), solver=None, cap=0.9)
