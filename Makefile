@@ -36,7 +36,7 @@ accuracy: .venv/.test
 	  $(BIN)/python bench/preconditioner.py --network $$network --pattern 2:4 --out bench/results/cpu/preconditioner-$$network.json; done
 
 .venv/.base: $(SOURCES)
-	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' || \
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null || \
 	  { echo "snows needs Python 3.10, 3.11 or 3.12; name one with: make PYTHON=python3.11"; exit 2; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
 	  { echo "This Python has no venv module; on Debian or Ubuntu: apt install python3-venv"; exit 2; }

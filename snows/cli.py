@@ -30,7 +30,7 @@ from snows.sparsity import parse_pattern
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
                   help="One-shot pruning of vision networks by Hessian-free Newton steps.")
-out_console, err_console = Console(), Console(stderr=True)
+out_console, err_console = Console(width=None if sys.stdout.isatty() else 160), Console(stderr=True)
 
 RULES = {
     "alps": selectors.alps, "magnitude": selectors.magnitude, "wanda": selectors.wanda, "sparsegpt": selectors.sparsegpt,
@@ -62,8 +62,8 @@ def _numbers(text: str | None, name: str) -> tuple[float, ...] | None:
 def _processing(
     base: sources.Preprocessing, crop: int | None, resize: int | None, mean: str | None, std: str | None
 ) -> sources.Preprocessing:
-    size = crop or base.crop
-    return sources.Preprocessing(size, resize or (round(size * base.resize / base.crop) if crop else base.resize),
+    size = base.crop if crop is None else crop
+    return sources.Preprocessing(size, round(size * base.resize / base.crop) if resize is None else resize,
                                  _numbers(mean, "mean") or base.mean, _numbers(std, "std") or base.std)
 
 
@@ -95,13 +95,15 @@ def prune(
     chosen = parse_pattern(pattern) if pattern is not None else None
     if select not in RULES:
         raise ValueError(f"--select: expected one of {', '.join(RULES)}, got {select!r}")
-    if not (horizon == "end" or horizon.isdigit()):
+    if not (horizon == "end" or (horizon.isascii() and horizon.isdigit())):
         raise ValueError(f'--horizon: expected a number or "end", got {horizon!r}')
     for name, value, allowed in (("targets", targets, ("dense", "local")), ("scaling", scaling, ("output", "variance", "none"))):
         if value not in allowed:
             raise ValueError(f"--{name}: expected {' or '.join(allowed)}, got {value!r}")
     if samples < 1 or batch_size < 1:
         raise ValueError(f"--samples and --batch-size: expected at least 1, got {samples} and {batch_size}")
+    if seed < 0:
+        raise ValueError(f"--seed: expected at least 0, got {seed}")
     solver = snows.Newton(max_iterations=iterations, passes=passes)
     if (out / "run.json").exists() and not resume:
         raise ValueError(f"--out: {out} already holds a run; add --resume to go on with it, or name another folder")
@@ -154,6 +156,8 @@ def evaluate_command(
     crop: CropOption = None, resize: ResizeOption = None, mean: MeanOption = None, std: StdOption = None,
 ) -> None:
     """Measure accuracy, and agreement and divergence against the dense network."""
+    if batch_size < 1:
+        raise ValueError(f"--batch-size: expected at least 1, got {batch_size}")
     net, base = sources.load_model(model, weights)
     images = sources.load_data(data, _processing(base, crop, resize, mean, std), "test")
     compare = dense is not None or (weights is not None and model.startswith(("zoo:", "hf:")))
@@ -161,6 +165,8 @@ def evaluate_command(
     others = (logits_of(reference, x) for x, _ in images.batches(batch_size)) if reference is not None else None
     scores = evaluate(net, images.batches(batch_size), others)
     _note_broken(images)
+    if not scores.images:
+        raise ValueError(f"--data: none of the pictures in {data} can be read")
     table = Table("images", "top-1", "top-5", "agreement", "divergence")
     table.add_row(str(scores.images), *(f"{x:.2f} %" if x == x else "" for x in scores[1:4]),
                   f"{scores.divergence:.5f}" if scores.divergence == scores.divergence else "")

@@ -325,11 +325,9 @@ def _check(model: nn.Module, objective: str) -> None:
 
 
 def _first_run(model: nn.Module, inputs: Inputs) -> list[Tensor]:
-    try:
-        return outputs(model, inputs)
-    except Exception as error:  # whatever the model raises
-        reason = (str(error) or type(error).__name__).strip().splitlines()[0]
-        raise ValueError(f"deploy: the model cannot run the example ({reason}); expected one batch as the model takes it") from error
+    if not all(x.isfinite().all() for x in inputs.tensors() if x.is_floating_point()):
+        raise ValueError("deploy: expected a finite example, got NaN or infinity in it")
+    return outputs(model, inputs)
 
 
 def _like(model: nn.Module, inputs: Inputs) -> Inputs:

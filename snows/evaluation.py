@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from snows.network import as_inputs, output_tensors
+from snows.network import as_inputs, output_of, output_tensors
 
 
 class Scores(NamedTuple):
@@ -31,8 +31,7 @@ class Scores(NamedTuple):
 @torch.no_grad()
 def logits_of(net: nn.Module, batch: Any) -> Tensor:
     """The (B, classes) logits: the first floating-point tensor of the network's output."""
-    inputs = as_inputs(batch)
-    return output_tensors(net(*inputs.args, **inputs.kwargs))[0]
+    return output_tensors(output_of(net, as_inputs(batch)))[0]
 
 
 def evaluate(net: nn.Module, batches: Iterable[Any], reference: Iterable[Tensor] | None = None) -> Scores:

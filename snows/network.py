@@ -54,6 +54,24 @@ def as_inputs(batch: Any) -> Inputs:
     )
 
 
+def output_of(net: nn.Module, inputs: Inputs) -> Any:
+    """What the network returns.
+
+    Raises:
+        ValueError: it cannot run these inputs, whatever it raises itself.
+    """
+    try:
+        return net(*inputs.args, **inputs.kwargs)
+    except Exception as error:
+        got = ", ".join(f"{x.dtype} of {tuple(x.shape)}" for x in inputs.tensors())
+        raise ValueError(f"the model cannot run a batch of {got} ({first_line(error)}); expected batches as the model takes them") from error
+
+
+def first_line(error: BaseException) -> str:
+    """Of what an exception says."""
+    return (str(error) or type(error).__name__).strip().splitlines()[0]
+
+
 def output_tensors(output: Any) -> list[Tensor]:
     """The floating-point tensors of a network's output, in order: a tensor, a tuple, a mapping or a dataclass."""
     return [x for x in tree_leaves(dict(output) if isinstance(output, Mapping) else output)
@@ -76,14 +94,14 @@ def plain_forward() -> Iterator[None]:
 
 def copied(model: nn.Module) -> nn.Module:
     """A deep copy, also of a network under `torch.nn.utils.prune`, whose computed weights PyTorch refuses to copy."""
-    computed = [(m, m.__dict__["weight"]) for m in model.modules() if isinstance(m.__dict__.get("weight"), Tensor)]
-    for module, weight in computed:
-        module.__dict__["weight"] = weight.detach()
+    computed = [(m, name, x) for m in model.modules() for name, x in m.__dict__.items() if isinstance(x, Tensor) and not x.is_leaf]
+    for module, name, x in computed:
+        module.__dict__[name] = x.detach()
     try:
         return copy.deepcopy(model)
     finally:
-        for module, weight in computed:
-            module.__dict__["weight"] = weight
+        for module, name, x in computed:
+            module.__dict__[name] = x
 
 
 Layer: TypeAlias = nn.Linear | nn.Conv2d
@@ -363,7 +381,7 @@ def learn_order(net: nn.Module, inputs: Inputs) -> Order:
     """Run `net` once and say which prunable layers ran, in which order, and how long outputs are needed."""
     watch = _OrderWatch(net)
     with torch.no_grad(), plain_forward(), listening(net, watch.enter, watch.leave), watch:
-        watch.order.output = net(*inputs.args, **inputs.kwargs)
+        watch.order.output = output_of(net, inputs)
     for owner in watch.readers[0]:  # read by the network's own code, which always runs
         watch.order.death[owner] = float("inf")
     return watch.order

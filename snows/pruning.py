@@ -83,6 +83,7 @@ def prune(
         ValueError: an argument does not fit; the sentence says which, and what to do.
     """
     _check_model(model)
+    _check_settings(solver, horizon, targets, scaling, cap, out, resume, seed)
     inputs = _read_batches(batches)
     masks, starts = _given(model, select, pattern)
     dense, sparse = _working_copy(model), _working_copy(model)
@@ -100,15 +101,15 @@ def prune(
         "cap": cap, "recalibrate": recalibrate, "seed": seed, "layers": list(patterns),
     }
     report.settings = settings
-    run = Run.open(Path(out), settings, model, inputs, masks, starts, resume) if out is not None else None
     if isinstance(pattern, Unstructured) and not masks:
         patterns = _budget(dense, patterns, pattern, cap)
+    run = Run.open(Path(out), settings, model, inputs, masks, starts, resume) if out is not None else None
     layers = network.prunable(sparse)
     walk = _Walk(dense, sparse, order, inputs, solver, horizon, targets, scaling, seed)
     chooser = select if not masks else None
     with _progress(progress, len(patterns)) as tell:
         for index, (name, layer_pattern) in enumerate(patterns.items()):
-            finished = run.finished(index) if run else None
+            finished = run.finished(index, layers[name].weight.shape) if run else None
             if finished is None:
                 start = MaskedWeight(starts[name].to(device), masks[name].to(device)) if masks else None
                 masked, layer_report = walk.layer(index, name, layer_pattern, chooser, start, tell)
@@ -128,6 +129,9 @@ def prune(
         recalibrate_statistics(sparse, dense, inputs)
     sparse.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     network.close_attention(sparse)
+    for name, module in network.prunable(model).items():  # as it lay
+        weight: Any = sparse.get_submodule(name).weight
+        weight.data = torch.empty_like(module.weight).copy_(weight.data)
     for name, module in network.prunable(model).items():
         if torch_prune.is_pruned(module):  # same keys as the network that came in
             torch_prune.custom_from_mask(sparse.get_submodule(name), "weight", walk.masks[name])
@@ -314,6 +318,12 @@ class _Moments:
 def _check_model(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"prune: expected an nn.Module, got {type(model).__name__}")
+    if hasattr(model, "_orig_mod"):
+        raise ValueError("prune: expected a model as it was before torch.compile; pass model._orig_mod, and compile what comes back")
+    if torch.is_inference_mode_enabled():
+        raise ValueError("prune: expected to be called outside torch.inference_mode(), where nothing can be differentiated")
+    if next(model.parameters(), None) is None:
+        raise ValueError("prune: expected a model with weights, got one without parameters")
     if any(m.training for m in model.modules()):
         raise ValueError("prune: expected a model in evaluation mode, got one in training mode; call model.eval() first")
     for name, module in model.named_modules():
@@ -324,6 +334,22 @@ def _check_model(model: nn.Module) -> None:
             raise ValueError(f"prune: expected weights with values, got {name} on the meta device; load the weights first")
         if p.dtype in (torch.float16, torch.bfloat16):
             raise ValueError(f"prune: expected float32 or float64 weights, got {name} in {p.dtype}; call model.float() first")
+
+
+def _check_settings(solver: Any, horizon: Any, targets: Any, scaling: Any, cap: Any, out: Any, resume: Any, seed: Any) -> None:
+    if solver is not None and not isinstance(solver, Newton):
+        raise TypeError(f"prune: expected solver to be a snows.Newton or None, got {solver!r}")
+    if horizon != "end" and not (isinstance(horizon, int) and horizon >= 0):
+        raise ValueError(f'prune: expected horizon to be a whole number of at least 0, or "end", got {horizon!r}')
+    for name, value, allowed in (("targets", targets, ("dense", "local")), ("scaling", scaling, ("output", "variance", "none"))):
+        if value not in allowed:
+            raise ValueError(f"prune: expected {name} to be one of {', '.join(allowed)}, got {value!r}")
+    if not (isinstance(cap, int | float) and 0 < cap <= 1):
+        raise ValueError(f"prune: expected cap to be above 0 and at most 1, got {cap!r}")
+    if resume and out is None:
+        raise ValueError("prune: resume=True needs out=, the folder of the run to go on with")
+    if not (isinstance(seed, int) and seed >= 0):
+        raise ValueError(f"prune: expected seed to be a whole number of at least 0, got {seed!r}")
 
 
 def _check_weights(net: nn.Module) -> None:
@@ -366,6 +392,13 @@ def _check_forward(net: nn.Module, inputs: Sequence[Inputs], order: Order) -> No
         if not torch.allclose(a, b, rtol=1e-4, atol=1e-5 * a.abs().max().item()):
             raise ValueError("prune: expected a deterministic model, got two different outputs for the first batch; is "
                              "dropout active, or something random in forward?")
+    seen: set[tuple[tuple[torch.dtype, torch.Size], ...]] = set()
+    for x in inputs:  # of each kind one
+        kind = tuple((t.dtype, t.shape[1:]) for t in x.tensors())
+        if kind not in seen and seen:
+            with torch.no_grad(), network.plain_forward():
+                network.output_of(net, x)
+        seen.add(kind)
 
 
 def _working_copy(model: nn.Module) -> nn.Module:
@@ -395,6 +428,9 @@ def _prefer_channels_last(nets: Sequence[nn.Module], inputs: Inputs) -> None:
 def _given(model: nn.Module, select: Any, pattern: PatternChoice) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Masks and start weights from elsewhere, by layer; empty when `select` is a rule."""
     pruned = [name for name, m in network.prunable(model).items() if torch_prune.is_pruned(m)]
+    if pattern is not None and not (isinstance(pattern, Pattern | Mapping) or callable(pattern)):
+        raise TypeError(f"prune: expected a pattern such as snows.NM(2, 4) or snows.Unstructured(0.7), got {pattern!r}; "
+                        "snows.parse_pattern reads texts")
     if not isinstance(select, Mapping | nn.Module):
         if not callable(select):
             raise TypeError(f"prune: expected select to be a rule, masks by layer name, or a pruned network, got {type(select).__name__}")
@@ -454,6 +490,8 @@ def _assign(net: nn.Module, order: Order, pattern: PatternChoice, masks: Mapping
             wanted = pattern
         else:
             wanted = pattern(name, module)
+        if wanted is not None and not isinstance(wanted, Pattern):
+            raise TypeError(f"prune: expected a pattern such as snows.NM(2, 4) for {name}, got {wanted!r}")
         explicit = name in masks or (isinstance(pattern, Mapping) and name in pattern)
         reason = ""
         if name not in order.calls:
@@ -498,6 +536,8 @@ def _budget(net: nn.Module, patterns: Mapping[str, Pattern | None], budget: Unst
         scores[name] = weight.abs() * (network.groups_of(layers[name]) ** 0.5 / rms).sqrt()
     counts = allocate(scores, budget.sparsity, cap)
     shares = {name: counts[name] / score.numel() for name, score in scores.items()}
+    if not any(shares.values()):
+        raise ValueError(f"prune: a sparsity of {budget.sparsity:g} removes none of {sum(s.numel() for s in scores.values())} weights; raise it")
     return {name: Unstructured(share) for name, share in shares.items() if share > 0}
 
 

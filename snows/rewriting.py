@@ -247,7 +247,7 @@ def _fold(net: nn.Module, conv_name: str, norm_name: str) -> Any:
 def outputs(net: nn.Module, inputs: Inputs) -> list[Tensor]:
     """The floating-point tensors that a network returns."""
     with torch.inference_mode():
-        return network.output_tensors(net(*inputs.args, **inputs.kwargs))
+        return network.output_tensors(network.output_of(net, inputs))
 
 
 def difference(expected: list[Tensor], got: list[Tensor]) -> float:

@@ -20,6 +20,7 @@ from snows.report import LayerReport, Report
 from snows.sparsity import MaskedWeight
 
 VERSION = 1
+RESULTS = ("model.safetensors", "masks.safetensors", "report.json", "report.html", "source.json")  # what a run writes when it is done
 
 
 class Run:
@@ -51,13 +52,16 @@ class Run:
             if path.exists():
                 if not resume:
                     raise ValueError(f"out: {folder} already holds a run; resume it, or name another folder")
-                found = json.loads(path.read_text())
+                try:
+                    found = dict(json.loads(path.read_text()))
+                except (ValueError, TypeError) as error:
+                    raise ValueError(f"resume: {path} is damaged; name another folder") from error
                 changed = [key for key in wanted if found.get(key) != wanted[key]]
                 if changed:
                     raise ValueError(f"resume: {folder} holds a run with another {', '.join(changed)}; "
                                      "restore what was changed, or name another folder")
-            elif any((folder / "layers").iterdir()):
-                raise ValueError(f"out: {folder} holds layers without a run.json; name another folder")
+            elif others := [*(folder / "layers").iterdir(), *(folder / name for name in RESULTS if (folder / name).exists())]:
+                raise ValueError(f"out: {folder} holds {others[0].relative_to(folder)}, which no run there has written; name another folder")
             else:
                 write(path, (json.dumps(wanted, indent=1) + "\n").encode())
         except OSError as error:
@@ -67,8 +71,8 @@ class Run:
     def _layer(self, index: int) -> Path:
         return self.folder / "layers" / f"{index:04d}.safetensors"
 
-    def finished(self, index: int) -> tuple[MaskedWeight, LayerReport] | None:
-        """The layer's result, if it is on disk whole."""
+    def finished(self, index: int, shape: torch.Size) -> tuple[MaskedWeight, LayerReport] | None:
+        """The result of a layer whose weight has this shape, if it is on disk whole."""
         path = self._layer(index)
         if not path.exists():
             return None
@@ -76,9 +80,10 @@ class Run:
             with safe_open(path, "pt") as file:
                 report = json.loads(file.metadata()["report"])
                 masked = MaskedWeight(file.get_tensor("weight"), file.get_tensor("mask"))
-        except (SafetensorError, KeyError, json.JSONDecodeError):
+                found = LayerReport(**{**report, "shape": tuple(report["shape"])})
+        except (SafetensorError, KeyError, TypeError, json.JSONDecodeError):
             return None
-        return masked, LayerReport(**{**report, "shape": tuple(report["shape"])})
+        return (masked, found) if masked.weight.shape == masked.mask.shape == shape else None
 
     def keep(self, index: int, masked: MaskedWeight, report: LayerReport) -> None:
         """Write a finished layer."""

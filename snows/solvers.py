@@ -236,8 +236,8 @@ class Newton:
             if not getattr(self, name) > 0:
                 raise ValueError(f"Newton: expected {name} above 0, got {getattr(self, name)}")
         for name in ("max_iterations", "passes"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"Newton: expected {name} of at least 1, got {getattr(self, name)}")
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise ValueError(f"Newton: expected {name} to be a whole number of at least 1, got {getattr(self, name)}")
 
     def solve(self, losses: Batches, start: MaskedWeight, *, held: Loss | None = None, factors: Factors | None = None,
               generator: torch.Generator | None = None, tell: Callable[[Step], None] = lambda step: None) -> Fit:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib
 import json
-import pickle
+import math
+import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from snows import files, zoo
+from snows.network import first_line
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -29,13 +31,22 @@ class Preprocessing:
     Attributes:
         crop: pixels of the square that the network sees.
         resize: pixels of the shorter side before cropping.
-        mean, std: of the channels, in [0, 1].
+        mean, std: of the three channels, in [0, 1].
+
+    Raises:
+        ValueError: a size is below 1, or there are not three finite means and positive deviations.
     """
 
     crop: int = 224
     resize: int = 256
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
+
+    def __post_init__(self) -> None:
+        if self.crop < 1 or self.resize < 1:
+            raise ValueError(f"preprocessing: expected a crop and a resize of at least 1, got {self.crop} and {self.resize}")
+        if not (len(self.mean) == len(self.std) == 3 and all(map(math.isfinite, (*self.mean, *self.std))) and min(self.std) > 0):
+            raise ValueError(f"preprocessing: expected three means and three deviations above 0, got {self.mean} and {self.std}")
 
 
 # ---------------------------------------------------------------- networks
@@ -52,8 +63,8 @@ def load_model(source: str, weights: Path | None = None) -> tuple[nn.Module, Pre
     Raises:
         ValueError: there is no such network, or the weights do not match it.
     """
-    kind, separator, name = source.partition(":")
-    if not separator or not name:
+    kind, _, name = source.partition(":")
+    if not kind or not name:
         raise ValueError(f"model: expected zoo:NAME, torchvision:NAME, timm:NAME, hf:FOLDER or package.module:callable, got {source!r}")
     processing = Preprocessing()
     try:
@@ -70,12 +81,17 @@ def load_model(source: str, weights: Path | None = None) -> tuple[nn.Module, Pre
         elif kind == "hf":
             net, processing = _load_hf(Path(name))
         else:
+            sys.path += [] if "" in sys.path or str(Path.cwd()) in sys.path else [str(Path.cwd())]  # as `python -m snows` has it
             net = getattr(importlib.import_module(kind), name)()
     except ImportError as error:
-        raise ValueError(f"model: {source} needs a package that is not installed or does not load ({error}); "
-                         "pip install 'snows[models]' brings torchvision, timm and transformers") from error
-    except (AttributeError, RuntimeError, KeyError, TypeError, OSError) as error:
-        raise ValueError(f"model: {source} could not be built ({_first_line(error)})") from error
+        advice = "pip install 'snows[models]' brings torchvision, timm and transformers" if kind in ("torchvision", "timm", "hf") else \
+            "expected a module in this folder or on the Python path"
+        raise ValueError(f"model: {source} needs a package that is not installed or does not load ({error}); {advice}") from error
+    except Exception as error:  # whatever building it raises
+        if "torchvision::" in str(error):
+            raise ValueError(f"model: {source} needs a torchvision that was built for this torch ({torch.__version__}); install both from "
+                             f"the same index ({first_line(error)})") from error
+        raise error if isinstance(error, _MismatchError) else ValueError(f"model: {source} could not be built ({first_line(error)})") from error
     if not isinstance(net, nn.Module):
         raise ValueError(f"model: expected {source} to return an nn.Module, got {type(net).__name__}")
     if weights is not None and files.is_packed(weights):
@@ -85,8 +101,13 @@ def load_model(source: str, weights: Path | None = None) -> tuple[nn.Module, Pre
     return net.eval(), processing
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).strip().splitlines()[0]
+class _MismatchError(ValueError):
+    """Weights that do not fit the network they are for."""
+
+    def __init__(self, path: Path, **problems: list[str]) -> None:
+        found = [f"{kind.replace('_', ' ')} {', '.join(names[:5])}{' and more' if len(names) > 5 else ''}"
+                 for kind, names in problems.items() if names]
+        super().__init__(f"weights: {path} does not match the model: {'; '.join(found)}")
 
 
 def _timm_preprocessing(net: nn.Module) -> Preprocessing:
@@ -100,7 +121,11 @@ def _load_hf(folder: Path) -> tuple[nn.Module, Preprocessing]:
     if not (folder / "config.json").is_file():
         raise ValueError(f"model: expected {folder} to hold a config.json as transformers saves it, got none")
     transformers = importlib.import_module("transformers")
-    net: nn.Module = transformers.AutoModelForImageClassification.from_pretrained(folder, local_files_only=True)
+    net, found = transformers.AutoModelForImageClassification.from_pretrained(
+        folder, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True)
+    missing, reshaped = list(found["missing_keys"]), [str(x[0]) for x in found["mismatched_keys"]]
+    if missing or reshaped:  # transformers would leave them random
+        raise _MismatchError(folder, missing=missing, unexpected=list(found["unexpected_keys"]), of_another_shape=reshaped)
     processing = Preprocessing()
     path = folder / "preprocessor_config.json"
     if path.is_file():
@@ -129,9 +154,9 @@ def load_weights(net: nn.Module, path: Path) -> None:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of other pickle protocols: it loads, or it does not
                 state = torch.load(path, map_location="cpu", weights_only=True)
-        except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError) as error:
-            raise ValueError(f"weights: {path} is neither safetensors nor a checkpoint that loads without running code "
-                             f"({_first_line(error)})") from error
+        except Exception as error:  # whatever a damaged file makes it raise
+            raise ValueError(f"weights: {path} is neither safetensors nor a whole checkpoint of tensors alone (one that would run code "
+                             "is not loaded)") from error
     for key in ("state_dict", "model", "model_state_dict"):
         if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
             state = state[key]
@@ -140,13 +165,13 @@ def load_weights(net: nn.Module, path: Path) -> None:
     if state and all(k.startswith("module.") for k in state):  # saved from DataParallel
         state = {k.removeprefix("module."): v for k, v in state.items()}
     own = net.state_dict()
-    problems = [f"{kind} {', '.join(names[:5])}{' and more' if len(names) > 5 else ''}" for kind, names in (
-        ("missing", [k for k in own if k not in state]),
-        ("unexpected", [k for k in state if k not in own]),
-        ("of another shape", [k for k in state if k in own and state[k].shape != own[k].shape]),
-    ) if names]
-    if problems:
-        raise ValueError(f"weights: {path} does not match the model: {'; '.join(problems)}")
+    problems = {
+        "missing": [k for k in own if k not in state],
+        "unexpected": [k for k in state if k not in own],
+        "of_another_shape": [k for k in state if k in own and state[k].shape != own[k].shape],
+    }
+    if any(problems.values()):
+        raise _MismatchError(path, **problems)
     net.load_state_dict(dict(state))
 
 
@@ -185,7 +210,7 @@ class Images:
         try:
             with image_module.open(path) as picture:
                 return picture_to_tensor(picture, self.processing)
-        except (OSError, SyntaxError, ValueError):
+        except Exception:  # whatever a damaged picture, or one of too many pixels, makes Pillow raise
             self.broken.append(path.name)
             return None
 

@@ -83,8 +83,8 @@ class NM:
     m: int
 
     def __post_init__(self) -> None:
-        if not 0 < self.n < self.m:
-            raise ValueError(f"NM: expected 0 < n < m (n of every m weights are kept), got {self.n}:{self.m}")
+        if not (isinstance(self.n, int) and isinstance(self.m, int) and 0 < self.n < self.m):
+            raise ValueError(f"NM: expected whole numbers 0 < n < m (n of every m weights are kept), got {self.n}:{self.m}")
 
     def __str__(self) -> str:
         return f"{self.n}:{self.m}"
@@ -115,8 +115,8 @@ class Unstructured:
     sparsity: float
 
     def __post_init__(self) -> None:
-        if not 0 < self.sparsity < 1:
-            raise ValueError(f"Unstructured: expected a sparsity between 0 and 1, got {self.sparsity}")
+        if not (isinstance(self.sparsity, int | float) and 0 < self.sparsity < 1):
+            raise ValueError(f"Unstructured: expected a sparsity between 0 and 1, got {self.sparsity!r}")
 
     def __str__(self) -> str:
         return f"{self.sparsity:g}"
@@ -150,7 +150,7 @@ def parse_pattern(text: str) -> NM | Unstructured:
         >>> parse_pattern("1:4"), str(parse_pattern("0.7"))
         (NM(n=1, m=4), '0.7')
     """
-    text = text.strip()
+    text = str(text).strip()
     if match := re.fullmatch(r"(\d+):(\d+)", text):
         return NM(int(match[1]), int(match[2]))
     if match := re.fullmatch(r"(\d*\.?\d+(?:[eE]-?\d+)?)(%?)", text):
@@ -172,6 +172,8 @@ def allocate(scores: Mapping[str, Tensor], sparsity: float, cap: float = 0.95) -
     Raises:
         ValueError: the caps leave less to remove than the budget asks for, or a score is NaN.
     """
+    if not 0 < cap <= 1:
+        raise ValueError(f"allocate: expected a cap above 0 and of at most 1, got {cap}")
     total = sum(s.numel() for s in scores.values())
     budget = round(sparsity * total)
     limits = {name: math.floor(cap * s.numel() + 1e-9) for name, s in scores.items()}

@@ -5,6 +5,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from conftest import define_torchvision_schemas
 from models import small
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -35,6 +36,10 @@ def tiny():
     torch.manual_seed(0)
     head = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2)
     return nn.Sequential(nn.Conv2d(3, 8, 3, stride=4), nn.ReLU(), nn.Conv2d(8, 8, 1), nn.ReLU(), *head)
+
+
+def fails():
+    return 1 / 0
 
 
 @pytest.fixture
@@ -108,6 +113,10 @@ def wrong(tmp_path, pictures):
     (tmp_path / "bytes").write_bytes(b"nothing")
     (tmp_path / "code.pt").write_bytes(pickle.dumps(print))
     (tmp_path / "empty").mkdir()
+    for name, write in (("cut.safetensors", save_file), ("cut.pt", torch.save)):
+        write(tiny().state_dict(), tmp_path / name)
+        content = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(content[: len(content) // 2])
     save_file({"0.weight": torch.zeros(1), "extra": torch.zeros(1)}, tmp_path / "other.safetensors")
     return [
         (base | {"--pattern": "4:2"}, "NM: expected"),
@@ -127,16 +136,27 @@ def wrong(tmp_path, pictures):
         (base | {"--data": tmp_path / "empty"}, "found no pictures"),
         (base | {"--data": f"cifar10:{tmp_path}"}, "expected data_batch_1.bin"),
         (base | {"--weights": tmp_path / "missing"}, "weights: there is no file"),
-        (base | {"--weights": tmp_path / "bytes"}, "neither safetensors nor a checkpoint"),
-        (base | {"--weights": tmp_path / "code.pt"}, "neither safetensors nor a checkpoint"),
+        (base | {"--weights": tmp_path / "bytes"}, "neither safetensors nor a whole checkpoint"),
+        (base | {"--weights": tmp_path / "code.pt"}, "neither safetensors nor a whole checkpoint"),
+        (base | {"--weights": tmp_path / "cut.safetensors"}, "neither safetensors nor a whole checkpoint"),
+        (base | {"--weights": tmp_path / "cut.pt"}, "neither safetensors nor a whole checkpoint"),
         (base | {"--weights": tmp_path / "other.safetensors"}, "missing 0.bias.*unexpected extra.*another shape 0.weight"),
         (base | {"--masks": tmp_path / "bytes"}, "--masks: .* is not a safetensors file"),
         (base | {"--mean": "grey"}, "--mean: expected numbers"),
+        (base | {"--mean": "0.1,0.2"}, "expected three means"),
+        (base | {"--crop": -3}, "expected a crop and a resize of at least 1, got -3"),
+        (base | {"--seed": -1}, "--seed: expected at least 0"),
+        (base | {"--horizon": "²"}, "--horizon: expected"),
+        (base | {"--cap": 2, "--pattern": "0.5"}, "cap to be above 0 and at most 1, got 2"),
+        (base | {"--pattern": "0.99"}, "raise the cap"),
+        (base | {"--model": "zoo:resnet20"}, "cannot run a batch of torch.float32 of"),
+        (base | {"--model": "test_cli:fails"}, "could not be built .division by zero"),
+        (base | {"--model": ":net"}, "model: expected zoo:NAME"),
         (base | {"--out": tmp_path / "bytes" / "run"}, "out: .* cannot be written"),
     ]
 
 
-@pytest.mark.parametrize("index", range(23))
+@pytest.mark.parametrize("index", range(34))
 def test_a_mistake_is_one_sentence_and_exit_code_2(monkeypatch, capsys, tmp_path, pictures, index):
     options, message = wrong(tmp_path, pictures)[index]
     code, text = run(monkeypatch, capsys, "prune", *(x for pair in options.items() for x in pair))
@@ -144,6 +164,40 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(monkeypatch, capsys, tmp_path
     assert re.search(message, text), text
     assert "Traceback" not in text
     assert not list((tmp_path / "out").rglob("*"))  # nothing half-written
+
+
+def test_every_mistake_above_is_tried(tmp_path, pictures):
+    assert len(wrong(tmp_path, pictures)) == 34
+
+
+def test_a_folder_of_somebody_elses_weights_is_left_alone(monkeypatch, capsys, tmp_path, pictures):
+    (tmp_path / "model.safetensors").write_bytes(b"mine")
+    code, text = run(monkeypatch, capsys, "prune", "--model", "test_cli:tiny", "--data", pictures, "--crop", 32, "--pattern", "2:4", "--samples", 8,
+                     "--out", tmp_path)
+    assert code == 2
+    assert "which no run there has written" in text
+    assert (tmp_path / "model.safetensors").read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize("content", [b"P6 999999 999999 255\n", b"\x89PNG\r\n\x1a\n" + b"\x00" * 40])
+def test_pictures_that_no_decoder_takes_are_left_out(tmp_path, content):
+    Image.new("RGB", (40, 40)).save(tmp_path / "good.png")
+    (tmp_path / "bad.ppm").write_bytes(content)
+    images = load_data(str(tmp_path), Preprocessing(crop=16, resize=20), "test")
+    x, _ = next(images.batches(9))
+    assert len(x) == 1
+    assert images.broken == ["bad.ppm"]
+
+
+def test_eval_of_nothing_and_of_images_that_do_not_fit(monkeypatch, capsys, tmp_path, pictures):
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "a.png").write_bytes(b"nothing")
+    for options, message in ((("--model", "test_cli:tiny", "--data", tmp_path / "bad"), "none of the pictures"),
+                             (("--model", "zoo:resnet20", "--data", pictures, "--crop", 32), "cannot run a batch"),
+                             (("--model", "test_cli:tiny", "--data", pictures, "--batch-size", 0), "--batch-size: expected at least 1")):
+        code, text = run(monkeypatch, capsys, "eval", *options)
+        assert code == 2, text
+        assert message in text
 
 
 # ---------------------------------------------------------------- sources
@@ -260,3 +314,24 @@ def test_what_deploy_bench_and_export_refuse(monkeypatch, capsys, pruned, tmp_pa
     code, text = run(monkeypatch, capsys, "deploy", pruned, "--out", out)
     assert code == 2
     assert "source.json is damaged" in text
+
+
+def test_a_folder_of_transformers_loads_whole_or_not_at_all(tmp_path):
+    define_torchvision_schemas()
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ResNetConfig(num_channels=3, embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], num_labels=3, layer_type="basic")
+    net = transformers.ResNetForImageClassification(config).eval()
+    net.save_pretrained(tmp_path)
+    loaded, _ = load_model(f"hf:{tmp_path}")
+    assert all(torch.equal(a, b) for a, b in zip(net.state_dict().values(), loaded.state_dict().values(), strict=True))
+    state = load_file(tmp_path / "model.safetensors")
+    weight = state.pop("classifier.1.weight")
+    save_file(state | {"extra": weight}, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"does not match the model: missing classifier.1.weight; unexpected extra"):
+        load_model(f"hf:{tmp_path}")
+    save_file(state | {"classifier.1.weight": weight[:2].clone()}, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"of another shape classifier.1.weight"):
+        load_model(f"hf:{tmp_path}")
+    (tmp_path / "model.safetensors").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match="could not be built"):
+        load_model(f"hf:{tmp_path}")

@@ -1,4 +1,5 @@
 import copy
+import math
 import os
 import signal
 import subprocess
@@ -9,6 +10,7 @@ from functools import partial
 import pytest
 import torch
 from models import Branches, Mapped, settle
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.utils import prune as torch_prune
 
@@ -362,6 +364,18 @@ WRONG = {
     "another network for masks": (plain, [x], None, {"select": nn.Linear(3, 3)}, "pruned copy of the model"),
     "a network without zeros": (plain, [x], None, {"select": plain()}, "needs zeros"),
     "parametrised": (parametrised, [x], NM(2, 4), {}, "parametrisation"),
+    "images of another shape": (plain, [torch.randn(8, 5)], NM(2, 4), {}, r"cannot run a batch of torch.float32 of \(8, 5\)"),
+    "one batch of another shape": (plain, [x, x, torch.randn(8, 5)], NM(2, 4), {}, r"cannot run a batch of torch.float32 of \(8, 5\)"),
+    "images of another dtype": (plain, [x.double()], NM(2, 4), {}, "cannot run a batch of torch.float64"),
+    "targets": (plain, [x], NM(2, 4), {"targets": "mine"}, "targets to be one of dense, local"),
+    "scaling": (plain, [x], NM(2, 4), {"scaling": "mine"}, "scaling to be one of output, variance, none"),
+    "horizon": (plain, [x], NM(2, 4), {"horizon": -1}, "horizon to be a whole number"),
+    "cap": (plain, [x], Unstructured(0.5), {"cap": math.nan}, "cap to be above 0 and at most 1, got nan"),
+    "seed": (plain, [x], NM(2, 4), {"seed": -1}, "seed to be a whole number"),
+    "resume of nothing": (plain, [x], NM(2, 4), {"resume": True}, "resume=True needs out="),
+    "a budget of nothing": (plain, [x], Unstructured(1e-6), {}, "removes none of"),
+    "compiled": (lambda: torch.compile(plain(), backend="eager"), [x], NM(2, 4), {}, "before torch.compile"),
+    "no weights": (lambda: nn.Flatten().eval(), [x], NM(2, 4), {}, "without parameters"),
 }
 
 
@@ -371,6 +385,65 @@ def test_bad_input_gets_one_clear_sentence(name):
     with pytest.raises(ValueError, match=message) as caught:
         quiet(make(), batches, pattern, **settings)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("pattern", "settings", "message"), [
+    ("2:4", {}, "parse_pattern reads texts"), ({"2": "2:4"}, {}, "for 2, got '2:4'"), (NM(2, 4), {"solver": "newton"}, "snows.Newton or None"),
+    (NM(2, 4), {"select": "magnitude"}, "expected select to be a rule"),
+])
+def test_a_setting_of_another_type_is_named(pattern, settings, message):
+    with pytest.raises(TypeError, match=message):
+        quiet(plain(), [x], pattern, **settings)
+
+
+def test_a_run_does_not_write_over_the_files_of_others(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"mine")
+    with pytest.raises(ValueError, match=r"holds model.safetensors, which no run there has written"):
+        quiet(plain(), [x], NM(2, 4), out=tmp_path)
+    assert (tmp_path / "model.safetensors").read_bytes() == b"mine"
+    assert not (tmp_path / "run.json").exists()
+
+
+def test_an_impossible_budget_begins_no_run(tmp_path):
+    with pytest.raises(ValueError, match="raise the cap"):
+        quiet(plain(), [x], Unstructured(0.9), cap=0.5, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b'{"version": 1', b"[1]", b"\xff\x00"])
+def test_a_damaged_run_is_said_to_be(tmp_path, content):
+    quiet(plain(), [x], NM(2, 4), out=tmp_path)
+    (tmp_path / "run.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"run.json is damaged"):
+        quiet(plain(), [x], NM(2, 4), out=tmp_path, resume=True)
+
+
+def test_a_damaged_layer_is_computed_again(tmp_path):
+    net = plain()
+    quiet(net, [x], NM(2, 4), out=tmp_path)
+    wanted = (tmp_path / "model.safetensors").read_bytes()
+    layer = next((tmp_path / "layers").iterdir())
+    for tensors in ({"weight": torch.zeros(2, 2), "mask": torch.ones(2, 2, dtype=torch.bool)}, load_file(layer)):
+        save_file(tensors, layer)  # of another layer; without its report
+        quiet(net, [x], NM(2, 4), out=tmp_path, resume=True)
+        assert (tmp_path / "model.safetensors").read_bytes() == wanted
+
+
+def test_what_comes_back_lies_as_it_lay():
+    net, batches = small()
+    net = net.to(memory_format=torch.channels_last)
+    sparse, _ = quiet(net, batches, NM(2, 4), solver=None)
+    assert [p.stride() for p in sparse.parameters()] == [p.stride() for p in net.parameters()]
+
+
+def test_a_masked_bias_does_not_stand_in_the_way():
+    net = plain()
+    torch.nn.utils.prune.l1_unstructured(net[2], "weight", 0.5)
+    torch.nn.utils.prune.l1_unstructured(net[2], "bias", 0.5)
+    sparse, _ = quiet(net, [x], None, select=net, solver=None)
+    assert sparse.state_dict().keys() == net.state_dict().keys()
+    assert (sparse[2].weight == 0).sum() >= 32
+    torch.testing.assert_close(sparse[2].bias, net[2].bias)
 
 
 def test_a_layer_that_never_runs_stays_dense_and_is_named():
