@@ -25,7 +25,8 @@ bench: .venv/.test
 	@for group in linear conv2d-16 conv2d-1; do \
 	  $(BIN)/python bench/layers.py --group $$group --out bench/results/cpu/layers-$$group.json || exit 1; done
 	@$(BIN)/python bench/networks.py --out bench/results/cpu/networks.json
-	@for suite in kernels kernels_rows products; do \
+	@$(BIN)/python bench/products.py --out bench/results/cpu/products.json
+	@for suite in kernels kernels_rows; do \
 	  $(BIN)/python -m pytest -q bench/$$suite.py --benchmark-json=bench/results/cpu/$$suite.json || exit 1; done
 	@$(BIN)/python bench/report.py
 

@@ -1,22 +1,32 @@
-"""One Gauss-Newton product: our rules beside PyTorch's own double backward through the same graph.
+"""One Gauss-Newton product: our rules beside PyTorch's own double backward through the same graph, as it is and compiled.
 
-    python -m pytest bench/products.py --benchmark-json=bench/results/cpu/products.json
+    python bench/products.py --out bench/results/cpu/products.json
 
 A ViT-B block (K = 3, 16 images, 197 tokens) and a ResNet-50 stage (K = 6, 32 images), random weights. "eager" is the same horizon, the
-same loss and the same trick for `J v` through PyTorch's functions alone; both keep their graph. Products are compared first.
+same loss and the same trick for `J v` through PyTorch's functions alone; both keep their graph. "torch.compile" is Inductor's code for
+eager's product, its operations traced by `make_fx` with what the graph keeps as constants: `torch.compile` itself takes no gradient
+through a graph made outside of it, and what it can take, `torch.func.jvp` and `vjp`, would repeat the forward pass at each product.
+Its compilation is not in its time. On a GPU "snows" and "torch.compile" replay CUDA graphs. Products are compared first.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from unittest import mock
 
-import pytest
 import torch
 import torch.nn.functional as F
+from report import race
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
+from turns import in_turns, keep
 
-from snows import horizon, network
+from snows import graphs, horizon, network
 from snows.horizon import Horizon, Reconstruction
 from snows.operators import GaussNewton
 from snows.zoo.models import EncoderBlock
@@ -63,22 +73,48 @@ def product(name: str, implementation: str) -> GaussNewton:
             stack.enter_context(mock.patch.object(horizon, "_convolution", lambda args, kwargs: F.conv2d(*args, **kwargs)))
         with torch.no_grad():
             targets = window.outputs(weight, stream)
-        return GaussNewton(Reconstruction(window, stream, targets), weight + 0.01 * torch.randn_like(weight))
+        operator = GaussNewton(Reconstruction(window, stream, targets), weight + 0.01 * torch.randn_like(weight))
+    if implementation == "eager":
+        operator.products = graphs.Replayed(None)
+    return operator
 
 
-@pytest.mark.parametrize("implementation", ["snows", "eager"])
-@pytest.mark.parametrize("name", CASES)
-def test_product(name: str, implementation: str, benchmark) -> None:
-    operator = product(name, implementation)
-    v = torch.randn_like(operator.grad)
-    if implementation == "snows":
-        wanted = product(name, "eager") @ v
-        assert ((operator @ v - wanted).norm() / wanted.norm()).item() < 1e-4
+def compiled(operator: GaussNewton, v: Tensor) -> Callable[[Tensor], Tensor]:
+    """The product's operations through Inductor, ready to run."""
+    traced = make_fx(lambda v: operator @ v)(v)
+    function = torch.compile(traced, fullgraph=True, mode="reduce-overhead" if DEVICE == "cuda" else None)
+    function(v)
+    return function
 
-    def run() -> None:
-        operator @ v
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=50 if DEVICE == "cuda" else 7)
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    rows: list[dict[str, object]] = []
+    for case in CASES:
+        ours, eager = product(case, "snows"), product(case, "eager")
+        v = torch.randn_like(ours.grad)
+        runs: dict[str, Callable[[Tensor], Tensor]] = {"snows": ours.__matmul__, "eager": eager.__matmul__}
         if DEVICE == "cuda":
-            torch.cuda.synchronize()
+            runs["snows without its graph"] = ours._product
+        began = time.perf_counter()
+        try:
+            runs["torch.compile"] = compiled(eager, v)
+        except Exception as error:
+            rows.append({"case": case, "implementation": "torch.compile", "cannot be compiled": f"{type(error).__name__}: {error}"[:500]})
+        seconds = time.perf_counter() - began
+        wanted = eager @ v
+        for name, run in runs.items():
+            for _ in range(3):  # the third is a replay
+                assert ((run(v) - wanted).norm() / wanted.norm()).item() < 1e-4, name
+        found = in_turns(case, {name: partial(run, v) for name, run in runs.items()}, args.rounds)
+        rows += [row | ({"seconds to compile": seconds} if row["implementation"] == "torch.compile" else {}) for row in found]
+        keep(args.out, rows)
+        torch.compiler.reset()
+    print(race(rows))
 
-    benchmark.pedantic(run, rounds=20 if DEVICE == "cuda" else 5, warmup_rounds=1)
-    benchmark.extra_info |= {"case": name, "implementation": implementation}
+
+if __name__ == "__main__":
+    main()
