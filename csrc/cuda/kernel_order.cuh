@@ -1,4 +1,4 @@
-// A packed 2:4 weight of 16-bit numbers in the order in which mma.sp reads it. Specification: snows/reference.py, kernel_order.
+// A packed 2:4 weight of 16-bit numbers in the order in which mma.sp reads it. Specification: snows/reference/packed.py, kernel_order.
 //
 // The row view is cut into tiles of 32 x 32, padded with +0.0 (and legal codes) to whole tiles, of which a row has an even number.
 // A tile is 72 lines of 16 bytes, and every lane finds its operands at its own number:

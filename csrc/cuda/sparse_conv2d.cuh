@@ -1,5 +1,5 @@
 // Output pixels as the input of sparse_product.cuh: a convolution as a product with patches that are never written out.
-// Specification: snows/reference.py, sparse_conv2d.
+// Specification: snows/reference/packed.py, sparse_conv2d.
 //
 // Images lie channels last, so a patch's columns are the weight's row view, input channel fastest: with channels % 8 == 0 eight columns
 // are 16 bytes of one pixel, or of the padding.

@@ -1,4 +1,4 @@
-// Tokens as the input of sparse_product.cuh. Specification: snows/reference.py, sparse_linear.
+// Tokens as the input of sparse_product.cuh. Specification: snows/reference/packed.py, sparse_linear.
 
 #pragma once
 
