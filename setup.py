@@ -47,6 +47,9 @@ def native() -> dict:
 
     openmp = [] if sys.platform == "darwin" else ["-fopenmp"]
     cuda = torch.version.cuda is not None and CUDA_HOME is not None and shutil.which("nvcc", path=f"{CUDA_HOME}/bin") is not None
+    cards = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())} if cuda else set()
+    if (9, 0) in cards:  # left alone, torch builds for 9.0, which lacks Hopper's own instructions
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ";".join(f"{a}.{b}{'a' * ((a, b) == (9, 0))}" for a, b in sorted(cards)))
     sources = sorted(str(p) for p in [*Path("csrc/cpu").glob("*.cpp"), *(Path("csrc/cuda").glob("*.cu") if cuda else [])])
     depends = sorted(str(p) for p in [*Path("csrc/cpu").glob("*.h"), *Path("csrc/cuda").glob("*.cuh")])
     extension = (CUDAExtension if cuda else CppExtension)(

@@ -4,7 +4,8 @@
 
 An implementation is right against float64 before it is timed. A run is one CUDA graph of a call for each of several weights and inputs,
 for a few tokens so many that none is in the cache when its turn comes; where a graph cannot be captured, the same calls one by one, and
-`timed as` says so. `TFLOP/s` counts the multiplications of the dense weight.
+`timed as` says so. `TFLOP/s` counts the multiplications of the dense weight. On Hopper the many tokens are multiplied both ways, by mma.sp and
+by wgmma.sp: the faster one belongs into WGMMA_BY_DEFAULT (csrc/cuda/sparse_wgmma.cuh).
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ from snows.packing import pack
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 CACHE = 128 * 2**20  # more than a second-level cache, the packed weights counted at half
+MANY = 197 * 64  # tokens
 VIT = [(768, 768), (2304, 768), (3072, 768), (768, 3072), (1024, 1024), (3072, 1024), (4096, 1024), (1024, 4096)]  # out, in: ViT-B, ViT-L
-TOKENS = [*((out, width, 197 * 64) for out, width in VIT), *((1024, 4096, n) for n in (1, 2, 4, 8, 16)), (3072, 768, 197), (768, 3072, 197)]
+TOKENS = [*((out, width, MANY) for out, width in VIT), *((1024, 4096, n) for n in (1, 2, 4, 8, 16)), (3072, 768, 197), (768, 3072, 197)]
 IMAGES = [(256, 14), (128, 28), (512, 7), (64, 56)]  # channels in and out, side; 64 images, 3 x 3
 
 
@@ -54,7 +56,8 @@ def linear(out: int, width: int, tokens: int) -> Case:
         assert layer.order.numel() > 0
         return lambda: layer(x)
 
-    return Case(w, x, lambda: x.double() @ w.double().T, {"snows": snows, "dense": lambda: lambda: F.linear(x, w), "cuSPARSELt": cusparselt})
+    calls = {"snows mma.sp": snows, "snows wgmma.sp": snows, "dense": lambda: lambda: F.linear(x, w), "cuSPARSELt": cusparselt}
+    return Case(w, x, lambda: x.double() @ w.double().T, calls)
 
 
 def convolution(channels: int, side: int) -> Case:
@@ -112,9 +115,12 @@ def measure(make: Callable[[], Case], implementation: str, multiplications: int,
                              "timed as": how, "error": error, "us a call": 1e6 * seconds, "TFLOP/s": 2 * multiplications / seconds / 1e12}
 
 
-@pytest.mark.parametrize("implementation", ["snows", "dense", "cuSPARSELt"])
+@pytest.mark.parametrize("implementation", ["snows mma.sp", "snows wgmma.sp", "dense", "cuSPARSELt"])
 @pytest.mark.parametrize(("out", "width", "tokens"), TOKENS)
-def test_linear(out: int, width: int, tokens: int, implementation: str, benchmark) -> None:
+def test_linear(out: int, width: int, tokens: int, implementation: str, benchmark, monkeypatch: pytest.MonkeyPatch) -> None:
+    if implementation == "snows wgmma.sp" and (tokens < MANY or torch.cuda.get_device_capability() != (9, 0)):
+        pytest.skip("for many tokens on Hopper")
+    monkeypatch.setenv("SNOWS_WGMMA", str(int(implementation == "snows wgmma.sp")))
     measure(lambda: linear(out, width, tokens), implementation, out * width * tokens, benchmark)
 
 

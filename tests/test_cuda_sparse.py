@@ -26,7 +26,7 @@ from snows.sparsity import rows
 
 ROOT = Path(__file__).parents[1]
 CUDA = ROOT / "csrc/cuda"
-LARGE, MEDIUM, SMALL = range(3)
+LARGE, MEDIUM, SMALL, WGMMA = range(4)
 DTYPES = [torch.float16, torch.bfloat16]
 TILE, WORDS = 32, 288  # kernel_order.cuh
 GUARD = 64  # numbers around a tensor that no kernel may touch
@@ -200,6 +200,7 @@ LINEAR = [  # tokens, out, in; shape, splits, wide
     (1, 40, 72, (SMALL, 1, True)), (16, 96, 512, (SMALL, 3, True)), (13, 65, 456, (SMALL, 1, True)), (9, 33, 136, (SMALL, 5, True)),
     (70, 100, 456, (MEDIUM, 2, True)), (65, 72, 64, (MEDIUM, 1, True)), (37, 33, 67, (MEDIUM, 1, False)), (3, 7, 330, (MEDIUM, 2, False)),
     (131, 136, 328, (LARGE, 1, True)), (20, 3, 200, (LARGE, 2, True)),
+    (131, 136, 328, (WGMMA, 1, True)), (20, 3, 64, (WGMMA, 1, True)), (1, 264, 72, (WGMMA, 1, True)), (65, 250, 136, (WGMMA, 1, True)),
 ]
 
 
@@ -215,7 +216,7 @@ def test_linear(emulated, dtype, tokens, out, width, how):
 
 @pytest.mark.parametrize(("tokens", "out", "width", "how"), [
     (16, 64, 840, (SMALL, 1, True)), (9, 64, 1000, (SMALL, 2, True)), (40, 64, 650, (MEDIUM, 1, False)), (64, 64, 520, (MEDIUM, 1, True)),
-    (128, 128, 320, (LARGE, 1, True)),
+    (128, 128, 320, (LARGE, 1, True)), (128, 256, 840, (WGMMA, 1, True)), (128, 256, 520, (WGMMA, 1, True)),
 ])
 def test_no_line_is_read_before_it_lands_nor_overwritten_before_it_is_read(adversary, tokens, out, width, how):
     weight, packed = sparse_weight(out, width, dtype=torch.float16)
@@ -256,6 +257,8 @@ def test_the_choice_fills_the_processors(emulated):
     assert choose(1024, 4096, 16, 1, 132) == (SMALL, 16 * 16, 16)
     assert choose(1024, 64, 1, 1, 132) == (SMALL, 16, 1)  # too few columns to split
     assert choose(3072, 770, 197 * 64, 0, 132) == (MEDIUM, 48 * 197, 1)
+    for rows_and_tokens, wide, taken in (((768, 197 * 64), 1, True), ((768, 197 * 16), 1, False), ((768, 197 * 64), 0, False)):
+        assert bool(emulated.library.wgmma_takes(*(ctypes.c_int64(a) for a in rows_and_tokens), wide, 132)) == taken
 
 
 def disassembler():
@@ -272,35 +275,60 @@ REST = [("__nv_bfloat16", "Large", "Pixels<true>"), ("__half", "Large", "Tokens<
         ("__nv_bfloat16", "Medium", "Pixels<false>")]
 
 
+def compiled(arch, kernels, headers, folder):
+    """By nvcc, without spills: registers by kernel, PTX by kernel, machine code by kernel where there is a disassembler, and what nvcc said."""
+    if f"sm_{arch.rstrip('a')}\n" not in run("nvcc", "--list-gpu-code") + "\n":
+        pytest.skip(f"this nvcc does not know sm_{arch}")
+    source, cubin = folder / "kernels.cu", folder / "kernels.cubin"
+    source.write_text("\n".join([f'#include "{header}"' for header in headers] + kernels))
+    log = run("nvcc", "-std=c++17", f"-gencode=arch=compute_{arch},code=sm_{arch}", "-cubin", "-Xptxas", "-v", f"-I{CUDA}", "--keep",
+              "--keep-dir", folder, source, "-o", cubin)
+    registers = {name: int(count) for name, count in re.findall(r"Compiling entry function '(\S+)'.*?Used (\d+) registers", log, re.DOTALL)}
+    assert log.count("0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads") == len(registers) == len(kernels) + 1, log  # kernel_order
+    ptx = {entry.split("(")[0].strip(): entry for entry in (folder / "kernels.ptx").read_text().split(".entry")[1:]}
+    tool = disassembler()
+    code = {} if tool is None else {function.split()[0]: function for function in run(tool, "-sass", cubin).split("Function :")[1:]}
+    assert not any(re.search(r"\b(LDL|STL)\b", function) for function in code.values())
+    return registers, ptx, code, log
+
+
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 @pytest.mark.parametrize(("arch", "kernels"), [("80", SOME + REST), ("86", SOME[:1]), ("89", SOME[:1]), ("90a", SOME), ("120", SOME[:1])],
                          ids=lambda x: x if isinstance(x, str) else "")
 def test_nvcc_compiles_to_sparse_instructions_without_spills(arch, kernels, tmp_path):
-    if f"sm_{arch.rstrip('a')}\n" not in run("nvcc", "--list-gpu-code") + "\n":
-        pytest.skip(f"this nvcc does not know sm_{arch}")
-    source = tmp_path / "kernels.cu"
-    source.write_text("\n".join(['#include "sparse_linear.cuh"', '#include "sparse_conv2d.cuh"', *(PRODUCT.format(*k) for k in kernels),
-                                 "template __global__ void snows::sum_splits_kernel<__half>(snows::Product<__half>);"]))
-    log = run("nvcc", "-std=c++17", f"-gencode=arch=compute_{arch},code=sm_{arch}", "-cubin", "-Xptxas", "-v", f"-I{CUDA}", "--keep",
-              "--keep-dir", tmp_path, source, "-o", tmp_path / "kernels.cubin")
-    entries = len(kernels) + 2  # kernel_order, sum_splits
-    assert log.count("0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads") == entries, log
-    found = dict(re.findall(r"Compiling entry function '(\S+)'.*?Used (\d+) registers", log, re.DOTALL))
-    assert len(found) == entries
-    for name, registers in found.items():
+    entries = [*(PRODUCT.format(*k) for k in kernels), "template __global__ void snows::sum_splits_kernel<__half>(snows::Product<__half>);"]
+    registers, ptx, code, _ = compiled(arch, entries, ["sparse_linear.cuh", "sparse_conv2d.cuh"], tmp_path)
+    for name, count in registers.items():
         shape = {"Li128ELi128E": "Large", "Li64ELi64E": "Medium", "Li64ELi16E": "Small"}.get((re.findall(r"ShapeI(Li\d+ELi\d+E)", name) or [""])[0])
-        assert int(registers) <= MOST.get(shape, 64), (name, registers)
-    products = [entry for entry in (tmp_path / "kernels.ptx").read_text().split(".entry")[1:] if "sparse_product" in entry.split("(")[0]]
+        assert count <= MOST.get(shape, 64), (name, count)
+    products = [entry for name, entry in ptx.items() if "sparse_product" in name]
     assert len(products) == len(kernels)
     for entry in products:
         assert re.search(r"mma\.sp(::ordered_metadata)?\.sync\.aligned\.m16n8k32", entry)
         assert "ldmatrix.sync.aligned.m8n8.x4" in entry
         assert "cp.async.cg" in entry
         assert re.search(r"ld\.shared\.v4\.[bfu]32", entry)  # a lane's values in one load
-    if (tool := disassembler()) is not None:
-        for function in run(tool, "-sass", tmp_path / "kernels.cubin").split("Function :")[1:]:
-            assert ("sparse_product" in function.split()[0]) == ("HMMA.SP.16832.F32" in function)
-            assert not re.search(r"\b(LDL|STL)\b", function)
+    for name, function in code.items():
+        assert ("sparse_product" in name) == ("HMMA.SP.16832.F32" in function)
+
+
+WARPGROUPS = [f"template __global__ void snows::wgmma_product_kernel<{t}>(snows::Product<{t}>, snows::Tokens<true>);"
+              for t in ("__half", "__nv_bfloat16")]
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+@pytest.mark.parametrize("arch", ["90a", "90", "80"])
+def test_nvcc_compiles_the_warpgroups_product_for_hopper_alone(arch, tmp_path):
+    registers, ptx, code, log = compiled(arch, WARPGROUPS, ["sparse_wgmma.cuh"], tmp_path)
+    assert "wgmma" not in re.sub(r"\S*wgmma_product_kernel\S*", "", log), log  # as ptxas says where it lets products wait for each other
+    for name in (name for name in ptx if "wgmma_product" in name):
+        assert (registers[name] > 128) == (arch == "90a")  # by which the layer knows whether there is a kernel
+        kind = "bf16" if "bfloat16" in name else "f16"
+        assert ptx[name].count(f"wgmma.mma_async.sp.sync.aligned.m64n128k32.f32.{kind}.{kind}") == (8 if arch == "90a" else 0)  # two steps of four
+        if arch == "90a" and code:
+            step = r"LDGSTS\.E\.BYPASS\.128|LDG\.E\.128|FENCE\.VIEW\.ASYNC|BAR\.SYNC|WARPGROUP\.\S+ gsb0, 0x1|HGMMA\.SP\.64x128x32\.F32(?:\.BF16)?"
+            assert all(len(re.findall(part, code[name])) >= 2 for part in step.split("|"))
+            assert len(re.findall(r"HGMMA\.SP\.", code[name])) == 8
 
 
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
@@ -333,6 +361,24 @@ class TestOnGPU:
             for activation, b in (("none", None), ("relu", bias), ("gelu", bias)):
                 found = ops.sparse_linear(x, on.values, on.codes, b, on.shape, 2, 4, activation, given)
                 check(found.cpu(), sums if b is None else sums + b.cpu(), activation)
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize(("tokens", "out", "width"), [
+        (128 * 160, 8, 72),
+        *(pytest.param(*sizes, id=f"large {sizes}") for sizes in (
+            (197 * 64, 768, 768), (197 * 64, 768, 3072), (197 * 64, 3072, 768), (10001, 1031, 1000))),
+    ])
+    def test_linear_by_warpgroups(self, device, dtype, tokens, out, width, monkeypatch):
+        if torch.cuda.get_device_capability() != (9, 0):
+            pytest.skip("needs Hopper's warpgroups: compute capability 9.0")
+        monkeypatch.setenv("SNOWS_WGMMA", "1")  # an error where they are not compiled in
+        weight, packed = sparse_weight(out, width, dtype=dtype)
+        values, codes = packed.values.to(device), packed.codes.to(device)
+        x, bias = integers(tokens, width).to(device, dtype), integers(out).to(device, dtype)
+        sums = x.cpu().double() @ weight.double().T
+        for activation, b in (("none", None), ("relu", bias), ("gelu", bias)):
+            found = ops.sparse_linear(x, values, codes, b, packed.shape, 2, 4, activation)
+            check(found.cpu(), sums if b is None else sums + b.cpu(), activation)
 
     @pytest.mark.parametrize("last", [False, True])
     @pytest.mark.parametrize("dtype", DTYPES)

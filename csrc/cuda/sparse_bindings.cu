@@ -4,6 +4,7 @@
 #include "../cpu/panels.h"
 #include "sparse_conv2d.cuh"
 #include "sparse_linear.cuh"
+#include "sparse_wgmma.cuh"
 
 #include <ATen/Dispatch.h>
 #include <ATen/ops/conv2d.h>
@@ -15,6 +16,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <cstdlib>
 
 namespace {
 
@@ -65,12 +67,26 @@ at::Tensor order_of(const char* op, const at::Tensor& input, const at::Tensor& v
 
 bool on_lines(const at::Tensor& x, int64_t width) { return width % 8 == 0 && reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0; }
 
+// Whether wgmma is wanted and there: a kernel compiled for anything but sm_90a is empty, and one that is not has 128 sums a thread.
+// SNOWS_WGMMA=1 or 0 decides, for comparisons (bench/kernels_sparse.py), and may change between calls.
+template <typename T> bool wgmma() {
+  const char* const asked = std::getenv("SNOWS_WGMMA");
+  if (asked != nullptr ? *asked != '1' : !snows::WGMMA_BY_DEFAULT) return false;
+  cudaFuncAttributes found;
+  C10_CUDA_CHECK(cudaFuncGetAttributes(&found, snows::wgmma_product_kernel<T>));
+  const bool there = found.numRegs > 128;
+  TORCH_CHECK(there || asked == nullptr, "SNOWS_WGMMA=1: expected a GPU of compute capability 9.0 and kernels built for it (",
+              "TORCH_CUDA_ARCH_LIST=9.0a), got another of the two");
+  return there;
+}
+
 // y, which lies as (tokens, rows), from the input.
 template <typename Input>
 void multiply(const at::Tensor& order, const OptionalTensor& bias_, c10::string_view activation, at::Tensor& y, int rows, int columns,
               int tokens, const Input& input, bool wide) {
   const at::Tensor bias = bias_.has_value() ? bias_->contiguous() : at::Tensor();
-  const snows::Choice choice = snows::choose(rows, columns, tokens, wide, attribute(cudaDevAttrMultiProcessorCount));
+  const int processors = attribute(cudaDevAttrMultiProcessorCount);
+  const snows::Choice choice = snows::choose(rows, columns, tokens, wide, processors);
   TORCH_CHECK_VALUE(choice.blocks <= INT32_MAX, "sparse product: expected at most 2^31 - 1 blocks, got ", choice.blocks);
   const at::Tensor partial = at::empty({choice.splits > 1 ? choice.splits : 0, tokens, rows}, y.options().dtype(at::kFloat), at::MemoryFormat::Contiguous);
   AT_DISPATCH_REDUCED_FLOATING_TYPES(y.scalar_type(), "sparse_product", [&] {
@@ -80,11 +96,14 @@ void multiply(const at::Tensor& order, const OptionalTensor& bias_, c10::string_
         bias.defined() ? static_cast<const T*>(bias.const_data_ptr()) : nullptr, static_cast<T*>(y.mutable_data_ptr()),
         choice.splits > 1 ? partial.mutable_data_ptr<float>() : nullptr, choice.splits,
         activation == "relu" ? snows::RELU : activation == "gelu" ? snows::GELU : snows::NONE};
-    snows::sparse_product_by(choice, product, input, wide, [](auto kernel, unsigned blocks, int threads, int bytes, auto... arguments) {
+    const auto launch = [](auto kernel, unsigned blocks, int threads, int bytes, auto... arguments) {
       if (bytes > 48 * 1024) C10_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
       kernel<<<blocks, threads, bytes, c10::cuda::getCurrentCUDAStream()>>>(arguments...);
       C10_CUDA_KERNEL_LAUNCH_CHECK();
-    });
+    };
+    if constexpr (std::is_same_v<Input, snows::Tokens<true>>)
+      if (snows::wgmma_takes(rows, tokens, wide, processors) && wgmma<T>()) return snows::wgmma_product_by(product, input, launch);
+    snows::sparse_product_by(choice, product, input, wide, launch);
   });
 }
 

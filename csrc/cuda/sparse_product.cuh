@@ -62,6 +62,32 @@ __device__ void finish(const Product<T>& p, int n, int m, float (&v)[8]) {
   put(p.out + int64_t(n) * p.rows + m, v, p.rows - m, p.rows % 8 == 0);
 }
 
+// The end of a block: the sums of lane 4 g + t are rows g and g + 8, tokens 2 t and 2 t + 1 of each 16 x 8; turn them in shared memory, so
+// that whole lines are stored.
+template <typename T, typename S>
+__device__ void store_sums(const Product<T>& p, Line* memory, const float (&sum)[S::WM / TILE][2][S::WN / 8][4], int m0, int n0, int split) {
+  const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
+  const int warp_m = warp % S::WARPS_M * S::WM, warp_n = warp / S::WARPS_M * S::WN;
+  __syncthreads();
+  float* const turned = reinterpret_cast<float*>(memory);
+#pragma unroll
+  for (int i = 0; i < 2 * S::WM / TILE; ++i)
+#pragma unroll
+    for (int j = 0; j < S::WN / 8; ++j)
+#pragma unroll
+      for (int r = 0; r < 4; ++r)
+        turned[(warp_n + 8 * j + lane % 4 * 2 + r % 2) * S::PITCH + warp_m + 16 * i + r / 2 * 8 + lane / 4] = sum[i / 2][i % 2][j][r];
+  __syncthreads();
+  for (int i = thread; i < S::N * S::M / 8; i += S::THREADS) {
+    const int n = i / (S::M / 8), m = m0 + i % (S::M / 8) * 8;
+    if (n0 + n >= p.tokens || m >= p.rows) continue;
+    float v[8];
+    load(turned + n * S::PITCH + m - m0, v);
+    if (p.partial == nullptr) finish(p, n0 + n, m, v);
+    else put(p.partial + (int64_t(split) * p.tokens + n0 + n) * p.rows + m, v, p.rows - m, p.rows % 8 == 0);
+  }
+}
+
 // Eight consecutive numbers of a token, `column` being the first one's, to shared memory.
 template <typename Input>
 __device__ void fetch(const Input& input, Line* to, const typename Input::Row& row, int k, const typename Input::Column& column) {
@@ -150,25 +176,7 @@ __device__ void sparse_product(const Product<T>& p, const Input& input) {
     }
   }
 
-  // The sums of lane 4 g + t are rows g and g + 8, tokens 2 t and 2 t + 1: turn them in shared memory, so that whole lines are stored.
-  __syncthreads();
-  float* const turned = reinterpret_cast<float*>(memory);
-#pragma unroll
-  for (int i = 0; i < 2 * S::WM / TILE; ++i)
-#pragma unroll
-    for (int j = 0; j < S::WN / 8; ++j)
-#pragma unroll
-      for (int r = 0; r < 4; ++r)
-        turned[(warp_n + 8 * j + lane % 4 * 2 + r % 2) * S::PITCH + warp_m + 16 * i + r / 2 * 8 + lane / 4] = sum[i / 2][i % 2][j][r];
-  __syncthreads();
-  for (int i = thread; i < S::N * S::M / 8; i += S::THREADS) {
-    const int n = i / (S::M / 8), m = m0 + i % (S::M / 8) * 8;
-    if (n0 + n >= p.tokens || m >= p.rows) continue;
-    float v[8];
-    load(turned + n * S::PITCH + m - m0, v);
-    if (p.partial == nullptr) finish(p, n0 + n, m, v);
-    else put(p.partial + (int64_t(split) * p.tokens + n0 + n) * p.rows + m, v, p.rows - m, p.rows % 8 == 0);
-  }
+  store_sums<T, S>(p, memory, sum, m0, n0, split);
 }
 
 template <typename T, typename S, typename Input>

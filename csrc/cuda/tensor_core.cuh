@@ -53,6 +53,36 @@ __device__ void mma_sp(float (&sum)[4], const Line& a, const Line& b, uint32_t c
 }
 #undef SNOWS_MMA_SP
 
+// Hopper's warpgroups (sm_90a): four warps in line multiply together, while they go on.
+
+// Before products: registers that they read or write are as the program has them. Close a group of products; wait until all but the latest
+// N groups are done.
+__device__ inline void registers_ready() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ inline void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int N> __device__ void wait_products() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory"); }
+
+// What this thread wrote to shared memory, copies that have landed among it, is for products to see.
+__device__ inline void publish() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// sum += a b: 64x32 times 32x128, a being 2:4. Of its 16 rows a warp has in a, codes and sum what it has for mma_sp, and leaves them alone
+// until the product is done; b describes a matrix in shared memory.
+template <typename T, int Selector>
+__device__ void wgmma_sp(float (&sum)[16][4], const Line& a, uint64_t b, const uint32_t& codes) {
+#define SNOWS_ROW(i) "+f"(sum[i][0]), "+f"(sum[i][1]), "+f"(sum[i][2]), "+f"(sum[i][3])
+#define SNOWS_WGMMA_SP_OF(types)                                                                                                         \
+  asm volatile("wgmma.mma_async.sp.sync.aligned.m64n128k32.f32." types " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, "       \
+               "%13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, "     \
+               "%36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, "     \
+               "%59, %60, %61, %62, %63}, {%64, %65, %66, %67}, %68, %69, %70, 1, 1, 1, 0;"                                              \
+               : SNOWS_ROW(0), SNOWS_ROW(1), SNOWS_ROW(2), SNOWS_ROW(3), SNOWS_ROW(4), SNOWS_ROW(5), SNOWS_ROW(6), SNOWS_ROW(7),         \
+                 SNOWS_ROW(8), SNOWS_ROW(9), SNOWS_ROW(10), SNOWS_ROW(11), SNOWS_ROW(12), SNOWS_ROW(13), SNOWS_ROW(14), SNOWS_ROW(15)    \
+               : "r"(a.word[0]), "r"(a.word[1]), "r"(a.word[2]), "r"(a.word[3]), "l"(b), "r"(codes), "n"(Selector))
+  if constexpr (std::is_same_v<T, __half>) SNOWS_WGMMA_SP_OF("f16.f16");
+  else SNOWS_WGMMA_SP_OF("bf16.bf16");
+#undef SNOWS_WGMMA_SP_OF
+#undef SNOWS_ROW
+}
+
 }  // namespace snows
 
 #endif

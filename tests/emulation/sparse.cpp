@@ -5,10 +5,11 @@
 #include "kernel_order.cuh"
 #include "sparse_conv2d.cuh"
 #include "sparse_linear.cuh"
+#include "sparse_wgmma.cuh"
 
 using namespace snows;
 
-// `bf16`, `shape` (as Choice), `splits`, `wide`: what is to run, of what the layers choose from by themselves.
+// `bf16`, `shape` (as Choice, or 3: wgmma), `splits`, `wide`: what is to run, of what the layers choose from by themselves.
 template <typename T, typename Input>
 static void run(const int* how, const void* order, int rows, int columns, int tokens, const void* bias, void* out, float* partial, int activation,
                 const Input& input, size_t numbers) {
@@ -20,9 +21,10 @@ static void run(const int* how, const void* order, int rows, int columns, int to
   emulation::readable = {{order, lines * sizeof(Line)}, {input.x, numbers * sizeof(T)}};
   const Product<T> p{static_cast<const Line*>(order), rows, columns, tokens, static_cast<const T*>(bias), static_cast<T*>(out),
                      splits > 1 ? partial : nullptr, splits, activation};
-  sparse_product_by(c, p, input, how[3], [](auto kernel, unsigned blocks, int threads, int bytes, auto... a) {
-    launch_apart(kernel, blocks, threads, bytes, a...);
-  });
+  const auto launch = [](auto kernel, unsigned blocks, int threads, int bytes, auto... a) { launch_apart(kernel, blocks, threads, bytes, a...); };
+  if constexpr (std::is_same_v<Input, Tokens<true>>)
+    if (how[1] == 3) return wgmma_product_by(p, input, launch);
+  sparse_product_by(c, p, input, how[3], launch);
 }
 
 extern "C" {
@@ -61,4 +63,6 @@ void choose(int64_t rows, int64_t columns, int64_t tokens, int wide, int process
   const Choice c = snows::choose(rows, columns, tokens, wide, processors);
   found[0] = c.shape, found[1] = c.blocks, found[2] = c.splits;
 }
+
+int wgmma_takes(int64_t rows, int64_t tokens, int wide, int processors) { return snows::wgmma_takes(rows, tokens, wide, processors); }
 }
