@@ -322,13 +322,13 @@ def _check_model(model: nn.Module) -> None:
         raise ValueError("prune: expected a model as it was before torch.compile; pass model._orig_mod, and compile what comes back")
     if torch.is_inference_mode_enabled():
         raise ValueError("prune: expected to be called outside torch.inference_mode(), where nothing can be differentiated")
-    if next(model.parameters(), None) is None:
-        raise ValueError("prune: expected a model with weights, got one without parameters")
     if any(m.training for m in model.modules()):
         raise ValueError("prune: expected a model in evaluation mode, got one in training mode; call model.eval() first")
     for name, module in model.named_modules():
         if isinstance(module, SparseLinear | SparseConv2d):
             raise ValueError(f"prune: expected dense weights, but {name} is packed already; prune the network it was made from")
+    if next(model.parameters(), None) is None:
+        raise ValueError("prune: expected a model with weights, got one without parameters")
     for name, p in model.named_parameters():
         if p.is_meta:
             raise ValueError(f"prune: expected weights with values, got {name} on the meta device; load the weights first")

@@ -315,7 +315,7 @@ def test_what_cannot_be_deployed_is_refused():
         snows.deploy(small(net, x), x)
     with pytest.raises(ValueError, match="but 0 is packed already"):
         snows.prune(small(net, x), [x], snows.NM(2, 4))
-    with pytest.raises(ValueError, match="cannot run the example"):
+    with pytest.raises(ValueError, match="cannot run a batch"):
         snows.deploy(net, torch.randn(3, 9))
     with pytest.raises(ValueError, match='"speed" or "size", got \'fast\''):
         snows.deploy(net, x, objective="fast")
