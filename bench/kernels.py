@@ -22,6 +22,7 @@ from torch import Tensor
 
 from snows import ops
 
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of PyTorch's own compiler, when it is first imported
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LARGE = DEVICE == "cuda"  # 64 MB and more, so that the chip is filled
 SETS = 4
