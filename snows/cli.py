@@ -25,7 +25,7 @@ from snows import files, ops, selectors, sources
 from snows.deployment import Deployment
 from snows.evaluation import evaluate, logits_of
 from snows.report import Report
-from snows.run import state, write
+from snows.run import RESULTS, SOURCE, state, write
 from snows.sparsity import parse_pattern
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
@@ -37,8 +37,6 @@ RULES = {
     "least-squares": selectors.least_squares, "least-squares:sparsegpt": partial(selectors.least_squares, select=selectors.sparsegpt),
     "least-squares:wanda": partial(selectors.least_squares, select=selectors.wanda),
 }
-
-SOURCE = "source.json"  # in a run's folder: where its network and images came from
 
 ModelOption = Annotated[str, typer.Option("--model", help="zoo:NAME, torchvision:NAME, timm:NAME, hf:FOLDER or package.module:callable")]
 WeightsOption = Annotated[Path | None, typer.Option("--weights", help="safetensors, or a pickled checkpoint (loaded without running code)")]
@@ -193,7 +191,7 @@ RunArgument = Annotated[Path, typer.Argument(help="the folder of a run")]
 
 def _not_its_own(run: Path, out: Path) -> None:
     """Refuse to write over what a run made."""
-    if out.resolve() in {(run / name).resolve() for name in ("model.safetensors", "masks.safetensors", "run.json", "report.json", SOURCE)}:
+    if out.resolve() in {(run / name).resolve() for name in ("run.json", *RESULTS)}:
         raise ValueError(f"--out: {out} is a file of the run itself; name another")
 
 

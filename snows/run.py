@@ -20,7 +20,8 @@ from snows.report import LayerReport, Report
 from snows.sparsity import MaskedWeight
 
 VERSION = 1
-RESULTS = ("model.safetensors", "masks.safetensors", "report.json", "report.html", "source.json")  # what a run writes when it is done
+SOURCE = "source.json"  # where a run's network and images came from, for those that the command line began
+RESULTS = ("model.safetensors", "masks.safetensors", "report.json", "report.html", SOURCE)  # what a run writes when it is done
 
 
 class Run:

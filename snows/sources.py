@@ -81,7 +81,8 @@ def load_model(source: str, weights: Path | None = None) -> tuple[nn.Module, Pre
         elif kind == "hf":
             net, processing = _load_hf(Path(name))
         else:
-            sys.path += [] if "" in sys.path or str(Path.cwd()) in sys.path else [str(Path.cwd())]  # as `python -m snows` has it
+            if not {"", str(Path.cwd())} & set(sys.path):  # as `python -m snows` has it
+                sys.path.append(str(Path.cwd()))
             net = getattr(importlib.import_module(kind), name)()
     except ImportError as error:
         advice = "pip install 'snows[models]' brings torchvision, timm and transformers" if kind in ("torchvision", "timm", "hf") else \
