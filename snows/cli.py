@@ -294,9 +294,12 @@ def export(
 
 
 @app.command()
-def demo(out: Annotated[Path, typer.Option(help="folder for the pruned weights and the page")] = Path("runs/demo")) -> None:
-    """Prune the two networks of the zoo and print one table."""
-    demonstration.run(out, out_console)
+def demo(
+    out: Annotated[Path, typer.Option(help="folder for the pruned weights and the page")] = Path("runs/demo"),
+    images: Annotated[int, typer.Option(min=1, max=10_000, help="how many of the 10,000 test images judge")] = demonstration.JUDGED,
+) -> None:
+    """Prune the two networks of the zoo, deploy them and print two tables."""
+    demonstration.run(out, out_console, images)
 
 
 @app.command()

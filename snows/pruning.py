@@ -180,7 +180,7 @@ class _Walk:
         losses = _Losses(self, name, weight)
         statistics = LayerStatistics(calls[: self.training], dense_calls[: self.training],
                                      lambda: losses.sensitivity(network.groups_of(module)))
-        masked = start if start is not None else select(weight, statistics, pattern)
+        masked = start if start is not None else _selected(select, name, weight, statistics, pattern)
         if self.solver is None:
             fit = Fit(masked, [], math.nan, math.nan)
         else:
@@ -193,6 +193,20 @@ class _Walk:
             stop=fit.steps[-1].stop.value if fit.steps else "", seconds=time.perf_counter() - began,
         )
         return fit.masked, report
+
+
+def _selected(select: Any, name: str, weight: Tensor, statistics: LayerStatistics, pattern: Pattern | None) -> MaskedWeight:
+    found = select(weight, statistics, pattern)
+    shape, wanted = tuple(weight.shape), (weight.dtype, torch.bool)
+    if not (isinstance(found, tuple) and len(found) == 2 and all(isinstance(t, Tensor) for t in found)):
+        raise TypeError(f"prune: expected select to return a snows.sparsity.MaskedWeight for {name}, got a {type(found).__name__}")
+    for what, tensor, dtype in zip(("weight", "mask"), found, wanted, strict=True):
+        if tensor.dtype != dtype or tuple(tensor.shape) != shape:
+            raise ValueError(f"prune: expected the {what} that select returns for {name} to be {dtype} of {shape}, "
+                             f"got {tensor.dtype} of {tuple(tensor.shape)}")
+    if pattern is not None and not (pattern.mask(found[1].float()) | ~found[1]).all():
+        raise ValueError(f"prune: the mask that select returns for {name} keeps more than the pattern {pattern} allows")
+    return MaskedWeight(found[0].masked_fill(~found[1], 0), found[1])
 
 
 class _Losses:

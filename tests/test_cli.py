@@ -335,3 +335,31 @@ def test_a_folder_of_transformers_loads_whole_or_not_at_all(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"nothing")
     with pytest.raises(ValueError, match="could not be built"):
         load_model(f"hf:{tmp_path}")
+
+
+def test_demo_judges_what_it_leaves(monkeypatch, capsys, tmp_path):
+    """The accuracy in the table is that of the weights in the folder, on as many test images as were asked for."""
+    few = cli.demonstration.calibration(32, 8)
+    monkeypatch.setattr(cli.demonstration, "CASES", (("resnet20", snows.NM(1, 4)),))
+    monkeypatch.setattr(cli.demonstration, "calibration", lambda: few)
+    code, printed = run(monkeypatch, capsys, "demo", "--out", tmp_path, "--images", 96)
+    assert code == 0
+    assert "on the first 96 test images" in printed
+    dense, (images, labels) = zoo.load("resnet20"), zoo.images("test")
+
+    def percent(net):
+        with torch.no_grad():
+            return f"{100 * (net(images[:96]).argmax(1) == labels[:96]).double().mean().item():.2f}"
+
+    pruned = zoo.load("resnet20")
+    pruned.load_state_dict(load_file(tmp_path / "resnet20-1-4.safetensors"))
+    weight = pruned.get_parameter("layer1.0.conv1.weight")
+    assert ((weight.permute(0, 2, 3, 1).unflatten(-1, (-1, 4)) != 0).sum(-1) <= 1).all()
+    line = next(x for x in printed.splitlines() if "resnet20" in x and percent(dense) in x)
+    assert percent(pruned) in line
+    with torch.no_grad():
+        path = tmp_path / "resnet20-1-4.packed.safetensors"
+        assert path.exists() or " 0 of " in line  # where dense measured faster there is no such file
+        packed = snows.load(path, dense) if path.exists() else pruned
+        assert (packed(images[:96]) - pruned(images[:96])).abs().max() < 1e-4 * pruned(images[:96]).abs().max()
+    assert "resnet20 1:4" in (tmp_path / "report.html").read_text()

@@ -396,6 +396,17 @@ def test_a_setting_of_another_type_is_named(pattern, settings, message):
         quiet(plain(), [x], pattern, **settings)
 
 
+@pytest.mark.parametrize(("select", "kind", "message"), [
+    (lambda w, s, p: 3, TypeError, "expected select to return a snows.sparsity.MaskedWeight for 2, got a int"),
+    (lambda w, s, p: (w, w), ValueError, r"expected the mask that select returns for 2 to be torch.bool of"),
+    (lambda w, s, p: (w[:1], p.mask(w)), ValueError, r"expected the weight that select returns for 2 to be torch.float32 of"),
+    (lambda w, s, p: (w, w == w), ValueError, "the mask that select returns for 2 keeps more than the pattern 2:4 allows"),
+])
+def test_what_a_rule_returns_is_checked(select, kind, message):
+    with pytest.raises(kind, match=message):
+        quiet(plain(), [x], NM(2, 4), select=select)
+
+
 def test_a_run_does_not_write_over_the_files_of_others(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"mine")
     with pytest.raises(ValueError, match=r"holds model.safetensors, which no run there has written"):
