@@ -20,7 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from snows import ops
+from snows import NM, Unstructured, ops
+from snows.packing import pack
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of PyTorch's own compiler, when it is first imported
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -71,6 +72,25 @@ def system(n: int) -> tuple[Tensor, ...]:
     return x, r, p, 2 * p, torch.tensor([0.0, 0.0, n, n, 1.0], dtype=torch.float64, device=DEVICE)
 
 
+def packed(rows: int, columns: int, pattern: NM | Unstructured) -> tuple[Tensor, Tensor]:
+    """Values and codes."""
+    weight = randn(rows, columns)
+    mask = pattern.mask(weight.abs())
+    return pack(weight * mask, mask, pattern)[:2]
+
+
+def unpack_groups(values: Tensor, codes: Tensor) -> Tensor:
+    """2:4 rows of whole groups."""
+    nibbles = torch.stack((codes & 15, codes >> 4), -1)
+    positions = torch.stack((nibbles & 3, nibbles >> 2), -1).view(-1, 2).long()
+    return values.new_zeros(len(positions), 4).scatter_(1, positions, values.view(-1, 2)).view(len(values), -1)
+
+
+def unpack_bits(values: Tensor, codes: Tensor, shape: tuple[int, int]) -> Tensor:
+    kept = (codes[:, None] >> torch.arange(8, device=codes.device)) & 1
+    return values.new_zeros(shape).masked_scatter_(kept.view(shape).bool(), values)
+
+
 def cases() -> list[Case]:
     tokens, width = (197 * 256, 3072) if LARGE else (197 * 8, 3072)
     rows, columns = (16384, 4096) if LARGE else (3072, 768)
@@ -83,6 +103,10 @@ def cases() -> list[Case]:
              4 * n + n // 4),
         Case(f"masked {rows}x{columns}", lambda: (randn(rows, columns), ops.pack_bits(randn(rows, columns) > 0)), ops.masked,
              lambda w, b: w * ((b.unsqueeze(1) >> torch.arange(8, device=w.device)) & 1).view_as(w), 8 * n + n // 8),
+        Case(f"unpack 2:4 {rows}x{columns}", lambda: packed(rows, columns, NM(2, 4)), lambda v, c: ops.unpack(v, c, (rows, columns), 2, 4),
+             unpack_groups, 6 * n + n // 8),
+        Case(f"unpack 0.9 {rows}x{columns}", lambda: packed(rows, columns, Unstructured(0.9)),
+             lambda v, c: ops.unpack(v, c, (rows, columns), 0, 0), lambda v, c: unpack_bits(v, c, (rows, columns)), 4 * n + 4 * n // 10 + n // 8),
         Case(f"cg_update {n}", lambda: system(n),
              cg_update, cg_eager, 24 * n),
         Case(f"gelu {tokens}x{width}", lambda: (randn(tokens, width),), ops.gelu, F.gelu, 8 * d),

@@ -23,6 +23,8 @@ SIZES = " queries keys width depth by_head by_query by_key scale"
 # kernel: the pointers in the loss's dtype, others as name:type, constants, warps
 KERNELS = {
     ("masked", "masked_kernel"): ("weight bits:*u8 out", "n", {"BYTES": 128}, 4),
+    ("unpack", "count_kernel"): ("codes:*u8 counts:*i64", "size", {"BLOCK": 1024}, 4),
+    ("unpack", "unpack_kernel"): ("values codes:*u8 starts:*i64 out", "columns blocks stored size", {"N": 2, "M": 4, "WIDTH": 2, "BLOCK": 1024}, 4),
     ("gelu", "gelu_kernel"): ("x value slope", "n", {"TANH": False, "BLOCK": 1024}, 4),
     ("gelu", "gelu_curve_kernel"): ("x g out", "n", {"TANH": True, "BLOCK": 1024}, 4),
     ("affine_relu", "affine_relu_grad_kernel"): ("g y scale out", "channels positions", {"BLOCK": 1024}, 4),

@@ -12,9 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
+from test_packing import bits_of, some_mask
 
-from snows import ops, reference
+from snows import NM, Unstructured, ops, reference
 from snows.ops import register, sdpa
+from snows.packing import pack
 
 GPU = torch.cuda.is_available()
 if not GPU:
@@ -194,6 +197,102 @@ def test_attention_takes_heads_up_to_its_widest(dtype, width, keep, taken):
     assert attention.takes(q, k, v, q, k, v, out, kept, None, 0.1) == taken
 
 
+GUARD = 1024  # numbers around a tensor that no kernel may read or write
+PACKED_SHAPES = [(5, 32), (3, 37), (4, 6, 3, 2), (6, 24, 1, 1), (1, 1), (3, 0), (0, 8), (3, 1101), (2, 2048)]
+
+
+def guarded(x):
+    """x between numbers that no test stores."""
+    room = torch.full((x.numel() + 2 * GUARD,), torch.nan if x.is_floating_point() else 255).to(x)
+    room[GUARD : GUARD + x.numel()] = x.flatten()
+    return room[GUARD : GUARD + x.numel()].view(x.shape)
+
+
+def packed_weight(shape, pattern, dtype):
+    """A weight of up to n a group, some kept values zeros of both signs: dense and packed."""
+    mask = some_mask(shape, pattern) if isinstance(pattern, NM) else torch.rand(shape) < 1 - pattern.sparsity
+    weight = torch.randn(shape).masked_fill(torch.rand(shape) < 0.2, -0.0).masked_fill(torch.rand(shape) < 0.2, 0.0)
+    weight = torch.where(mask, weight, 0).to(dtype)
+    return weight, pack(weight, mask, pattern)
+
+
+@pytest.fixture
+def rooms(monkeypatch):
+    """What `new_empty` hands out while the test runs: poisoned, and guarded on both sides."""
+    rooms, plain = [], torch.Tensor.new_empty
+
+    def new_empty(x, *size, dtype=None, **more):
+        if more:  # by the interpreter
+            return plain(x, *size, dtype=dtype, **more)
+        poison = torch.nan if (dtype or x.dtype).is_floating_point else -1
+        rooms.append(torch.full((torch.Size(size).numel() + 2 * GUARD,), poison, dtype=dtype or x.dtype, device=x.device))
+        return rooms[-1][GUARD : len(rooms[-1]) - GUARD].view(size)
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
+    return rooms
+
+
+@device
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("pattern", [NM(2, 4), NM(1, 4), NM(2, 8), NM(4, 8), NM(1, 2), NM(3, 5), NM(1, 3), NM(6, 32), NM(31, 32),
+                                     Unstructured(0.9), Unstructured(0.1)], ids=str)  # fmt: skip
+def test_unpack_gives_the_dense_weight_bit_for_bit(pattern, dtype, device, rooms):
+    unpack = import_module("snows.kernels.unpack")
+    for shape in PACKED_SHAPES:
+        weight, packed = packed_weight(shape, pattern, dtype)
+        args = guarded(packed.values.to(device)), guarded(packed.codes.to(device)), packed.shape, *packed.group
+        assert unpack.takes(*args)
+        found = unpack.unpack(*args)
+        assert found.is_contiguous()
+        assert torch.equal(bits_of(found.cpu()), bits_of(weight)), shape
+    for room in rooms:
+        assert all(side.isnan().all() if room.is_floating_point() else side.eq(-1).all() for side in (room[:GUARD], room[-GUARD:]))
+
+
+@device
+def test_unpack_reads_all_six_codes_of_2_of_4(device):
+    unpack = import_module("snows.kernels.unpack")
+    values = torch.tensor([[1.0, 2.0, 3.0, -0.0, 5.0, 6.0, torch.inf, 8.0, 9.0, 0.0, 11.0, torch.nan]], device=device)
+    codes = torch.tensor([0x84, 0x9C, 0xED], dtype=torch.uint8, device=device)
+    dense = [[1.0, 2.0, 0.0, 0.0], [3.0, 0.0, -0.0, 0.0], [5.0, 0.0, 0.0, 6.0],
+             [0.0, torch.inf, 8.0, 0.0], [0.0, 9.0, 0.0, 0.0], [0.0, 0.0, 11.0, torch.nan]]  # fmt: skip
+    assert torch.equal(bits_of(unpack.unpack(values, codes, (1, 24), 2, 4).cpu()), bits_of(torch.tensor([dense]).view(1, 24)))
+
+
+@device
+def test_products_without_a_kernel_of_their_own_unpack_by_the_kernel(device, request, monkeypatch):
+    """In 1:4 and bfloat16 no native build has one either; small whole numbers make every sum exact."""
+    torch.use_deterministic_algorithms(False)  # else cuBLAS wants a variable in the environment
+    unpack, ran = import_module("snows.kernels.unpack"), []
+    monkeypatch.setattr(unpack, "unpack", lambda *a, run=unpack.unpack: (ran.append(a), run(*a))[1])
+    request.getfixturevalue("registered")
+    for shape, inputs, settings in (((24, 36), (5, 36), ()), ((8, 12, 3, 2), (2, 12, 7, 6), ((2, 1), (1, 0), (1, 2)))):
+        mask = some_mask(shape, NM(1, 4))
+        weight = torch.where(mask, torch.randint(-2, 3, shape), 0).bfloat16()
+        packed = pack(weight, mask, NM(1, 4))
+        x, bias = (torch.randint(-2, 3, size).to(device, torch.bfloat16) for size in (inputs, shape[:1]))
+        x.requires_grad_()
+        dense, op, plain = (F.conv2d, ops.sparse_conv2d, reference.sparse_conv2d) if settings else (F.linear, ops.sparse_linear,
+                                                                                                   reference.sparse_linear)
+        at = x.detach().double().cpu().requires_grad_()
+        wanted = dense(at, weight.double(), bias.double().cpu(), *settings).relu()
+        args = x, packed.values.to(device), packed.codes.to(device), bias, packed.shape, 1, 4, *settings, "relu"
+        found = op(*args)
+        found.sum().backward()
+        wanted.sum().backward()
+        assert torch.equal(found.double().cpu(), wanted)
+        assert torch.equal(x.grad.double().cpu(), at.grad)
+        assert torch.equal(plain(*args), found)
+    assert len(ran) >= 6  # two values and a gradient each
+
+
+@pytest.mark.parametrize(("dtype", "m", "taken"), [(torch.bfloat16, 32, True), (torch.float64, 4, True), (torch.float32, 64, False),
+                                                   (torch.int32, 4, False)])  # fmt: skip
+def test_unpack_takes_the_groups_and_numbers_that_pack_writes(dtype, m, taken):
+    unpack = import_module("snows.kernels.unpack")
+    assert unpack.takes(torch.zeros(1, 1, dtype=dtype), torch.zeros(1, dtype=torch.uint8), (1, m), 1, m) == taken
+
+
 def compile_all(tmp_path, *targets):
     """What the compiler made of every kernel for these architectures and dtypes."""
     tools = Path(import_module("triton").__file__).parent / "backends" / "nvidia" / "bin"
@@ -216,8 +315,8 @@ def test_compiled_kernels_keep_to_registers_and_load_sixteen_bytes(tmp_path):
     for c in compiled:
         attention = c["kernel"].startswith("attention")
         assert c["stack"] == c["spills"] == 0, c
-        assert c["wide loads"] > 0, c
-        assert c["wide stores"] > 0, c
+        assert c["wide loads"] > 0 or c["kernel"] in ("unpack_kernel", "count_kernel"), c  # bits, and values found by them
+        assert c["wide stores"] > 0 or c["kernel"] == "count_kernel", c  # one number
         assert c["registers"] <= (255 if attention else 64), c  # 64: 1,024 threads, half the most, on a multiprocessor
         assert c["shared"] <= 99 * 1024, c  # what a program may have on sm_86 and sm_89
         assert (c["tensor core"] > 0) == attention, c

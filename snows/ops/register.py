@@ -95,6 +95,7 @@ native = _load_native()
 
 TRITON = {  # file in kernels/ -> the ops in it
     "masked": ("masked",),
+    "unpack": ("unpack",),
     "gelu": ("gelu", "gelu_curve"),
     "affine_relu": ("affine_relu_grad",),
     "layer_norm": ("layer_norm", "layer_norm_grad", "layer_norm_curve"),

@@ -1,4 +1,7 @@
-"""Packed layers: the weight unpacked, and the dense product with it."""
+"""Packed layers: the weight unpacked, and the dense product with it.
+
+The products unpack by the op, so that where only unpacking has a kernel they run on it.
+"""
 
 from __future__ import annotations
 
@@ -71,7 +74,7 @@ def sparse_linear(
     activation: str = "none", order: Tensor | None = None,
 ) -> Tensor:
     """See `ops.sparse_linear`; `order` is not read."""
-    return activate(F.linear(input, unpack(values, codes, shape, n, m), bias), activation).contiguous()
+    return activate(F.linear(input, torch.ops.snows.unpack(values, codes, shape, n, m), bias), activation).contiguous()
 
 
 def images_innermost(x: Tensor) -> bool:
@@ -89,7 +92,7 @@ def sparse_conv2d(
     stride: list[int], padding: list[int], dilation: list[int], activation: str = "none", order: Tensor | None = None,
 ) -> Tensor:
     """See `ops.sparse_conv2d`; `order` is not read."""
-    weight = unpack(values, codes, shape, n, m)
+    weight = torch.ops.snows.unpack(values, codes, shape, n, m)
     if images_innermost(input):
         return innermost_images(activate(F.conv2d(input, weight, bias, stride, padding, dilation), activation))
     last = input.is_contiguous(memory_format=torch.channels_last) and not input.is_contiguous()
