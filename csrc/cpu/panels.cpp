@@ -11,6 +11,7 @@
 #include <ATen/ops/relu.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <vector>
 
@@ -255,42 +256,46 @@ void multiply(const Order& o, const Panels& panels, const at::Tensor& bias, c10:
   // Several threads share a panel only where there are too few for all; each then fills it for itself.
   const int64_t wanted = 8 * at::get_num_threads(), shares = std::min(chunks, std::max<int64_t>(1, wanted / std::max<int64_t>(1, panels.count)));
   const int64_t most = std::min(kTogether * Order::kChunk, o.rows) + 1;  // rows of sums; one more where their number is odd
-  at::parallel_for(0, panels.count * shares, 1, [&](int64_t begin, int64_t end) {
+  // Threads take the next items when they are done with theirs: one that is held up, or has wider panels, does fewer.
+  const int64_t items = panels.count * shares, together = std::max<int64_t>(1, items / wanted);
+  std::atomic<int64_t> taken{0};
+  at::parallel_for(0, std::min<int64_t>(at::get_num_threads(), items), 1, [&](int64_t, int64_t) {
     const int64_t step = most * 16 * panels.vectors;
     static thread_local Scratch memory;
     float* sums = memory.floats(panels.strips * step + 128 + panels.scratch);  // and with it scratch aligned: no load straddles two cache lines
     float* scratch = sums + panels.strips * step + 128;
     std::vector<float> starts(most);
-    for (int64_t item = begin; item < end; ++item) {
-      const int64_t panel = item / shares, share = item % shares, end_of_share = chunks * (share + 1) / shares;
-      for (int64_t from = chunks * share / shares, to; from < end_of_share; from = to) {
-        to = std::min(from + kTogether, end_of_share);
-        const int64_t row = from * Order::kChunk, rows = std::min(to * Order::kChunk, o.rows) - row;
-        std::fill(starts.begin(), starts.end(), 0.0f);
-        if (bias.defined()) std::copy_n(bias.const_data_ptr<float>() + row, rows, starts.begin());
-        for (int64_t block = 0; block < blocks; ++block)
+    for (int64_t begin; (begin = taken.fetch_add(together)) < items;)
+      for (int64_t item = begin; item < std::min(begin + together, items); ++item) {
+        const int64_t panel = item / shares, share = item % shares, end_of_share = chunks * (share + 1) / shares;
+        for (int64_t from = chunks * share / shares, to; from < end_of_share; from = to) {
+          to = std::min(from + kTogether, end_of_share);
+          const int64_t row = from * Order::kChunk, rows = std::min(to * Order::kChunk, o.rows) - row;
+          std::fill(starts.begin(), starts.end(), 0.0f);
+          if (bias.defined()) std::copy_n(bias.const_data_ptr<float>() + row, rows, starts.begin());
+          for (int64_t block = 0; block < blocks; ++block)
+            for (int64_t strip = 0; strip < panels.strips; ++strip) {
+              const Source source = panels.fill(scratch, panel, strip, block);
+              for (int64_t chunk = from; chunk < to && source.vectors > 0; ++chunk) {
+                const int64_t at = chunk * blocks + block, before = (chunk - from) * Order::kChunk, count = o.pairs_of(chunk);
+                run({o.pairs + chunk * blocks * (Order::kChunk / 2) + block * count, count, source.vectors, o.weights + o.starts[2 * at],
+                     panels.lines + o.starts[2 * at + 1], source.at, sums + strip * step + before * 16 * source.vectors,
+                     block == 0 ? starts.data() + before : nullptr});
+              }
+            }
           for (int64_t strip = 0; strip < panels.strips; ++strip) {
-            const Source source = panels.fill(scratch, panel, strip, block);
-            for (int64_t chunk = from; chunk < to && source.vectors > 0; ++chunk) {
-              const int64_t at = chunk * blocks + block, before = (chunk - from) * Order::kChunk, count = o.pairs_of(chunk);
-              run({o.pairs + chunk * blocks * (Order::kChunk / 2) + block * count, count, source.vectors, o.weights + o.starts[2 * at],
-                   panels.lines + o.starts[2 * at + 1], source.at, sums + strip * step + before * 16 * source.vectors,
-                   block == 0 ? starts.data() + before : nullptr});
+            const int64_t count = rows * 16 * panels.vectors;  // where the strip is narrower, it does what nobody reads
+            float* all = sums + strip * step;
+            if (activation == "relu")
+              for (int64_t i = 0; i < count; ++i) all[i] = all[i] < 0 ? 0 : all[i];  // NaN stays
+            if (activation == "gelu") {
+              at::Tensor tensor = at::from_blob(all, {count}, at::kFloat);
+              at::gelu_(tensor);
             }
           }
-        for (int64_t strip = 0; strip < panels.strips; ++strip) {
-          const int64_t count = rows * 16 * panels.vectors;  // where the strip is narrower, it does what nobody reads
-          float* all = sums + strip * step;
-          if (activation == "relu")
-            for (int64_t i = 0; i < count; ++i) all[i] = all[i] < 0 ? 0 : all[i];  // NaN stays
-          if (activation == "gelu") {
-            at::Tensor tensor = at::from_blob(all, {count}, at::kFloat);
-            at::gelu_(tensor);
-          }
+          panels.store(sums, step, panel, row, rows);
         }
-        panels.store(sums, step, panel, row, rows);
       }
-    }
   });
 }
 
