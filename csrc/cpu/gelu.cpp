@@ -1,5 +1,6 @@
 // GELU with its slope, and its second derivative times g, on the CPU: one pass, without cancellation in either tail.
-// Specification: snows/reference/nonlinear.py, gelu and gelu_curve. Takes the exact GELU in float32.
+// Specification: snows/reference/nonlinear.py, gelu and gelu_curve, which do what is not the exact GELU in float32; and gelu without
+// AVX, where PyTorch's two passes are faster.
 
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty_like.h>
@@ -50,10 +51,14 @@ SNOWS_INLINE inline float tail(float x) {
 
 constexpr float kDensity = 0.398942280f;  // 1 / sqrt(2π)
 
+bool takes(const at::Tensor& x, c10::string_view approximate) {
+  return x.scalar_type() == at::kFloat && approximate == "none" && x.is_non_overlapping_and_dense();
+}
+
 using Two = std::tuple<at::Tensor, at::Tensor>;
 
 Two gelu(const at::Tensor& x_, c10::string_view approximate) {
-  if (x_.scalar_type() != at::kFloat || approximate != "none" || !x_.is_non_overlapping_and_dense())
+  if (!takes(x_, approximate) || snows::simd() == snows::Simd::portable)
     return snows::reference<Two(const at::Tensor&, c10::string_view)>("snows::gelu", x_, approximate);
   at::Tensor value_ = at::empty_like(x_), slope_ = at::empty_like(x_);
   const float* x = x_.const_data_ptr<float>();
@@ -72,8 +77,7 @@ Two gelu(const at::Tensor& x_, c10::string_view approximate) {
 }
 
 at::Tensor gelu_curve(const at::Tensor& x_, const at::Tensor& g_, c10::string_view approximate) {
-  const bool alike = g_.scalar_type() == x_.scalar_type() && g_.strides() == x_.strides();
-  if (x_.scalar_type() != at::kFloat || approximate != "none" || !x_.is_non_overlapping_and_dense() || !alike)
+  if (!takes(x_, approximate) || !takes(g_, approximate) || g_.strides() != x_.strides())
     return snows::reference<at::Tensor(const at::Tensor&, const at::Tensor&, c10::string_view)>("snows::gelu_curve", x_, g_, approximate);
   at::Tensor out_ = at::empty_like(x_);
   const float *x = x_.const_data_ptr<float>(), *g = g_.const_data_ptr<float>();
