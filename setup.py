@@ -54,7 +54,7 @@ def native() -> dict:
     depends = sorted(str(p) for p in [*Path("csrc/cpu").glob("*.h"), *Path("csrc/cuda").glob("*.cuh")])
     extension = (CUDAExtension if cuda else CppExtension)(
         "snows._native", sources, depends=depends, extra_link_args=[*openmp, "-s"],
-        extra_compile_args={"cxx": ["-O3", "-g0", *openmp], "nvcc": ["-O3"]})
+        extra_compile_args={"cxx": ["-O3", "-g0", "-fno-trapping-math", *openmp], "nvcc": ["-O3"]})
     return {"ext_modules": [extension], "cmdclass": {"build_ext": Build.with_options(use_ninja=shutil.which("ninja") is not None)}}
 
 

@@ -340,7 +340,8 @@ class _Model(NamedTuple):
 def _gradient(loss: Loss, weight: Tensor) -> Tensor:
     with torch.enable_grad():
         at = weight.detach().clone().requires_grad_()
-        (gradient,) = torch.autograd.grad(loss(at), at)
+        residuals = loss.residuals(at)
+        (gradient,) = torch.autograd.grad(residuals, at, [2 * w * r.detach() for w, r in zip(loss.weights, residuals, strict=True)])
     return gradient
 
 

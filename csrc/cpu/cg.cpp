@@ -12,6 +12,8 @@
 #include <type_traits>
 #include <vector>
 
+#include "simd.h"
+
 namespace {
 
 constexpr double RUNNING = 0, CONVERGED = 1, NEGATIVE_CURVATURE = 2, NOT_FINITE = 3;  // as in snows/reference/cg.py
@@ -29,7 +31,9 @@ template <typename F>
 double sum_chunks(int64_t n, F f) {
   std::vector<double> partial((n + CHUNK - 1) / CHUNK);
   at::parallel_for(0, partial.size(), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t c = begin; c < end; ++c) partial[c] = f(c * CHUNK, std::min(n, (c + 1) * CHUNK));
+    snows::vectorised([&]() SNOWS_INLINE {
+      for (int64_t c = begin; c < end; ++c) partial[c] = f(c * CHUNK, std::min(n, (c + 1) * CHUNK));
+    });
   });
   double sum = 0;
   for (double value : partial) sum += value;
@@ -37,10 +41,23 @@ double sum_chunks(int64_t n, F f) {
 }
 
 template <typename T>
-double dot(const T* a, const T* b, int64_t begin, int64_t end) {
+SNOWS_INLINE inline double dot(const T* a, const T* b, int64_t begin, int64_t end) {
   double sum = 0;
 #pragma omp simd reduction(+ : sum)
   for (int64_t i = begin; i < end; ++i) sum += double(Wide<T>(a[i])) * double(Wide<T>(b[i]));
+  return sum;
+}
+
+template <typename T>
+SNOWS_INLINE inline double step(T* x, T* r, const T* p, const T* Ap, Wide<T> alpha, int64_t begin, int64_t end) {
+  double sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = begin; i < end; ++i) {
+    x[i] = Wide<T>(x[i]) + alpha * Wide<T>(p[i]);
+    const T rest = Wide<T>(r[i]) - alpha * Wide<T>(Ap[i]);
+    r[i] = rest;
+    sum += double(Wide<T>(rest)) * double(Wide<T>(rest));
+  }
   return sum;
 }
 
@@ -49,7 +66,7 @@ void update(at::Tensor& x_, at::Tensor& r_, const at::Tensor& p_, const at::Tens
   scalar_t *x = x_.data_ptr<scalar_t>(), *r = r_.data_ptr<scalar_t>();
   const scalar_t *p = p_.const_data_ptr<scalar_t>(), *Ap = Ap_.const_data_ptr<scalar_t>();
   const int64_t n = x_.numel();
-  const double curvature = sum_chunks(n, [&](int64_t begin, int64_t end) { return dot(p, Ap, begin, end); });
+  const double curvature = sum_chunks(n, [=](int64_t begin, int64_t end) SNOWS_INLINE { return dot(p, Ap, begin, end); });
   s.iterations += 1;
   if (!std::isfinite(curvature)) {
     s.status = NOT_FINITE;
@@ -58,14 +75,7 @@ void update(at::Tensor& x_, at::Tensor& r_, const at::Tensor& p_, const at::Tens
     if (s.iterations == 1) std::copy(p, p + n, x);  // x was zero: the first direction itself
   } else {
     const Wide<scalar_t> alpha = s.rz / curvature;
-    s.rr = sum_chunks(n, [&](int64_t begin, int64_t end) {
-#pragma omp simd
-      for (int64_t i = begin; i < end; ++i) {
-        x[i] = Wide<scalar_t>(x[i]) + alpha * Wide<scalar_t>(p[i]);
-        r[i] = Wide<scalar_t>(r[i]) - alpha * Wide<scalar_t>(Ap[i]);
-      }
-      return dot(r, r, begin, end);
-    });
+    s.rr = sum_chunks(n, [=](int64_t begin, int64_t end) SNOWS_INLINE { return step(x, r, p, Ap, alpha, begin, end); });
     if (s.rr <= rtol * rtol * s.bb) s.status = CONVERGED;
   }
 }
@@ -74,11 +84,13 @@ template <typename scalar_t>
 void turn(at::Tensor& p_, const at::Tensor& r_, const at::Tensor& z_, State& s) {
   scalar_t* p = p_.data_ptr<scalar_t>();
   const scalar_t *r = r_.const_data_ptr<scalar_t>(), *z = z_.const_data_ptr<scalar_t>();
-  const double rz = sum_chunks(p_.numel(), [&](int64_t begin, int64_t end) { return dot(r, z, begin, end); });
+  const double rz = sum_chunks(p_.numel(), [=](int64_t begin, int64_t end) SNOWS_INLINE { return dot(r, z, begin, end); });
   const Wide<scalar_t> beta = rz / s.rz;  // 0 for the first direction: rz begins at infinity
-  at::parallel_for(0, p_.numel(), CHUNK, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, p_.numel(), CHUNK, [=](int64_t begin, int64_t end) {
+    snows::vectorised([=]() SNOWS_INLINE {
 #pragma omp simd
-    for (int64_t i = begin; i < end; ++i) p[i] = Wide<scalar_t>(z[i]) + beta * Wide<scalar_t>(p[i]);
+      for (int64_t i = begin; i < end; ++i) p[i] = Wide<scalar_t>(z[i]) + beta * Wide<scalar_t>(p[i]);
+    });
   });
   s.rz = rz;
 }

@@ -8,9 +8,8 @@
 #include <algorithm>
 #include <cstring>
 
-#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
+#ifdef SNOWS_X86
 #include <immintrin.h>
-#define SNOWS_X86 1
 #endif
 
 namespace snows {

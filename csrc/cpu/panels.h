@@ -14,6 +14,8 @@
 #include <functional>
 #include <vector>
 
+#include "simd.h"
+
 namespace snows {
 
 // Two rows of a chunk over one block. Their weights and lines follow each other in three runs:
@@ -89,8 +91,5 @@ void transpose(const float* in, int64_t in_stride, float* out, int64_t out_strid
 
 // y = x times the packed weight plus bias (or null), for one token; false where there is no kernel for it.
 bool one_token(const float* x, const float* values, const uint8_t* codes, const float* bias, float* y, int64_t rows, int64_t columns, int64_t n, int64_t m);
-
-enum class Simd { portable, avx2, avx512 };
-Simd simd();  // as PyTorch chose for this process: ATEN_CPU_CAPABILITY is heard
 
 }  // namespace snows

@@ -1,0 +1,44 @@
+// One loop, compiled for each instruction set: the compiler vectorises it, the processor chooses at run time.
+
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+
+#include <utility>
+
+#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
+#define SNOWS_X86 1
+#endif
+#define SNOWS_INLINE __attribute__((always_inline))  // into the version for each instruction set
+
+namespace snows {
+
+enum class Simd { portable, avx2, avx512 };
+Simd simd();  // as PyTorch chose for this process: ATEN_CPU_CAPABILITY is heard
+
+#ifdef SNOWS_X86
+template <typename F>
+__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))) auto with_avx512(const F& f) { return f(); }
+template <typename F>
+__attribute__((target("avx2,fma"))) auto with_avx2(const F& f) { return f(); }
+#endif
+
+// f(), whose body and what it calls are SNOWS_INLINE.
+template <typename F>
+auto vectorised(const F& f) {
+#ifdef SNOWS_X86
+  if (simd() == Simd::avx512) return with_avx512(f);
+  if (simd() == Simd::avx2) return with_avx2(f);
+#endif
+  return f();
+}
+
+// The op's reference, which stands behind every device's key, for what a kernel does not take.
+template <typename Signature, typename... Args>
+auto reference(const char* op, Args&&... args) {
+  static const auto handle = c10::Dispatcher::singleton().findSchemaOrThrow(op, "").typed<Signature>();
+  return handle.redispatch(c10::DispatchKeySet(c10::DispatchKey::Meta), std::forward<Args>(args)...);
+}
+
+}  // namespace snows

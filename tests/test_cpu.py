@@ -1,0 +1,148 @@
+"""The solver's C++ kernels for CPUs against float64 and the reference, at every instruction set."""
+
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+from snows import ops, reference
+
+OPS = torch.ops.snows
+pytestmark = pytest.mark.skipif(ops.implementation("gelu") != "native", reason="the native kernels were not built")
+
+
+@pytest.mark.skipif("SNOWS_NESTED" in os.environ, reason="runs this file")
+@pytest.mark.parametrize("capability", ["avx2", "default"])
+def test_the_other_instruction_sets(capability):
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability, "SNOWS_NESTED": "1", "PYTHONPATH": str(Path(ops.__file__).parents[2])}
+    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__], env=environment,
+                          capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-4000:]
+
+
+def gelu_in_float64(x):
+    """Value, slope and second derivative, by erfc: exact in both tails."""
+    x = x.double()
+    share, density = torch.special.erfc(-x / 2**0.5) / 2, torch.exp(-x * x / 2) / (2 * torch.pi) ** 0.5
+    return x * share, share + x * density, density * (2 - x * x)
+
+
+def test_gelu_to_a_few_units_in_the_last_place():
+    x = torch.cat([torch.linspace(-13, 13, 300_001), 1e-3 * torch.randn(10_000)])
+    value, slope, curve = gelu_in_float64(x)
+    found, steep = OPS.gelu(x, "none")
+    bent = OPS.gelu_curve(x, torch.ones_like(x), "none")
+    exact = torch.backends.cpu.get_cpu_capability() != "DEFAULT"  # there PyTorch runs, which cancels in the left tail
+    assert ((found - value).abs() <= (6e-7 * value.abs() if exact else 2e-6)).all()
+    assert ((steep - slope).abs() <= 4e-7).all()
+    assert ((bent - curve).abs() <= 4e-7 * (x.abs() + 1) * torch.exp(-x.double() ** 2 / 2) * (1 + x.abs()) + 1e-36).all()
+
+
+@pytest.mark.parametrize("make", [
+    lambda: torch.randn(0), lambda: torch.randn(1), lambda: torch.randn(15), lambda: torch.randn(7, 11), lambda: torch.randn(3, 20_011),
+    lambda: torch.randn(6, 5).T, lambda: torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last), lambda: torch.randn(9, 8)[:, ::2],
+    lambda: torch.randn(4, 1).expand(4, 5), lambda: torch.randn(33)[1:], lambda: torch.randn(()),
+])  # fmt: skip
+def test_gelu_of_any_size_and_layout(make):
+    x = 3 * make()
+    for g in (torch.randn_like(x), torch.randn(x.shape).contiguous(), torch.randn_like(x).double()):
+        found, same = ((*module.gelu(x, "none"), module.gelu_curve(x, g, "none")) for module in (OPS, reference))
+        value, slope, curve = gelu_in_float64(x)
+        for one, other, exact in zip(found, same, (value, slope, curve * g), strict=True):
+            assert (one.shape, one.dtype, one.stride()) == (other.shape, other.dtype, other.stride())
+            assert torch.allclose(one.double(), exact, rtol=1e-6, atol=2e-6)
+
+
+def test_gelu_of_what_is_not_finite_or_huge():
+    """As the reference has it; its value in float64, for PyTorch's gelu of infinity in float32 differs from machine to machine."""
+    x = torch.tensor([torch.nan, torch.inf, -torch.inf, 0.0, -0.0, 1e30, -1e30, 1e19, -1e19, 20.0, -20.0, 1e-40] * 3)
+    if torch.backends.cpu.get_cpu_capability() == "DEFAULT":
+        x = x[x.abs() != torch.inf]
+    found = *OPS.gelu(x, "none"), OPS.gelu_curve(x, torch.ones_like(x), "none")
+    same = *(y.float() for y in reference.gelu(x.double(), "none")), reference.gelu_curve(x, torch.ones_like(x), "none")
+    for one, other in zip(found, same, strict=True):
+        assert torch.allclose(one, other, rtol=1e-6, atol=1e-40, equal_nan=True)
+    assert torch.equal(found[0][x == 0].signbit(), x[x == 0].signbit())
+    g = torch.tensor([torch.nan, torch.inf, -torch.inf])
+    assert torch.equal(OPS.gelu_curve(torch.ones(3), g, "none").nan_to_num(7), g.nan_to_num(7))
+
+
+@pytest.mark.parametrize(("dtype", "approximate"), [
+    (torch.float64, "none"), (torch.float64, "tanh"), (torch.float32, "tanh"), (torch.bfloat16, "none"), (torch.float16, "none"),
+])  # fmt: skip
+def test_what_gelu_does_not_take_is_the_reference(dtype, approximate):
+    x, g = torch.randn(2, 100).to(dtype)
+    found, same = ((*module.gelu(x, approximate), module.gelu_curve(x, g, approximate)) for module in (OPS, reference))
+    assert all(torch.equal(one, other) for one, other in zip(found, same, strict=True))
+
+
+def test_both_derivatives_of_gelu_are_those_of_float64():
+    def derivatives(dtype):
+        x, g, v = (2 * torch.randn(3, 5, 1000, generator=torch.Generator().manual_seed(1))).to(dtype)
+        x.requires_grad_()
+        g.requires_grad_()
+        y = ops.gelu(x)
+        (first,) = torch.autograd.grad(y, x, g, create_graph=True)
+        return [t.double() for t in (y, first, *torch.autograd.grad(first, (g, x), v))]
+
+    for one, exact in zip(derivatives(torch.float32), derivatives(torch.float64), strict=True):
+        assert (one - exact).norm() <= 2e-7 * exact.norm()
+
+
+def test_opcheck():
+    x = torch.randn(5, 7)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # its own
+        for leaf in (x.clone().requires_grad_(), x.T.clone().requires_grad_()):
+            torch.library.opcheck(OPS.gelu.default, (leaf, "none"))
+        torch.library.opcheck(OPS.gelu_curve.default, (x, x, "none"))
+        torch.library.opcheck(OPS.gelu_curve.default, (x.T, x.view(7, 5), "none"))
+
+
+def system(n, dtype):
+    x, r, p = torch.randn(3, n).to(dtype)
+    return x, r, p, p * torch.rand(n).to(dtype), torch.tensor([reference.RUNNING, 3, n, 0, 1e9], dtype=torch.float64)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-14), (torch.float32, 3e-7), (torch.bfloat16, 1e-2), (torch.float16, 1e-3)])
+@pytest.mark.parametrize("n", [0, 1, 17, 8192, 50_011])
+def test_a_step_and_a_direction_of_cg_over_many_chunks(n, dtype, tolerance):
+    arguments = system(n, dtype)
+    wide = [a.to(torch.float64, copy=True) for a in arguments]
+    x, r, p, Ap, state = arguments
+    ops.cg_update(*arguments, 1e-9)
+    curvature = (wide[2] * wide[3]).sum()
+    if n == 0:
+        assert state[0] == reference.NEGATIVE_CURVATURE
+        return
+    alpha = n / curvature
+    assert (x - (wide[0] + alpha * wide[2])).abs().max() <= tolerance * wide[0].abs().max()
+    assert (r - (wide[1] - alpha * wide[3])).abs().max() <= tolerance * (wide[1] - alpha * wide[3]).abs().max()
+    rr = (r.double() * r.double()).sum().item()  # of what was stored
+    assert state.tolist() == pytest.approx([reference.RUNNING, 4, n, rr, 1e9], rel=1e-12)
+    before = p.to(torch.float64, copy=True)
+    ops.cg_direction(p, r, Ap, state)
+    rz = (r.double() * Ap.double()).sum().item()
+    assert state[reference.RZ].item() == pytest.approx(rz, rel=1e-12, abs=1e-12)
+    turned = wide[3] + rz / n * before
+    assert (p - turned).abs().max() <= 2 * tolerance * turned.abs().max()
+
+
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="needs two cores")
+def test_threads_change_no_bit():
+    found, threads = [], torch.get_num_threads()
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            torch.manual_seed(0)
+            arguments = system(300_001, torch.float32)
+            ops.cg_update(*arguments, 1e-9)
+            ops.cg_direction(*(arguments[i] for i in (2, 1, 3, 4)))
+            found.append((*arguments, *OPS.gelu(arguments[0], "none"), OPS.gelu_curve(arguments[0], arguments[1], "none")))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
