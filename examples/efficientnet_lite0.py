@@ -28,7 +28,7 @@ from snows.evaluation import evaluate, logits_of
 
 STAMPS = Path("/usr/share/tuxpaint/stamps")
 LABELLED = Path(__file__).parent / "data" / "imagenet_stamps.json"
-JUDGED, CALIBRATION, BATCH = 320, 256, 64
+JUDGED, CALIBRATION, BATCH = 320, 256, 32
 
 METHODS = {
     "magnitude": dict(select=snows.magnitude, solver=None),
