@@ -106,6 +106,8 @@ def prune(
     if (out / "run.json").exists() and not resume:
         raise ValueError(f"--out: {out} already holds a run; add --resume to go on with it, or name another folder")
     net, base = sources.load_model(model, weights)
+    if weights is None and model.startswith(("torchvision:", "timm:")):
+        err_console.print(f"{model} starts with random weights; --weights gives trained ones", highlight=False)
     processing = _processing(base, crop, resize, mean, std)
     images = sources.load_data(data, processing, "calibration")
     if samples > len(images):

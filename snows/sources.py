@@ -58,7 +58,7 @@ def load_model(source: str, weights: Path | None = None) -> tuple[nn.Module, Pre
     Args:
         source: `zoo:NAME`, `torchvision:NAME`, `timm:NAME`, `hf:FOLDER` or `package.module:callable`.
         weights: a safetensors file, also one of packed layers, or a pickled checkpoint (loaded with ``weights_only=True``);
-            without one, zoo and hf have theirs and the others start at random.
+            without one, zoo and hf have theirs and the others start at random, from the same numbers every time.
 
     Raises:
         ValueError: there is no such network, or the weights do not match it.
@@ -66,24 +66,10 @@ def load_model(source: str, weights: Path | None = None) -> tuple[nn.Module, Pre
     kind, _, name = source.partition(":")
     if not kind or not name:
         raise ValueError(f"model: expected zoo:NAME, torchvision:NAME, timm:NAME, hf:FOLDER or package.module:callable, got {source!r}")
-    processing = Preprocessing()
     try:
-        if kind == "zoo":
-            net = zoo.load(name)
-        elif kind == "torchvision":
-            models = importlib.import_module("torchvision.models")
-            if name not in models.list_models():
-                raise AttributeError(f"torchvision has no network {name!r}")
-            net = models.get_model(name, weights=None)
-        elif kind == "timm":
-            net = importlib.import_module("timm").create_model(name, pretrained=False)
-            processing = _timm_preprocessing(net)
-        elif kind == "hf":
-            net, processing = _load_hf(Path(name))
-        else:
-            if not {"", str(Path.cwd())} & set(sys.path):  # as `python -m snows` has it
-                sys.path.append(str(Path.cwd()))
-            net = getattr(importlib.import_module(kind), name)()
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(0)
+            net, processing = _build(kind, name)
     except ImportError as error:
         advice = "pip install 'snows[models]' brings torchvision, timm and transformers" if kind in ("torchvision", "timm", "hf") else \
             "expected a module in this folder or on the Python path"
@@ -100,6 +86,24 @@ def load_model(source: str, weights: Path | None = None) -> tuple[nn.Module, Pre
     if weights is not None:
         load_weights(net, weights)
     return net.eval(), processing
+
+
+def _build(kind: str, name: str) -> tuple[Any, Preprocessing]:
+    if kind == "zoo":
+        return zoo.load(name), Preprocessing()
+    if kind == "torchvision":
+        models = importlib.import_module("torchvision.models")
+        if name not in models.list_models():
+            raise AttributeError(f"torchvision has no network {name!r}")
+        return models.get_model(name, weights=None), Preprocessing()
+    if kind == "timm":
+        net = importlib.import_module("timm").create_model(name, pretrained=False)
+        return net, _timm_preprocessing(net)
+    if kind == "hf":
+        return _load_hf(Path(name))
+    if not {"", str(Path.cwd())} & set(sys.path):  # as `python -m snows` has it
+        sys.path.append(str(Path.cwd()))
+    return getattr(importlib.import_module(kind), name)(), Preprocessing()
 
 
 class _MismatchError(ValueError):

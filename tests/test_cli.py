@@ -337,6 +337,20 @@ def test_a_folder_of_transformers_loads_whole_or_not_at_all(tmp_path):
         load_model(f"hf:{tmp_path}")
 
 
+def untrained():
+    return nn.Sequential(nn.Linear(3, 3))
+
+
+def test_a_network_without_weights_starts_from_the_same_ones():
+    """So that a run of it can be resumed, and deployed from its folder."""
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    first, second = (load_model("test_cli:untrained")[0][0].weight for _ in range(2))
+    assert torch.equal(first, second)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not torch.equal(untrained()[0].weight, first)
+
+
 def test_demo_judges_what_it_leaves(monkeypatch, capsys, tmp_path):
     """The accuracy in the table is that of the weights in the folder, on as many test images as were asked for."""
     few = cli.demonstration.calibration(32, 8)
