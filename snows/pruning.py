@@ -195,6 +195,10 @@ class _Walk:
         return fit.masked, report
 
 
+def _allows(pattern: Pattern, mask: Tensor) -> bool:
+    return bool((pattern.mask(mask.float()) | ~mask).all())
+
+
 def _selected(select: Any, name: str, weight: Tensor, statistics: LayerStatistics, pattern: Pattern | None) -> MaskedWeight:
     found = select(weight, statistics, pattern)
     shape, wanted = tuple(weight.shape), (weight.dtype, torch.bool)
@@ -204,7 +208,7 @@ def _selected(select: Any, name: str, weight: Tensor, statistics: LayerStatistic
         if tensor.dtype != dtype or tuple(tensor.shape) != shape:
             raise ValueError(f"prune: expected the {what} that select returns for {name} to be {dtype} of {shape}, "
                              f"got {tensor.dtype} of {tuple(tensor.shape)}")
-    if pattern is not None and not (pattern.mask(found[1].float()) | ~found[1]).all():
+    if pattern is not None and not _allows(pattern, found[1]):
         raise ValueError(f"prune: the mask that select returns for {name} keeps more than the pattern {pattern} allows")
     return MaskedWeight(found[0].masked_fill(~found[1], 0), found[1])
 
@@ -524,7 +528,7 @@ def _assign(net: nn.Module, order: Order, pattern: PatternChoice, masks: Mapping
         elif order.calls[name] > 1:
             raise ValueError(f"prune: {name} is called {order.calls[name]} times in one forward pass; such a layer cannot be "
                              "pruned yet, exclude it with only=lambda name, module: ...")
-        elif masks and wanted is not None and not (wanted.mask(masks[name].float()) | ~masks[name]).all():
+        elif masks and wanted is not None and not _allows(wanted, masks[name]):
             raise ValueError(f"prune: the mask of {name} keeps more than the pattern {wanted} allows")
         if not reason:
             chosen[name] = wanted

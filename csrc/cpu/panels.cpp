@@ -256,7 +256,7 @@ void multiply(const Order& o, const Panels& panels, const at::Tensor& bias, c10:
   const int64_t wanted = 8 * at::get_num_threads(), shares = std::min(chunks, std::max<int64_t>(1, wanted / std::max<int64_t>(1, panels.count)));
   const int64_t most = std::min(kTogether * Order::kChunk, o.rows) + 1;  // rows of sums; one more where their number is odd
   // Threads take the next items when they are done with theirs: one that is held up, or has wider panels, does fewer.
-  const int64_t items = panels.count * shares, together = std::max<int64_t>(1, items / wanted);
+  const int64_t items = panels.count * shares, grain = std::max<int64_t>(1, items / wanted);
   std::atomic<int64_t> taken{0};
   at::parallel_for(0, std::min<int64_t>(at::get_num_threads(), items), 1, [&](int64_t, int64_t) {
     const int64_t step = most * 16 * panels.vectors;
@@ -264,8 +264,8 @@ void multiply(const Order& o, const Panels& panels, const at::Tensor& bias, c10:
     float* sums = memory.floats(panels.strips * step + 128 + panels.scratch);  // and with it scratch aligned: no load straddles two cache lines
     float* scratch = sums + panels.strips * step + 128;
     std::vector<float> starts(most);
-    for (int64_t begin; (begin = taken.fetch_add(together)) < items;)
-      for (int64_t item = begin; item < std::min(begin + together, items); ++item) {
+    for (int64_t begin; (begin = taken.fetch_add(grain)) < items;)
+      for (int64_t item = begin; item < std::min(begin + grain, items); ++item) {
         const int64_t panel = item / shares, share = item % shares, end_of_share = chunks * (share + 1) / shares;
         for (int64_t from = chunks * share / shares, to; from < end_of_share; from = to) {
           to = std::min(from + kTogether, end_of_share);
