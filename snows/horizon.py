@@ -270,7 +270,7 @@ class Metric(NamedTuple):
     """How the mismatch e of one operation's output is measured: ``floor ‖e‖² + ‖e basis‖²`` at each position.
 
     Attributes:
-        floor: the weight of every direction alike.
+        floor: the weight of every direction alike; 0.0 where the basis says all.
         basis: (channels, rank), directions that weigh more; None for none.
         channel: the dimension of an output that holds its channels; all others are positions.
     """
@@ -310,6 +310,18 @@ class Metric(NamedTuple):
         keep = values > 0.3 * mean
         rest = max(trace - values[keep].sum().item(), 0.0) / max(width - int(keep.sum()), 1)
         return cls(rest + smoothing * mean, last @ vectors[:, keep] * (values[keep] - rest).sqrt(), channel)
+
+    @property
+    def nothing(self) -> bool:
+        """Whether no mismatch weighs anything."""
+        return self.floor == 0 and self.basis is None
+
+    def factored(self) -> Metric:
+        """The same, as a basis alone where that is less work: one product with each mismatch instead of two passes over it."""
+        if self.basis is None or self.floor == 0 or 2 * self.basis.shape[1] < len(self.basis):
+            return self
+        root = torch.linalg.cholesky(self.matrix(len(self.basis))[0].double())
+        return self._replace(floor=0.0, basis=root.to(self.basis.dtype))
 
     def matrix(self, channels: int, groups: int = 1) -> Tensor:
         """The diagonal blocks of ``floor I + basis basisᵀ``: (groups, channels / groups, channels / groups)."""
@@ -381,7 +393,7 @@ class Sensitivities:
         """The metrics of a layer's output (ordinal 0) and of the operations called after it; empty if the output feels none."""
         start = self._starts[layer]
         found = [self._metrics[start + i] or Metric(0.0) for i in ordinals]
-        return found if any(metric.floor > 0 for metric in found) else []
+        return [] if all(metric.nothing for metric in found) else found
 
 
 class Reconstruction:
@@ -399,11 +411,16 @@ class Reconstruction:
 
     def __init__(self, horizon: Horizon, x: Stream, targets: Sequence[Tensor], metrics: Sequence[Metric] | None = None) -> None:
         self.horizon, self.x, self.targets = horizon, x, list(targets)
-        self.metrics = list(metrics) if metrics is not None else [Metric.plain(y) for y in targets]
+        self.metrics = []
         self.weights = []  # one a residual
-        for y, metric in zip(self.targets, self.metrics, strict=True):
-            channels = y.shape[metric.channel] / y.numel()  # one over the positions
-            self.weights += [metric.floor * channels] + ([channels] if metric.basis is not None else [])
+        for y, metric in zip(self.targets, metrics if metrics is not None else map(Metric.plain, targets), strict=True):
+            share = y.shape[metric.channel] / y.numel()  # of a position
+            if metric.floor:
+                self.weights.append(metric.floor * share)
+            if metric.basis is not None:  # scaled so that twice the weight, a derivative's factor, is one
+                metric = metric._replace(basis=metric.basis * (2 * share) ** 0.5)
+                self.weights.append(0.5)
+            self.metrics.append(metric)
 
     def __call__(self, weight: Tensor) -> Tensor:
         total = torch.zeros((), dtype=weight.dtype, device=weight.device)
@@ -415,7 +432,8 @@ class Reconstruction:
         residuals = []
         for f, y, metric in zip(self.horizon.outputs(weight, self.x), self.targets, self.metrics, strict=True):
             e = f - y
-            residuals.append(e)
+            if metric.floor:
+                residuals.append(e)
             if metric.basis is not None:
                 residuals.append(e.movedim(metric.channel, -1) @ metric.basis)
         return residuals

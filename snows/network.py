@@ -10,7 +10,7 @@ import copy
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -538,61 +538,3 @@ def _answer(plan: Plan, name: str, outputs: list[Any], given: list[tuple[str, in
         del module.__dict__["forward"]
         if previous is not None:
             module.__dict__["forward"] = previous
-
-
-# ---------------------------------------------------------------- what a layer sees
-
-
-def patches(call: Call) -> Iterator[Tensor]:
-    """The rows a layer multiplies its weight with, in the row view, a few images at a time.
-
-    Yields:
-        (groups, positions, in): for a Linear one row a token; for a convolution one a output position, with zeros
-        where it is padded, input channel fastest.
-    """
-    if call.function is F.linear:
-        yield call.x.flatten(0, -2).unsqueeze(0)
-        return
-    stride, dilation = _pair(call.settings.get("stride", 1)), _pair(call.settings.get("dilation", 1))
-    groups = call.settings.get("groups", 1)
-    height, width = call.settings["kernel"]
-    top, bottom, left, right = _padding(call.settings.get("padding", 0), (height, width), dilation)
-    size = max(1, 2**21 // max(1, call.x[0].numel() * height * width // (stride[0] * stride[1])))
-    layout = torch.channels_last if groups == 1 else torch.contiguous_format  # what a row takes from one image lies close together
-    for x in call.x.split(size):
-        x = F.pad(x, (left, right, top, bottom)).contiguous(memory_format=layout)
-        b, c, h, w = x.stride()
-        channels = x.shape[1] // groups
-        out = [(x.shape[2 + i] - dilation[i] * (k - 1) - 1) // stride[i] + 1 for i, k in enumerate((height, width))]
-        view = x.as_strided((groups, x.shape[0], *out, height, width, channels),
-                            (channels * c, b, h * stride[0], w * stride[1], h * dilation[0], w * dilation[1], c))
-        yield view.reshape(groups, -1, height * width * channels)
-
-
-def positions(call: Call) -> int:
-    """How many rows `patches` gives: images times tokens or output positions."""
-    channels = call.x.shape[-1 if call.function is F.linear else 1] // call.settings.get("groups", 1)
-    weight = torch.empty(call.settings.get("groups", 1), channels, *call.settings.get("kernel", ()), device="meta")
-    return outputs(replace(call, x=torch.empty(call.x.shape, device="meta")), weight).shape[1]
-
-
-def outputs(call: Call, weight: Tensor) -> Tensor:
-    """What a layer with this weight and no bias makes of a call's input: (groups, positions, out / groups), as `patches`."""
-    settings = {key: value for key, value in call.settings.items() if key != "kernel"}
-    out = call.function(call.x, weight, **settings)
-    flat = out.flatten(0, -2) if call.function is F.linear else out.permute(0, 2, 3, 1).flatten(0, 2)
-    return flat.view(len(flat), settings.get("groups", 1), -1).transpose(0, 1)
-
-
-def _pair(value: Any) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else (value[0], value[-1])
-
-
-def _padding(padding: Any, kernel: tuple[int, int], dilation: tuple[int, int]) -> tuple[int, int, int, int]:
-    if padding == "valid":
-        return 0, 0, 0, 0
-    if padding == "same":
-        total = [dilation[i] * (kernel[i] - 1) for i in range(2)]
-        return total[0] // 2, total[0] - total[0] // 2, total[1] // 2, total[1] - total[1] // 2
-    vertical, horizontal = _pair(padding)
-    return vertical, vertical, horizontal, horizontal

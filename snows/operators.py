@@ -150,16 +150,25 @@ class GaussNewton(Curvature):
         with torch.enable_grad(), twice_differentiable(), graphs.aside(at.device):
             self._at = at.detach().clone().requires_grad_()
             self._residuals = list(loss.residuals(self._at))
-            self._cotangents = [(w * r.detach()).requires_grad_() for w, r in zip(self._factors, self._residuals, strict=True)]
+            self._cotangents = [u.requires_grad_() for u in cotangents(loss, self._residuals)]
             (self._pullback,) = torch.autograd.grad(self._residuals, self._at, self._cotangents, create_graph=True)
         self.value = sum(w * r.detach().square().sum().item() for w, r in zip(loss.weights, self._residuals, strict=True))
         self.grad = self._pullback.detach()
 
     def _product(self, v: Tensor) -> Tensor:
         tangents = torch.autograd.grad(self._pullback, self._cotangents, v, retain_graph=True)
-        scaled = [w * t for w, t in zip(self._factors, tangents, strict=True)]
+        scaled = [_times(w, t) for w, t in zip(self._factors, tangents, strict=True)]
         (product,) = torch.autograd.grad(self._residuals, self._at, scaled, retain_graph=True)
         return product
+
+
+def cotangents(loss: Loss, residuals: Sequence[Tensor]) -> list[Tensor]:
+    """The loss's derivative by each of its residuals, a constant."""
+    return [_times(2 * w, r.detach()) for w, r in zip(loss.weights, residuals, strict=True)]
+
+
+def _times(factor: float, x: Tensor) -> Tensor:
+    return x if factor == 1 else factor * x
 
 
 class Restricted(LinearOperator):

@@ -242,6 +242,7 @@ class _Losses:
             targets = self.horizon.outputs(self.weight, source)
         if self.metrics is None:  # of the first batch that is asked for, so that all agree
             felt = walk.sensitivities.of(self.layer, self.horizon.counted) if walk.scaling == "output" else []
+            felt = [metric.factored() for metric in felt]
             self.metrics = felt + [Metric.plain(y, "none" if walk.scaling == "none" else "variance") for y in targets[len(felt):]]
         return Reconstruction(self.horizon, walk.sparse[batch], targets, self.metrics)
 
@@ -312,11 +313,14 @@ class _Moments:
     @classmethod
     def of(cls, x: Tensor) -> _Moments:
         """Of a BatchNorm's input, (B, C, ...)."""
-        moments = cls()
-        _, mean, scale = torch.native_batch_norm(x.detach().contiguous(), None, None, None, None, True, 0.0, 0.0)
-        var = torch.where(scale > 0, scale.square().reciprocal(), 0)  # a constant channel has a scale of zero
-        moments.count, moments.mean = x.numel() // x.shape[1], mean.double()
-        moments.square = var.double() + moments.mean.square()
+        moments, x = cls(), x.detach()
+        positions = tuple(range(2, x.ndim))
+
+        def mean(values: Tensor) -> Tensor:
+            return (values.sum(positions) if positions else values).double().sum(0) / moments.count
+
+        moments.count = x.numel() // x.shape[1]
+        moments.mean, moments.square = mean(x), mean(x.square())
         return moments
 
     @property

@@ -56,12 +56,13 @@ def best_nm(row: Tensor, n: int, m: int) -> Tensor:
     return mask
 
 
-def unfold_rows(x: Tensor, kernel: tuple[int, int], stride: int, padding: int, dilation: int, groups: int) -> Tensor:
+def unfold_rows(x: Tensor, kernel: tuple[int, int], stride: Any, padding: Any, dilation: Any, groups: int) -> Tensor:
     """Input patches by explicit loops: (groups, positions, kh * kw * in / groups), input channel fastest."""
-    x = torch.nn.functional.pad(x, (padding,) * 4)
+    stride, padding, dilation = ((v, v) if isinstance(v, int) else v for v in (stride, padding, dilation))
+    x = torch.nn.functional.pad(x, (padding[1], padding[1], padding[0], padding[0]))
     batch, channels, height, width = x.shape
-    high = (height - dilation * (kernel[0] - 1) - 1) // stride + 1
-    wide = (width - dilation * (kernel[1] - 1) - 1) // stride + 1
+    high = (height - dilation[0] * (kernel[0] - 1) - 1) // stride[0] + 1
+    wide = (width - dilation[1] * (kernel[1] - 1) - 1) // stride[1] + 1
     size = channels // groups
     out = []
     for g in range(groups):
@@ -70,7 +71,7 @@ def unfold_rows(x: Tensor, kernel: tuple[int, int], stride: int, padding: int, d
             for i in range(high):
                 for j in range(wide):
                     rows.append(torch.cat([
-                        x[b, g * size : (g + 1) * size, i * stride + u * dilation, j * stride + v * dilation]
+                        x[b, g * size : (g + 1) * size, i * stride[0] + u * dilation[0], j * stride[1] + v * dilation[1]]
                         for u in range(kernel[0]) for v in range(kernel[1])
                     ]))
         out.append(torch.stack(rows))

@@ -7,7 +7,7 @@ from test_network import nets
 from torch import nn
 from torch.func import functional_call
 
-from snows import Newton, network
+from snows import Newton, moments, network
 from snows.horizon import Horizon, Metric, Reconstruction, Sensitivities
 from snows.network import Plan, Stream, as_inputs, learn_order
 from snows.operators import GaussNewton, Hessian
@@ -151,7 +151,7 @@ def test_one_newton_step_at_k_0_is_masked_least_squares_for_a_convolution(groups
         loss = Reconstruction(horizon, stream, horizon.outputs(weight, stream))
     newton = Newton(preconditioner="none", rtol=1e-12, max_iterations=400, damping=1e-13)
     found, *_ = newton.solve([loss], MaskedWeight(weight * mask, mask), held=loss)
-    X = torch.cat(list(network.patches(stream.call)), dim=1)
+    X = torch.cat(list(moments.patches(stream.call)), dim=1)
     Y = X @ rows(weight).view(groups, -1, X.shape[2]).transpose(1, 2)
     wanted = [masked_least_squares(X[g], Y[g], rows(mask).view(groups, -1, X.shape[2])[g]) for g in range(groups)]
     assert torch.allclose(rows(found.weight), torch.cat(wanted), rtol=1e-6, atol=1e-8)
@@ -207,7 +207,7 @@ def test_an_operation_that_the_output_does_not_feel_has_no_weight():
             return self.c(x)
 
     found = Sensitivities(Net().eval(), as_inputs(torch.randn(6, 3)), torch.Generator().manual_seed(0))
-    assert [m.floor > 0 for m in found.of("a", [0, 1, 2])] == [True, False, True]
+    assert [m.nothing for m in found.of("a", [0, 1, 2])] == [False, True, False]
     assert found.of("b", [0]) == []
 
 
@@ -221,6 +221,15 @@ def test_a_metric_is_the_gram_with_its_small_eigenvalues_averaged(rows):
     wanted = (vectors * (values + 0.5 * values.mean())) @ vectors.T
     found = metric.floor * torch.eye(12).double() + metric.basis @ metric.basis.T
     assert (found - wanted).norm() <= 1e-8 * wanted.norm()
+
+
+@pytest.mark.parametrize("rank", [2, 5, 9])
+def test_a_factored_metric_measures_the_same(rank):
+    metric = Metric(0.3, torch.randn(10, rank).double(), 1)
+    found = metric.factored()
+    assert found.channel == 1
+    assert (found.floor == 0) == (rank >= 5)
+    assert torch.allclose(found.matrix(10), metric.matrix(10), rtol=1e-12, atol=1e-12)
 
 
 def test_a_wide_metric_finds_the_directions_that_count():
@@ -240,7 +249,7 @@ def test_the_loss_measures_each_term_by_its_metric():
     with torch.no_grad():
         outputs = horizon.outputs(weight, stream)
     targets = [torch.randn_like(y) for y in outputs]
-    metrics = [Metric(0.3 + k, torch.randn(y.shape[1], 2).double(), 1) for k, y in enumerate(outputs)]
+    metrics = [Metric(0.3 * k, torch.randn(y.shape[1], 2).double(), 1) for k, y in enumerate(outputs)]
     wanted = 0.0
     for f, y, metric in zip(outputs, targets, metrics, strict=True):
         G = metric.floor * torch.eye(f.shape[1]).double() + metric.basis @ metric.basis.T

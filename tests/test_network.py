@@ -4,12 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from models import Branches, Mapped, PaddedConv, settle
-from oracles import unfold_rows
 from torch import nn
 
 from snows import network
 from snows.network import Plan, Stream, as_inputs, learn_order
-from snows.sparsity import rows
 from snows.zoo.models import ResNet20, ViT
 
 
@@ -68,24 +66,6 @@ def test_a_stream_drops_what_nobody_reads_again():
     alive = {name for name, outputs in stream.memory.items() if not outputs[0].isnan().any()}
     # the residual of the block, and what the convolution reads
     assert alive == {"layer3.0", "layer3.1.relu1"}
-
-
-@pytest.mark.parametrize("case", [
-    dict(kernel=(3, 3), stride=1, padding=1, dilation=1, groups=1),
-    dict(kernel=(3, 2), stride=2, padding=0, dilation=1, groups=2),
-    dict(kernel=(2, 3), stride=1, padding=2, dilation=2, groups=4),
-    dict(kernel=(1, 1), stride=3, padding=0, dilation=1, groups=1),
-], ids=str)
-def test_patches_are_the_rows_a_convolution_multiplies(case):
-    x = torch.randn(3, 4, 7, 8, dtype=torch.float64)
-    conv = nn.Conv2d(4, 8, case["kernel"], case["stride"], case["padding"], case["dilation"], case["groups"], bias=False).double()
-    call = network.Call(F.conv2d, x, {"kernel": case["kernel"], **{k: case[k] for k in ("stride", "padding", "dilation", "groups")}})
-    found = torch.cat(list(network.patches(call)), dim=1)
-    expected = unfold_rows(x, case["kernel"], case["stride"], case["padding"], case["dilation"], case["groups"])
-    assert torch.equal(found, expected)
-    weight = rows(conv.weight).view(case["groups"], -1, found.shape[2])
-    out = (found @ weight.transpose(1, 2)).transpose(0, 1).flatten(1)
-    assert torch.allclose(out, conv(x).movedim(1, -1).flatten(0, -2), atol=1e-12)
 
 
 def test_a_convolution_that_pads_itself_is_seen_as_it_acts():

@@ -9,7 +9,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from snows.network import Call, outputs, patches, positions
+from snows import moments
+from snows.network import Call
 from snows.sparsity import MaskedWeight, Pattern
 
 
@@ -33,12 +34,12 @@ class LayerStatistics:
     def rows(self) -> Iterator[Tensor]:
         """The input rows on the pruned stream, some at a time: (groups, positions, in)."""
         for call in self._sparse:
-            yield from patches(call)
+            yield from moments.patches(call)
 
     @cached_property
     def count(self) -> int:
         """Rows seen: images times tokens or output positions."""
-        return sum(positions(call) for call in self._sparse)
+        return sum(moments.positions(call) for call in self._sparse)
 
     @cached_property
     def mean(self) -> Tensor:
@@ -53,26 +54,18 @@ class LayerStatistics:
     @cached_property
     def gram(self) -> Tensor:
         """(groups, in, in): the mean of ``x xᵀ`` over rows x of the pruned stream."""
-        return self._mean(x.transpose(1, 2) @ x for x in self.rows())
+        return self._mean(moments.gram(call) for call in self._sparse)
 
     def cross(self, weight: Tensor) -> Tensor:
         """(groups, out / groups, in): the mean of ``y xᵀ``, y what `weight` makes of the dense stream, x the pruned one's row."""
-
-        def products() -> Iterator[Tensor]:
-            for dense, sparse in zip(self._dense, self._sparse, strict=True):
-                y, start = outputs(dense, weight), 0
-                for x in patches(sparse):
-                    yield y[:, start : start + x.shape[1]].transpose(1, 2) @ x
-                    start += x.shape[1]
-
-        return self._mean(products())
+        pairs = zip(self._dense, self._sparse, strict=True)
+        return self._mean(moments.cross(sparse, moments.output(dense, weight)) for dense, sparse in pairs)
 
     def _mean(self, sums: Iterator[Tensor]) -> Tensor:
-        first = next(sums)
-        total = first.double()
+        total = next(sums).double()
         for part in sums:
             total += part
-        return (total / self.count).to(first.dtype)
+        return (total / self.count).to(self._sparse[0].x.dtype)
 
 
 class Selector(Protocol):
