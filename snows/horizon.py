@@ -314,7 +314,7 @@ class Metric(NamedTuple):
     @property
     def nothing(self) -> bool:
         """Whether no mismatch weighs anything."""
-        return self.floor == 0 and self.basis is None
+        return self.floor == 0 and (self.basis is None or not self.basis.any())
 
     def factored(self) -> Metric:
         """The same, as a basis alone where that is less work: one product with each mismatch instead of two passes over it."""

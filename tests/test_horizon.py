@@ -211,6 +211,12 @@ def test_an_operation_that_the_output_does_not_feel_has_no_weight():
     assert found.of("b", [0]) == []
 
 
+def test_an_output_that_is_constant_feels_nothing():
+    net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).eval()
+    nn.init.zeros_(net[2].weight)
+    assert Sensitivities(net, as_inputs(torch.randn(6, 3)), torch.Generator().manual_seed(0)).of("0", [0, 1]) == []
+
+
 @pytest.mark.parametrize("rows", [200, 7], ids=["more rows than channels", "fewer"])
 def test_a_metric_is_the_gram_with_its_small_eigenvalues_averaged(rows):
     gradients = torch.randn(rows, 12).double() * torch.linspace(3, 0.1, 12).double()
