@@ -320,7 +320,12 @@ class _Moments:
             return (values.sum(positions) if positions else values).double().sum(0) / moments.count
 
         moments.count = x.numel() // x.shape[1]
-        moments.mean, moments.square = mean(x), mean(x.square())
+        corner = (slice(1), slice(None), *(slice(1) for _ in positions))
+        origin = x[corner]  # subtracted, so that a constant channel varies by nothing
+        x = x - origin
+        shift, square = mean(x), mean(x.square())
+        moments.mean = origin.flatten().double() + shift
+        moments.square = square - shift.square() + moments.mean.square()
         return moments
 
     @property

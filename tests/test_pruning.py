@@ -474,3 +474,18 @@ def test_a_layer_that_never_runs_stays_dense_and_is_named():
 def test_images_of_the_wrong_shape_are_the_networks_own_error():
     with pytest.raises((ValueError, RuntimeError), match=r"shape|size"):
         quiet(plain(), [torch.randn(2, 5)], NM(2, 4))
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_a_batchnorm_whose_input_is_constant_keeps_a_variance(layout):
+    net = nn.Sequential(nn.Conv2d(1, 3, 1), nn.BatchNorm2d(3)).eval()
+    with torch.no_grad():
+        net[0].weight.zero_()
+        net[0].bias.copy_(torch.tensor([333.3, 1001.7, -77.77]))
+    sparse = copy.deepcopy(net)
+    with torch.no_grad():
+        sparse[0].bias.mul_(1.1)
+    batches = [network.as_inputs(torch.randn(7, 1, 13, 11).contiguous(memory_format=layout)) for _ in range(3)]
+    recalibrate_statistics(sparse, net, batches)
+    assert torch.allclose(sparse[1].running_var, torch.ones(3))
+    assert torch.allclose(sparse[1].running_mean, 0.1 * net[0].bias, rtol=1e-4)
