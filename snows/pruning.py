@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import prune as torch_prune
 from torch.utils._pytree import tree_map
 
-from snows import network
+from snows import memory, network
 from snows.horizon import Horizon, Metric, Reconstruction, Sensitivities
 from snows.layers import SparseConv2d, SparseLinear
 from snows.network import Inputs, Order, Plan, Stream
@@ -32,6 +32,7 @@ PatternChoice = Pattern | Mapping[str, Pattern] | Callable[[str, nn.Module], Pat
 Only = Callable[[str, nn.Module], bool]
 
 
+@memory.kept()
 def prune(
     model: nn.Module,
     batches: Iterable[Any],

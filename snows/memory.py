@@ -1,0 +1,36 @@
+"""Memory that is freed stays with the process while a layer is fitted: passes over the same tensors take it up again."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # mallopt's names for them, malloc.h
+_LARGEST = 2**25  # the mmap threshold up to which glibc adapts on its own; it trims at twice that
+
+
+@contextmanager
+def kept() -> Iterator[None]:
+    """Keep freed memory from going back to the system, and give it back at the end.
+
+    By default glibc returns what is freed at the top of its heap, and every tensor of some megabytes is then mapped and cleared
+    anew, page by page: half the time of a Gauss-Newton product of a small network. Does nothing where the C library is
+    another one, or where the environment sets these thresholds.
+    """
+    library = ctypes.CDLL(None) if os.name == "posix" else None
+    mallopt, trim = getattr(library, "mallopt", None), getattr(library, "malloc_trim", None)
+    chosen = {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"} & os.environ.keys() or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", "")
+    if mallopt is None or trim is None or chosen:
+        yield
+        return
+    if not mallopt(_MMAP_THRESHOLD, 2**30):
+        mallopt(_MMAP_THRESHOLD, _LARGEST)
+    mallopt(_TRIM_THRESHOLD, 2**31 - 1)
+    try:
+        yield
+    finally:  # what they were is not to be had; these are what glibc comes to in any process with large tensors
+        mallopt(_MMAP_THRESHOLD, _LARGEST)
+        mallopt(_TRIM_THRESHOLD, 2 * _LARGEST)
+        trim(0)
