@@ -7,7 +7,7 @@ additions are not counted.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, Literal, NamedTuple
 
@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from snows.network import Call, Finished, Inputs, Plan, Stream, Watch, arguments, learn_order, output_tensors, plain_forward
+from snows.operators import half_inner
 from snows.routes import reroute
 
 OPERATIONS = {
@@ -316,13 +317,6 @@ class Metric(NamedTuple):
         """Whether no mismatch weighs anything."""
         return self.floor == 0 and (self.basis is None or not self.basis.any())
 
-    def factored(self) -> Metric:
-        """The same, as a basis alone where that is less work: one product with each mismatch instead of two passes over it."""
-        if self.basis is None or self.floor == 0 or 2 * self.basis.shape[1] < len(self.basis):
-            return self
-        root = torch.linalg.cholesky(self.matrix(len(self.basis))[0].double())
-        return self._replace(floor=0.0, basis=root.to(self.basis.dtype))
-
     def matrix(self, channels: int, groups: int = 1) -> Tensor:
         """The diagonal blocks of ``floor I + basis basisᵀ``: (groups, channels / groups, channels / groups)."""
         assert self.basis is not None
@@ -406,37 +400,44 @@ class Reconstruction:
         horizon: f.
         x: the batch's stream, advanced to the layer.
         targets: y, as `Horizon.outputs` gives them.
-        metrics: one a target.
+        metrics: one a target; a term that weighs nothing is left out.
     """
 
     def __init__(self, horizon: Horizon, x: Stream, targets: Sequence[Tensor], metrics: Sequence[Metric] | None = None) -> None:
         self.horizon, self.x, self.targets = horizon, x, list(targets)
-        self.metrics = []
-        self.weights = []  # one a residual
-        for y, metric in zip(self.targets, metrics if metrics is not None else map(Metric.plain, targets), strict=True):
-            share = y.shape[metric.channel] / y.numel()  # of a position
-            if metric.floor:
-                self.weights.append(metric.floor * share)
-            if metric.basis is not None:  # scaled so that twice the weight, a derivative's factor, is one
-                metric = metric._replace(basis=metric.basis * (2 * share) ** 0.5)
-                self.weights.append(0.5)
-            self.metrics.append(metric)
+        metrics = list(metrics if metrics is not None else map(Metric.plain, targets))
+        self._counts = [not metric.nothing for metric in metrics]
+        self._weighers = [_weigher(metric, y) for metric, y in zip(metrics, targets, strict=True) if not metric.nothing]
 
     def __call__(self, weight: Tensor) -> Tensor:
-        total = torch.zeros((), dtype=weight.dtype, device=weight.device)
-        for residual, scale in zip(self.residuals(weight), self.weights, strict=True):
-            total = total + scale * residual.square().sum()
-        return total
+        residuals = self.residuals(weight)
+        return half_inner(residuals, self.weigh(residuals))
 
     def residuals(self, weight: Tensor) -> list[Tensor]:
-        residuals = []
-        for f, y, metric in zip(self.horizon.outputs(weight, self.x), self.targets, self.metrics, strict=True):
-            e = f - y
-            if metric.floor:
-                residuals.append(e)
-            if metric.basis is not None:
-                residuals.append(e.movedim(metric.channel, -1) @ metric.basis)
-        return residuals
+        outputs = self.horizon.outputs(weight, self.x)
+        return [f - y for f, y, counts in zip(outputs, self.targets, self._counts, strict=True) if counts]
+
+    def weigh(self, residuals: Sequence[Tensor]) -> list[Tensor]:
+        return [weigh(e) for weigh, e in zip(self._weighers, residuals, strict=True)]
+
+
+def _weigher(metric: Metric, y: Tensor) -> Callable[[Tensor], Tensor]:
+    """The derivative of a metric's mean over the positions of y, as a function of the mismatch: in as few passes as it takes."""
+    channel, width = metric.channel, y.shape[metric.channel]
+    share = 2 * width / y.numel()  # of a position
+    if metric.basis is None:
+        return lambda e: e * (metric.floor * share)
+    if 2 * metric.basis.shape[1] >= width:
+        matrix = metric.matrix(width)[0] * share
+        return lambda e: (e.movedim(channel, -1) @ matrix).movedim(-1, channel)
+    basis, floor = metric.basis * share**0.5, metric.floor * share
+
+    def weigh(e: Tensor) -> Tensor:
+        e = e.movedim(channel, -1)
+        flat = e.reshape(-1, width)
+        return torch.addmm(flat, flat @ basis, basis.T, beta=floor).view(e.shape).movedim(-1, channel)
+
+    return weigh
 
 
 def _variance(y: Tensor) -> float:

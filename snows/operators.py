@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import abc
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
@@ -21,14 +21,15 @@ from snows.sparsity import rows, unrows
 
 
 class Loss(Protocol):
-    """A function of one weight: the sum over its `residuals` r, each with a factor w of `weights`, of ``w ‖r‖²``."""
-
-    @property
-    def weights(self) -> Sequence[float]: ...
+    """A function of one weight: ``½ Σ <r, M r>`` over its `residuals` r, each with a symmetric map M of its own, positive semi-definite."""
 
     def __call__(self, weight: Tensor) -> Tensor: ...
 
     def residuals(self, weight: Tensor) -> Sequence[Tensor]: ...
+
+    def weigh(self, residuals: Sequence[Tensor]) -> Sequence[Tensor]:
+        """``M r`` for each, or for what is shaped like them: the loss's derivative by its residuals."""
+        ...
 
 
 class LinearOperator(abc.ABC):
@@ -107,16 +108,12 @@ class Hessian(Curvature):
         at: the weight.
 
     Example:
-        >>> class Quartic:
-        ...     weights = (1.0,)
-        ...     def residuals(self, w): return [w.pow(2)]
-        ...     def __call__(self, w): return w.pow(4).sum()
-        >>> H = Hessian(Quartic(), at=torch.tensor([1.0, 2.0]))
+        >>> H = Hessian(lambda w: w.pow(4).sum(), at=torch.tensor([1.0, 2.0]))
         >>> H @ torch.tensor([1.0, 1.0])
         tensor([12., 48.])
     """
 
-    def __init__(self, loss: Loss, at: Tensor) -> None:
+    def __init__(self, loss: Callable[[Tensor], Tensor], at: Tensor) -> None:
         super().__init__(at)
         with torch.enable_grad(), twice_differentiable(), graphs.aside(at.device):
             self._at = at.detach().clone().requires_grad_()
@@ -133,7 +130,7 @@ class Hessian(Curvature):
 
 
 class GaussNewton(Curvature):
-    """The Gauss-Newton matrix ``Σ 2w JᵀJ`` of a weighted sum of squares, J the Jacobian of each of its residuals.
+    """The Gauss-Newton matrix ``Σ Jᵀ M J`` of a loss, J the Jacobian of each of its residuals and M what it is measured by.
 
     Positive semi-definite; equal to the Hessian where the residuals are piecewise linear in the weight, as one layer
     of a ReLU network with evaluated BatchNorm is (Schraudolph 2002). ``J v`` is the derivative of ``Jᵀu`` with respect
@@ -146,29 +143,25 @@ class GaussNewton(Curvature):
 
     def __init__(self, loss: Loss, at: Tensor) -> None:
         super().__init__(at)
-        self._factors = [2 * w for w in loss.weights]
+        self._loss = loss
         with torch.enable_grad(), twice_differentiable(), graphs.aside(at.device):
             self._at = at.detach().clone().requires_grad_()
             self._residuals = list(loss.residuals(self._at))
-            self._cotangents = [u.requires_grad_() for u in cotangents(loss, self._residuals)]
+            found = [r.detach() for r in self._residuals]
+            self._cotangents = [u.detach().requires_grad_() for u in loss.weigh(found)]
             (self._pullback,) = torch.autograd.grad(self._residuals, self._at, self._cotangents, create_graph=True)
-        self.value = sum(w * r.detach().square().sum().item() for w, r in zip(loss.weights, self._residuals, strict=True))
+        self.value = half_inner(found, self._cotangents).item()
         self.grad = self._pullback.detach()
 
     def _product(self, v: Tensor) -> Tensor:
         tangents = torch.autograd.grad(self._pullback, self._cotangents, v, retain_graph=True)
-        scaled = [_times(w, t) for w, t in zip(self._factors, tangents, strict=True)]
-        (product,) = torch.autograd.grad(self._residuals, self._at, scaled, retain_graph=True)
+        (product,) = torch.autograd.grad(self._residuals, self._at, self._loss.weigh(tangents), retain_graph=True)
         return product
 
 
-def cotangents(loss: Loss, residuals: Sequence[Tensor]) -> list[Tensor]:
-    """The loss's derivative by each of its residuals, a constant."""
-    return [_times(2 * w, r.detach()) for w, r in zip(loss.weights, residuals, strict=True)]
-
-
-def _times(factor: float, x: Tensor) -> Tensor:
-    return x if factor == 1 else factor * x
+def half_inner(residuals: Sequence[Tensor], weighed: Sequence[Tensor]) -> Tensor:
+    """``½ Σ <r, M r>``, the loss."""
+    return 0.5 * torch.stack([(r * m).sum() for r, m in zip(residuals, weighed, strict=True)]).sum()
 
 
 class Restricted(LinearOperator):

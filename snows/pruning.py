@@ -243,7 +243,6 @@ class _Losses:
             targets = self.horizon.outputs(self.weight, source)
         if self.metrics is None:  # of the first batch that is asked for, so that all agree
             felt = walk.sensitivities.of(self.layer, self.horizon.counted) if walk.scaling == "output" else []
-            felt = [metric.factored() for metric in felt]
             self.metrics = felt + [Metric.plain(y, "none" if walk.scaling == "none" else "variance") for y in targets[len(felt):]]
         return Reconstruction(self.horizon, walk.sparse[batch], targets, self.metrics)
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from snows import ops, reference
-from snows.operators import Curvature, Factors, GaussNewton, Hessian, Kronecker, LinearOperator, Loss, Restricted, RowBlocks, cotangents, trace
+from snows.operators import Curvature, Factors, GaussNewton, Hessian, Kronecker, LinearOperator, Loss, Restricted, RowBlocks, trace
 from snows.sparsity import MaskedWeight
 
 
@@ -341,7 +341,7 @@ def _gradient(loss: Loss, weight: Tensor) -> Tensor:
     with torch.enable_grad():
         at = weight.detach().clone().requires_grad_()
         residuals = loss.residuals(at)
-        (gradient,) = torch.autograd.grad(residuals, at, cotangents(loss, residuals))
+        (gradient,) = torch.autograd.grad(residuals, at, loss.weigh([r.detach() for r in residuals]))
     return gradient
 
 

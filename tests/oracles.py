@@ -18,13 +18,14 @@ def dense_hessian(f: Callable[[Tensor], Tensor], at: Tensor) -> Tensor:
 
 
 def dense_gauss_newton(loss: Any, at: Tensor) -> Tensor:
-    """``Σ 2w JᵀJ`` with J formed row by row."""
-
-    def scaled(weight: Tensor) -> Tensor:
-        return torch.cat([w**0.5 * r.flatten() for w, r in zip(loss.weights, loss.residuals(weight), strict=True)])
-
-    J = torch.autograd.functional.jacobian(scaled, at).reshape(-1, at.numel())
-    return 2 * J.T @ J
+    """``Σ Jᵀ M J`` with J formed row by row and M applied to one of J's columns after the other."""
+    total = torch.zeros(at.numel(), at.numel(), dtype=at.dtype)
+    jacobians = torch.autograd.functional.jacobian(lambda weight: tuple(loss.residuals(weight)), at)
+    columns = [J.flatten(-at.ndim).unbind(-1) for J in jacobians]
+    weighed = [loss.weigh(tangents) for tangents in zip(*columns, strict=True)]
+    for k, J in enumerate(columns):
+        total += torch.stack(J).flatten(1) @ torch.stack([w[k] for w in weighed]).flatten(1).T
+    return total
 
 
 def matrix_of(operator: object, like: Tensor) -> Tensor:
