@@ -314,18 +314,8 @@ class _Moments:
     def of(cls, x: Tensor) -> _Moments:
         """Of a BatchNorm's input, (B, C, ...)."""
         moments, x = cls(), x.detach()
-        positions = tuple(range(2, x.ndim))
-
-        def mean(values: Tensor) -> Tensor:
-            return (values.sum(positions) if positions else values).double().sum(0) / moments.count
-
-        moments.count = x.numel() // x.shape[1]
-        corner = (slice(1), slice(None), *(slice(1) for _ in positions))
-        origin = x[corner]  # subtracted, so that a constant channel varies by nothing
-        x = x - origin
-        shift, square = mean(x), mean(x.square())
-        moments.mean = origin.flatten().double() + shift
-        moments.square = square - shift.square() + moments.mean.square()
+        mean, var = (m.double() for m in torch.ops.aten.batch_norm_update_stats(x, None, None, 0.0))
+        moments.count, moments.mean, moments.square = x.numel() // x.shape[1], mean, var + mean.square()
         return moments
 
     @property
