@@ -1,8 +1,18 @@
-"""What `--benchmark-json` writes: one row a measurement, and nothing about whose machine it was."""
+"""What `--benchmark-json` writes: one row a measurement, and nothing about whose machine it was. And memory that stays."""
 
 import platform
 
+import pytest
 import torch
+
+from snows import memory
+
+
+@pytest.fixture(scope="session", autouse=True)
+def kept_memory():
+    """As in `turns.in_turns`, for all alike."""
+    with memory.kept():
+        yield
 
 
 def pytest_benchmark_update_json(config, benchmarks, output_json):

@@ -1,4 +1,7 @@
-"""Implementations of one thing, timed in turns: a noisy moment of the machine meets all of them."""
+"""Implementations of one thing, timed in turns: a noisy moment of the machine meets all of them.
+
+Freed memory stays with the process, for all alike: what the system takes to clear new pages is not theirs.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,10 @@ from pathlib import Path
 
 import torch
 
+from snows import memory
 
+
+@memory.kept()
 def in_turns(case: str, runs: Mapping[str, Callable[[], object]], rounds: int, **more: object) -> list[dict[str, object]]:
     """One row an implementation: quartiles of its milliseconds over `rounds`, after one run that does not count."""
     taken: dict[str, list[float]] = {name: [] for name in runs}

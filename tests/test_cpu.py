@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from snows import ops, reference
+from snows import NM, ops, parse_pattern, reference
+from snows.packing import pack
+from snows.sparsity import rows, unrows
 
 OPS = torch.ops.snows
 pytestmark = pytest.mark.skipif(ops.implementation("gelu") != "native", reason="the native kernels were not built")
@@ -146,3 +148,67 @@ def test_threads_change_no_bit():
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+FLOATS = pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)
+
+
+@FLOATS
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 4), (3, 4), (1, 2), (4, 8), (2, 3), (5, 7), (1, 16), (31, 32)])
+def test_selection_with_ties_and_ragged_groups(n, m, dtype):
+    for shape in ((1, 1), (3, 2), (7, 4 * m), (5, 64 * m + 3), (130, 129), (0, 8), (4, 0)):
+        scores = torch.randint(-2, 3, shape).to(dtype)  # whole numbers: many are equal
+        scores[torch.rand(shape) < 0.1] = -torch.inf
+        scores[torch.rand(shape) < 0.1] = torch.inf
+        assert torch.equal(OPS.nm_mask(scores, n, m), reference.nm_mask(scores, n, m))
+        for found, expected in zip(OPS.nm_select(scores, n, m), reference.nm_select(scores, n, m), strict=True):
+            assert torch.equal(found, expected)
+
+
+@FLOATS
+def test_selection_sees_nan_wherever_it_stands(dtype):
+    for m in (4, 8):
+        for place in (0, 5, 63, 1023, 1026):
+            scores = torch.randn(3, 1027).to(dtype)
+            scores[1, place] = torch.nan
+            for op in (ops.nm_mask, ops.nm_select):
+                with pytest.raises(ValueError, match=f"{op.__name__}: expected scores without NaN"):
+                    op(scores, 2, m)
+
+
+@FLOATS
+def test_masked_of_any_size(dtype):
+    for shape in ((0,), (1,), (7,), (8,), (9, 11), (3, 5, 3, 3), (201, 403)):
+        weight, mask = torch.randn(shape).to(dtype), torch.rand(shape) < 0.5
+        weight[~mask & (torch.rand(shape) < 0.5)] = torch.nan
+        weight[mask & (torch.rand(shape) < 0.2)] = -0.0
+        found = OPS.masked(weight, ops.pack_bits(mask))
+        assert torch.equal(found, torch.where(mask, weight, 0))
+        assert torch.equal(found.signbit(), weight.signbit() & mask)
+        if len(shape) == 4:
+            last = weight.contiguous(memory_format=torch.channels_last)
+            assert torch.equal(OPS.masked(last, ops.pack_bits(mask)), found)
+
+
+@FLOATS
+@pytest.mark.parametrize("text", ["2:4", "1:4", "4:8", "1:16", "3:5", "7:8", "0.5", "0.93"])
+def test_unpack_bit_for_bit(text, dtype):
+    pattern = parse_pattern(text)
+    for shape in ((5, 32), (33, 67), (1, 1), (3, 1, 3, 3), (130, 16, 2, 3), (4, 80, 1, 1)):
+        weight = torch.randn(shape).to(dtype)
+        scores = rows(torch.rand(shape))
+        kept = reference.nm_mask(scores, pattern.n, pattern.m) if isinstance(pattern, NM) else scores > pattern.sparsity
+        mask = unrows(kept, weight.shape)
+        weight = torch.where(mask, weight, 0)
+        packed = pack(weight, mask, pattern)
+        found = OPS.unpack(packed.values, packed.codes, packed.shape, *packed.group)
+        assert found.is_contiguous()
+        assert torch.equal(found, weight)
+
+
+def test_unpack_refuses_codes_of_other_values():
+    packed = pack(torch.eye(40), None, parse_pattern("0.9"))
+    with pytest.raises(ValueError, match="unpack: expected codes for 39 stored values, got codes for 40"):
+        OPS.unpack(packed.values[:-1], packed.codes, packed.shape, 0, 0)
+    with pytest.raises(ValueError, match="unpack: expected at least 200 bytes of codes, got 199"):
+        OPS.unpack(packed.values, packed.codes[:-1], packed.shape, 0, 0)

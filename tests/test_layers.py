@@ -159,7 +159,7 @@ def test_convolution_of_views_one_image_and_none():
         assert error(sparse(x), dense, x) < 2e-6
     assert sparse(torch.randn(0, 8, 9, 9)).shape == (0, 6, 9, 9)
     last = torch.randn(2, 8, 9, 9).contiguous(memory_format=torch.channels_last)
-    for dtype in (torch.float32, torch.bfloat16):  # by a kernel, by the reference
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):  # by a kernel, by the reference, by the kernel, widened
         assert sparse.to(dtype)(last.to(dtype)).is_contiguous(memory_format=torch.channels_last)
         assert sparse(last.to(dtype).contiguous()).is_contiguous()
     weight = (sparse.values, sparse.codes, sparse.bias, sparse.shape, 2, 4)
@@ -343,13 +343,39 @@ def kernels():
 
 
 @pytest.mark.skipif(not kernels(), reason="the native kernels were not built")
-def test_kernels_take_float32_and_nothing_else():
+def test_kernels_take_float32_and_not_float64():
     sparse = SparseLinear.from_dense(sparsify(nn.Linear(64, 32), NM(2, 4)))
     assert sparse.order.numel() > 0
-    assert copy.deepcopy(sparse).half().order.numel() == 0
+    assert copy.deepcopy(sparse).double().order.numel() == 0
     x = torch.randn(9, 64)
     direct = ops.sparse_linear(x, sparse.values, sparse.codes, sparse.bias, sparse.shape, 2, 4)  # arranged on the spot
     assert torch.equal(direct, sparse(x))
+
+
+@pytest.mark.skipif(not kernels(), reason="the native kernels were not built")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("text", PATTERNS)
+def test_kernels_compute_16_bits_in_float32(text, dtype):
+    pattern = parse_pattern(text)
+    for kind, dense, shapes in (
+        (SparseLinear, nn.Linear(128, 40), [(128,), (1, 128), (33, 128)]), (SparseLinear, nn.Linear(67, 5, bias=False), [(67,), (17, 67)]),
+        (SparseConv2d, nn.Conv2d(8, 6, 3, padding=1), [(2, 8, 9, 7), (16, 8, 5, 5)]), (SparseConv2d, nn.Conv2d(8, 6, 1, 2), [(3, 8, 9, 7)]),
+    ):
+        if kind is SparseConv2d and isinstance(pattern, NM) and not pattern.fits(dense.weight.shape):
+            continue
+        short = kind.from_dense(sparsify(dense, pattern), pattern, activation="relu").to(dtype)
+        wide = copy.deepcopy(short).float()
+        assert short.kernel == "native"
+        assert torch.equal(short.order, wide.order)
+        for shape in shapes:
+            x = torch.randn(shape).to(dtype)
+            layouts = [x] if x.ndim < 4 else [x, x.contiguous(memory_format=torch.channels_last)]
+            layouts += [reference.innermost_images(x)] if len(shape) == 4 and shape[0] == 16 else []
+            for laid in layouts:
+                found = short(laid)
+                assert found.dtype == dtype
+                assert torch.equal(found, wide(laid.float()).to(dtype))
+                assert found.stride() == wide(laid.float()).stride()
 
 
 @pytest.mark.skipif(not kernels(), reason="the native kernels were not built")

@@ -1,16 +1,14 @@
 // One token times a packed weight: the weight is read once, so its bytes rule, and it is read as it is packed.
-// AVX-512 selects from registers by the codes (2:4, 1:4) or spreads values by the mask's bits (unstructured).
+// AVX-512 selects from registers by the codes (2:4, 1:4) or spreads values by the mask's bits (unstructured). Sums are in float32;
+// 16-bit values are widened in registers, and half as many bytes are read.
 
 #include "panels.h"
 
+#include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 
 #include <algorithm>
 #include <cstring>
-
-#ifdef SNOWS_X86
-#include <immintrin.h>
-#endif
 
 namespace snows {
 
@@ -20,8 +18,25 @@ namespace {
 
 constexpr int AHEAD = 2048;  // bytes; the processor's own prefetching follows a row of so few bytes late
 
+// 16 numbers as float32, those of the mask's bits; what is not asked for is not read.
+#define SNOWS_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,popcnt")))
+SNOWS_AVX512 inline __m512 widen(__m256i x, at::BFloat16) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
+SNOWS_AVX512 inline __m512 widen(__m256i x, at::Half) { return _mm512_cvtph_ps(x); }
+SNOWS_AVX512 inline __m512 load(const float* from) { return _mm512_loadu_ps(from); }
+template <typename T>
+SNOWS_AVX512 inline __m512 load(const T* from) { return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)), T()); }
+
+// The first numbers at `from`, spread to where the mask's bits are set, zeros elsewhere; no number behind them is read.
+SNOWS_AVX512 inline __m512 spread(uint16_t mask, const float* from) { return _mm512_maskz_expandloadu_ps(mask, from); }
+template <typename T>
+SNOWS_AVX512 inline __m512 spread(uint16_t mask, const T* from) {
+  const auto first = static_cast<__mmask16>((1u << __builtin_popcount(mask)) - 1);
+  return _mm512_maskz_expand_ps(mask, widen(_mm256_maskz_loadu_epi16(first, from), T()));
+}
+
 // 16 stored values and their 32 bits of codes cover 8 groups of 2:4, which are 32 columns.
-__attribute__((target("avx512f"))) float dot_2_of_4(const float* values, const uint8_t* codes, const float* x, int64_t columns) {
+template <typename T>
+SNOWS_AVX512 float dot_2_of_4(const T* values, const uint8_t* codes, const float* x, int64_t columns) {
   const __m512i shifts = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
   const __m512i groups = _mm512_setr_epi32(0, 0, 4, 4, 8, 8, 12, 12, 16, 16, 20, 20, 24, 24, 28, 28);
   const __m512i two_bits = _mm512_set1_epi32(3);
@@ -32,13 +47,14 @@ __attribute__((target("avx512f"))) float dot_2_of_4(const float* values, const u
     std::memcpy(&word, codes, 4);
     const __m512i position = _mm512_and_si512(_mm512_srlv_epi32(_mm512_set1_epi32(word), shifts), two_bits);
     const __m512 chosen = _mm512_permutex2var_ps(_mm512_loadu_ps(x + c), _mm512_add_epi32(position, groups), _mm512_loadu_ps(x + c + 16));
-    sum[i % 2] = _mm512_fmadd_ps(_mm512_loadu_ps(values), chosen, sum[i % 2]);
+    sum[i % 2] = _mm512_fmadd_ps(load(values), chosen, sum[i % 2]);
   }
   return _mm512_reduce_add_ps(_mm512_add_ps(sum[0], sum[1]));
 }
 
 // 16 stored values and their 32 bits of codes cover 16 groups of 1:4, which are 64 columns.
-__attribute__((target("avx512f"))) float dot_1_of_4(const float* values, const uint8_t* codes, const float* x, int64_t columns) {
+template <typename T>
+SNOWS_AVX512 float dot_1_of_4(const T* values, const uint8_t* codes, const float* x, int64_t columns) {
   const __m512i shifts = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
   const __m512i groups = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 32, 36, 40, 44, 48, 52, 56, 60);
   const __m512i two_bits = _mm512_set1_epi32(3);
@@ -50,18 +66,19 @@ __attribute__((target("avx512f"))) float dot_1_of_4(const float* values, const u
     const __m512i at = _mm512_add_epi32(_mm512_and_si512(_mm512_srlv_epi32(_mm512_set1_epi32(word), shifts), two_bits), groups);
     const __m512 low = _mm512_permutex2var_ps(_mm512_loadu_ps(x + c), at, _mm512_loadu_ps(x + c + 16));
     const __m512 high = _mm512_permutex2var_ps(_mm512_loadu_ps(x + c + 32), at, _mm512_loadu_ps(x + c + 48));
-    sum = _mm512_fmadd_ps(_mm512_loadu_ps(values), _mm512_mask_blend_ps(0xff00, low, high), sum);
+    sum = _mm512_fmadd_ps(load(values), _mm512_mask_blend_ps(0xff00, low, high), sum);
   }
   return _mm512_reduce_add_ps(sum);
 }
 
 // The stored values of 16 columns are spread to where the mask's bits are set; `values` moves on.
-__attribute__((target("avx512f,popcnt"))) float dot_masked(const float*& values, const uint8_t* codes, const float* x, int64_t columns) {
+template <typename T>
+SNOWS_AVX512 float dot_masked(const T*& values, const uint8_t* codes, const float* x, int64_t columns) {
   __m512 sum = _mm512_setzero_ps();
   for (int64_t c = 0; c < columns; c += 16, codes += 2) {
     uint16_t mask;
     std::memcpy(&mask, codes, 2);
-    sum = _mm512_fmadd_ps(_mm512_maskz_expandloadu_ps(mask, values), _mm512_loadu_ps(x + c), sum);
+    sum = _mm512_fmadd_ps(spread(mask, values), _mm512_loadu_ps(x + c), sum);
     values += __builtin_popcount(mask);
   }
   return _mm512_reduce_add_ps(sum);
@@ -77,34 +94,45 @@ __attribute__((target("popcnt"))) int64_t bits_set(const uint8_t* codes, int64_t
   return count;
 }
 
-}  // namespace
-
-bool one_token(const float* x, const float* values, const uint8_t* codes, const float* bias, float* y, int64_t rows, int64_t columns, int64_t n, int64_t m) {
-  // Rows must begin with a byte of codes, and end with a whole step.
-  const bool two = n == 2 && m == 4 && columns % 32 == 0, one = n == 1 && m == 4 && columns % 64 == 0, masked = m == 0 && columns % 16 == 0;
-  if (simd() != Simd::avx512 || !(two || one || masked)) return false;
-  const int64_t row_codes = masked ? columns / 8 : columns / m * n / 4;
+template <typename T>
+void all_rows(const float* x, const T* values, const uint8_t* codes, const float* bias, float* y, int64_t rows, int64_t columns, int64_t n, int64_t m) {
+  const int64_t row_codes = m == 0 ? columns / 8 : columns / m * n / 4;
   const int64_t grain = std::max<int64_t>(1, 65536 / columns);
   at::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
-    const float* stored = values + (masked ? bits_set(codes, begin * row_codes) : begin * columns / m * n);
+    const T* stored = values + (m == 0 ? bits_set(codes, begin * row_codes) : begin * columns / m * n);
     for (int64_t r = begin; r < end; ++r) {
       const uint8_t* code = codes + r * row_codes;
       float sum;
-      if (masked) {
+      if (m == 0) {
         sum = dot_masked(stored, code, x, columns);
       } else {
-        sum = two ? dot_2_of_4(stored, code, x, columns) : dot_1_of_4(stored, code, x, columns);
+        sum = n == 2 ? dot_2_of_4(stored, code, x, columns) : dot_1_of_4(stored, code, x, columns);
         stored += columns / m * n;
       }
       y[r] = sum + (bias ? bias[r] : 0.0f);
     }
   });
+}
+
+}  // namespace
+
+bool one_token(const float* x, const at::Tensor& values, const uint8_t* codes, const float* bias, float* y, int64_t rows, int64_t columns, int64_t n,
+               int64_t m) {
+  // Rows must begin with a byte of codes, and end with a whole step.
+  const bool two = n == 2 && m == 4 && columns % 32 == 0, one = n == 1 && m == 4 && columns % 64 == 0, masked = m == 0 && columns % 16 == 0;
+  if (simd() != Simd::avx512 || !(two || one || masked)) return false;
+  if (values.scalar_type() == at::kFloat)
+    all_rows(x, values.const_data_ptr<float>(), codes, bias, y, rows, columns, n, m);
+  else
+    AT_DISPATCH_REDUCED_FLOATING_TYPES(values.scalar_type(), "one_token", [&] {
+      all_rows(x, values.const_data_ptr<scalar_t>(), codes, bias, y, rows, columns, n, m);
+    });
   return true;
 }
 
 #else
 
-bool one_token(const float*, const float*, const uint8_t*, const float*, float*, int64_t, int64_t, int64_t, int64_t) { return false; }
+bool one_token(const float*, const at::Tensor&, const uint8_t*, const float*, float*, int64_t, int64_t, int64_t, int64_t) { return false; }
 
 #endif
 

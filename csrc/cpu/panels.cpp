@@ -15,14 +15,6 @@
 #include <cstring>
 #include <vector>
 
-#ifdef SNOWS_X86
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wuninitialized"  // gcc 12's own undefined vectors
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#include <immintrin.h>
-#pragma GCC diagnostic pop
-#endif
-
 namespace snows {
 
 namespace {
@@ -308,5 +300,7 @@ at::Tensor activate(const at::Tensor& output, c10::string_view activation) {
   if (activation == "relu") return output.relu();
   return activation == "gelu" ? at::gelu(output) : output;
 }
+
+at::Tensor widened(const std::optional<at::Tensor>& bias) { return bias.has_value() ? bias->to(at::kFloat).contiguous() : at::Tensor(); }
 
 }  // namespace snows

@@ -86,10 +86,15 @@ at::Tensor kernel_order(const at::Tensor& values, const at::Tensor& codes, at::I
 at::Tensor unpack(const at::Tensor& values, const at::Tensor& codes, at::IntArrayRef shape, int64_t n, int64_t m);
 at::Tensor activate(const at::Tensor& output, c10::string_view activation);
 
+// A bias in float32, contiguous; undefined without one. Kernels compute in float32, whatever 16 bits come in and go out.
+at::Tensor widened(const std::optional<at::Tensor>& bias);
+
 // out[j * out_stride + i] = in[i * in_stride + j] for i < rows, j < columns.
 void transpose(const float* in, int64_t in_stride, float* out, int64_t out_stride, int64_t rows, int64_t columns);
 
-// y = x times the packed weight plus bias (or null), for one token; false where there is no kernel for it.
-bool one_token(const float* x, const float* values, const uint8_t* codes, const float* bias, float* y, int64_t rows, int64_t columns, int64_t n, int64_t m);
+// y = x times the packed weight plus bias (or null), for one token; false where there is no kernel for it. The values, of 32 or 16 bits,
+// are contiguous.
+bool one_token(const float* x, const at::Tensor& values, const uint8_t* codes, const float* bias, float* y, int64_t rows, int64_t columns, int64_t n,
+               int64_t m);
 
 }  // namespace snows

@@ -171,7 +171,7 @@ void one_pixel(const Shape& s, const snows::Order& o, const at::Tensor& bias, c1
 at::Tensor sparse_conv2d(const at::Tensor& input, const at::Tensor& values, const at::Tensor& codes, const std::optional<at::Tensor>& bias_,
                          at::IntArrayRef shape, int64_t n, int64_t m, at::IntArrayRef stride, at::IntArrayRef padding,
                          at::IntArrayRef dilation, c10::string_view activation, const std::optional<at::Tensor>& order_) {
-  const at::Tensor bias = bias_.has_value() ? bias_->contiguous() : at::Tensor();
+  const at::Tensor bias = snows::widened(bias_);
   const at::Tensor order = order_.has_value() ? *order_ : snows::kernel_order(values, codes, shape, n, m);
   const auto last = at::MemoryFormat::ChannelsLast;
   const auto format = input.is_contiguous(last) && !input.is_contiguous() ? last : at::MemoryFormat::Contiguous;
@@ -184,12 +184,12 @@ at::Tensor sparse_conv2d(const at::Tensor& input, const at::Tensor& values, cons
     const at::Tensor kept = laid_out(input.slice(2, 0, std::nullopt, stride[0]).slice(3, 0, std::nullopt, stride[1]));
     return laid_out(sparse_conv2d(kept, values, codes, bias_, shape, n, m, {1, 1}, padding, dilation, activation, order_));
   }
-  const at::Tensor x = inner ? input : input.contiguous();
+  const bool takes = order.numel() > 0 && input.scalar_type() == values.scalar_type();
+  const at::Tensor x = takes ? (inner ? input : input.contiguous()).to(at::kFloat) : input;
   Shape s{x.size(0), x.size(1), x.size(2), x.size(3), shape[2], shape[3], 0, 0, stride[0], stride[1], padding[0], padding[1], dilation[0], dilation[1], 1};
   if (inner) s.images /= kLanes, s.inner = x.size(0);
   s.out_h = (s.height + 2 * s.pad_h - (s.kernel_h - 1) * s.dilation_h - 1) / s.stride_h + 1;
   s.out_w = (s.width + 2 * s.pad_w - (s.kernel_w - 1) * s.dilation_w - 1) / s.stride_w + 1;
-  const bool takes = order.numel() > 0 && input.scalar_type() == at::kFloat;
   const std::optional<Tiles> tiles = takes && !lone ? choose(s, snows::Order::read(order)) : std::nullopt;
   if (!takes || !(lone || tiles))
     return laid_out(snows::activate(
@@ -198,12 +198,13 @@ at::Tensor sparse_conv2d(const at::Tensor& input, const at::Tensor& values, cons
   const snows::Order o = snows::Order::read(order);
   at::Tensor y = inner ? at::empty({shape[0], s.out_h, s.out_w, s.inner}, x.options()).permute({3, 0, 1, 2})
                        : at::empty({x.size(0), shape[0], s.out_h, s.out_w}, x.options());
+  const auto given = [&](const at::Tensor& y) { return (inner ? y : y.contiguous(format)).to(input.scalar_type()); };
   const float* in = x.const_data_ptr<float>();
   float* out = y.mutable_data_ptr<float>();
   if (lone) {
     if (inner) s.images = 1, s.width *= s.inner;  // one wide image
     one_pixel(s, o, bias, activation, in, out);
-    return inner ? y : y.contiguous(format);
+    return given(y);
   }
   const Tiles t = *tiles;
   std::vector<uint16_t> line_of(s.kernel_h * s.kernel_w * o.block * o.vectors), lines(o.steps);
@@ -285,7 +286,7 @@ at::Tensor sparse_conv2d(const at::Tensor& input, const at::Tensor& values, cons
     };
     snows::multiply(o, panels, bias, activation);
   }
-  return inner ? y : y.contiguous(format);
+  return given(y);
 }
 
 }  // namespace

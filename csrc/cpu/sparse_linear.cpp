@@ -14,21 +14,20 @@ namespace {
 at::Tensor sparse_linear(const at::Tensor& input, const at::Tensor& values_, const at::Tensor& codes_, const std::optional<at::Tensor>& bias_,
                          at::IntArrayRef shape, int64_t n, int64_t m, c10::string_view activation, const std::optional<at::Tensor>& order_) {
   const at::Tensor values = values_.contiguous(), codes = codes_.contiguous();
-  const at::Tensor bias = bias_.has_value() ? bias_->contiguous() : at::Tensor();
   const at::Tensor order = order_.has_value() ? *order_ : snows::kernel_order(values, codes, shape, n, m);
-  if (order.numel() == 0 || input.scalar_type() != at::kFloat)
+  if (order.numel() == 0 || input.scalar_type() != values.scalar_type())
     return snows::activate(at::linear(input, snows::unpack(values, codes, shape, n, m), bias_), activation).contiguous();
 
-  const at::Tensor x = input.contiguous();
+  const at::Tensor x = input.to(at::kFloat).contiguous(), bias = snows::widened(bias_);
   const int64_t rows = shape[0], columns = shape[1], tokens = x.numel() / columns;
   auto sizes = x.sizes().vec();
   sizes.back() = rows;
   at::Tensor y = at::empty(sizes, x.options());
   const float* in = x.const_data_ptr<float>();
   float* out = y.mutable_data_ptr<float>();
-  if (tokens == 1 && snows::one_token(in, values.const_data_ptr<float>(), codes.const_data_ptr<uint8_t>(),
-                                      bias.defined() ? bias.const_data_ptr<float>() : nullptr, out, rows, columns, n, m))
-    return snows::activate(y, activation);
+  if (tokens == 1 && snows::one_token(in, values, codes.const_data_ptr<uint8_t>(), bias.defined() ? bias.const_data_ptr<float>() : nullptr, out,
+                                      rows, columns, n, m))
+    return snows::activate(y, activation).to(input.scalar_type());
   const snows::Order o = snows::Order::read(order);
   constexpr int64_t kAhead = 4;             // blocks transposed at a time, into the second-level cache
   const int64_t width = 16 * o.vectors;  // of a panel
@@ -48,7 +47,7 @@ at::Tensor sparse_linear(const at::Tensor& input, const at::Tensor& values_, con
     snows::transpose(sums, (count + 15) / 16 * 16, out + first * rows + row, rows, many, count);
   };
   snows::multiply(o, panels, bias, activation);
-  return y;
+  return y.to(input.scalar_type());
 }
 
 }  // namespace

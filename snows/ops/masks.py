@@ -7,6 +7,9 @@ from torch import Tensor
 
 from snows import reference
 from snows.ops.checks import FLOATS, check_real, describe, expect
+from snows.ops.register import implementation
+
+KERNEL_LOOKS = implementation("nm_mask") == "native"  # the CPU's refuses NaN in the same pass
 
 
 def nm_mask(scores: Tensor, n: int, m: int) -> Tensor:
@@ -58,7 +61,8 @@ def _check_selection(op: str, scores: Tensor, n: int, m: int) -> None:
                          f"got {tuple(scores.shape)} {scores.dtype}")
     if not 0 < n < m:
         raise ValueError(f"{op}: expected 0 < n < m, got n = {n}, m = {m}")
-    if scores.isnan().any():
+    looks_itself = KERNEL_LOOKS and scores.is_cpu and m <= 32
+    if not looks_itself and scores.sum().isnan() and scores.isnan().any():  # infinities of both signs sum to NaN too
         raise ValueError(f"{op}: expected scores without NaN, got NaN; check the weights and the calibration images")
 
 
