@@ -170,6 +170,7 @@ __attribute__((target("avx2"))) void transpose_8x8(const float* in, int64_t in_s
 }
 
 // Every register takes four columns of four rows in its four quarters; a 4 x 4 transposition of the quarters ends it.
+template <bool Past>  // the caches: whole lines that are not read before they are written
 __attribute__((target("avx512f"))) void transpose_16x4(const float* in, int64_t in_stride, float* out, int64_t out_stride) {
   __m512 a[4];
 #pragma GCC unroll 4
@@ -180,10 +181,11 @@ __attribute__((target("avx512f"))) void transpose_16x4(const float* in, int64_t 
     a[i] = _mm512_mask_broadcast_f32x4(a[i], 0xf000, _mm_loadu_ps(in + (i + 12) * in_stride));
   }
   const __m512 b[4] = {_mm512_unpacklo_ps(a[0], a[1]), _mm512_unpackhi_ps(a[0], a[1]), _mm512_unpacklo_ps(a[2], a[3]), _mm512_unpackhi_ps(a[2], a[3])};
-  _mm512_storeu_ps(out, _mm512_shuffle_ps(b[0], b[2], 0x44));
-  _mm512_storeu_ps(out + out_stride, _mm512_shuffle_ps(b[0], b[2], 0xee));
-  _mm512_storeu_ps(out + 2 * out_stride, _mm512_shuffle_ps(b[1], b[3], 0x44));
-  _mm512_storeu_ps(out + 3 * out_stride, _mm512_shuffle_ps(b[1], b[3], 0xee));
+  const auto store = [](float* to, __m512 x) __attribute__((target("avx512f"))) { Past ? _mm512_stream_ps(to, x) : _mm512_storeu_ps(to, x); };
+  store(out, _mm512_shuffle_ps(b[0], b[2], 0x44));
+  store(out + out_stride, _mm512_shuffle_ps(b[0], b[2], 0xee));
+  store(out + 2 * out_stride, _mm512_shuffle_ps(b[1], b[3], 0x44));
+  store(out + 3 * out_stride, _mm512_shuffle_ps(b[1], b[3], 0xee));
 }
 
 #endif
@@ -223,7 +225,7 @@ float* Scratch::floats(int64_t count) {
   return reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(memory_.data()) + 63) / 64 * 64);
 }
 
-void transpose(const float* in, int64_t in_stride, float* out, int64_t out_stride, int64_t rows, int64_t columns) {
+void transpose(const float* in, int64_t in_stride, float* out, int64_t out_stride, int64_t rows, int64_t columns, bool past) {
   int64_t row = 0, whole = 0;  // whole columns of the rows before `row` are done
 #ifdef SNOWS_X86
   auto tiles = [&](auto tile, int64_t high, int64_t wide, int64_t end, int64_t whole_columns) {
@@ -234,7 +236,9 @@ void transpose(const float* in, int64_t in_stride, float* out, int64_t out_strid
     row = std::max(row, end);
   };
   if (simd() != Simd::portable) whole = columns / 8 * 8;
-  if (simd() == Simd::avx512) tiles(transpose_16x4, 16, 4, rows / 16 * 16, whole);
+  past = past && out_stride % 16 == 0 && reinterpret_cast<uintptr_t>(out) % 64 == 0;
+  if (simd() == Simd::avx512) tiles(past ? transpose_16x4<true> : transpose_16x4<false>, 16, 4, rows / 16 * 16, whole);
+  if (past) _mm_sfence();  // before another thread reads
   if (simd() != Simd::portable) tiles(transpose_8x8, 8, 8, rows / 8 * 8, whole);
 #endif
   for (int64_t i = 0; i < rows; ++i)
@@ -266,7 +270,7 @@ void multiply(const Order& o, const Panels& panels, const at::Tensor& bias, c10:
           if (bias.defined()) std::copy_n(bias.const_data_ptr<float>() + row, rows, starts.begin());
           for (int64_t block = 0; block < blocks; ++block)
             for (int64_t strip = 0; strip < panels.strips; ++strip) {
-              const Source source = panels.fill(scratch, panel, strip, block);
+              const Source source = panels.fill(scratch, panel, strip, block, from == chunks * share / shares);
               for (int64_t chunk = from; chunk < to && source.vectors > 0; ++chunk) {
                 const int64_t at = chunk * blocks + block, before = (chunk - from) * Order::kChunk, count = o.pairs_of(chunk);
                 run({o.pairs + chunk * blocks * (Order::kChunk / 2) + block * count, count, source.vectors, o.weights + o.starts[2 * at],

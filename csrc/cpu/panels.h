@@ -62,7 +62,8 @@ struct Panels {
   int64_t vectors;        // of a strip, the most
   int64_t scratch;        // floats of it that `fill` gets, aligned to a cache line
   const uint16_t* lines;  // the order's, or the same in a panel of another layout: vectors begin 64 * lines[i] bytes behind the block's part
-  std::function<Source(float* scratch, int64_t panel, int64_t strip, int64_t block)> fill;
+  // `first` says that the scratch memory holds nothing of this panel yet.
+  std::function<Source(float* scratch, int64_t panel, int64_t strip, int64_t block, bool first)> fill;
   // sums[strip * step + r * 16 * (the strip's vectors) + i] belongs to row + r and token i of the strip. 8 vectors behind them are readable.
   std::function<void(const float* sums, int64_t step, int64_t panel, int64_t row, int64_t rows)> store;
 };
@@ -89,8 +90,8 @@ at::Tensor activate(const at::Tensor& output, c10::string_view activation);
 // A bias in float32, contiguous; undefined without one. Kernels compute in float32, whatever 16 bits come in and go out.
 at::Tensor widened(const std::optional<at::Tensor>& bias);
 
-// out[j * out_stride + i] = in[i * in_stride + j] for i < rows, j < columns.
-void transpose(const float* in, int64_t in_stride, float* out, int64_t out_stride, int64_t rows, int64_t columns);
+// out[j * out_stride + i] = in[i * in_stride + j] for i < rows, j < columns; past the caches where that is wanted and possible.
+void transpose(const float* in, int64_t in_stride, float* out, int64_t out_stride, int64_t rows, int64_t columns, bool past = false);
 
 // y = x times the packed weight plus bias (or null), for one token; false where there is no kernel for it. The values, of 32 or 16 bits,
 // are contiguous.

@@ -150,7 +150,7 @@ void one_pixel(const Shape& s, const snows::Order& o, const at::Tensor& bias, c1
     }
   };
   snows::Panels panels{parts(tokens, width), 1, o.vectors, o.block * width, o.lines, nullptr, nullptr};
-  panels.fill = [&](float* scratch, int64_t panel, int64_t, int64_t block) {
+  panels.fill = [&](float* scratch, int64_t panel, int64_t, int64_t block, bool) {
     const int64_t first = panel * width, count = std::min(width, tokens - first), padded = parts(count, kLanes) * kLanes;
     const int64_t channel = block * o.block, many = std::min(o.block, s.channels - channel);
     runs(first, count, [&](int64_t at, int64_t image, int64_t pixel, int64_t length) {
@@ -244,7 +244,7 @@ at::Tensor sparse_conv2d(const at::Tensor& input, const at::Tensor& values, cons
       return Place{rest / across / t.h * abreast + panel % abreast, rest / across % t.h, rest % across * strips * t.vectors};
     };
     snows::Panels panels{groups * t.h * across, strips, t.vectors, 0, lines.data(), nullptr, nullptr};
-    panels.fill = [&](float*, int64_t panel, int64_t strip, int64_t block) {
+    panels.fill = [&](float*, int64_t panel, int64_t strip, int64_t block, bool) {
       const auto [group, row, start] = place(panel);
       const int64_t left = start + strip * t.vectors, line = (group * s.channels + block * o.block) * t.plane + row * s.stride_h * t.row + left;
       return snows::Source{arranged + line * kLanes, std::clamp<int64_t>(t.w - left, 0, t.vectors)};

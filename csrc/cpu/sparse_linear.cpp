@@ -29,14 +29,16 @@ at::Tensor sparse_linear(const at::Tensor& input, const at::Tensor& values_, con
                                       rows, columns, n, m))
     return snows::activate(y, activation).to(input.scalar_type());
   const snows::Order o = snows::Order::read(order);
-  constexpr int64_t kAhead = 4;             // blocks transposed at a time, into the second-level cache
   const int64_t width = 16 * o.vectors;  // of a panel
-  snows::Panels panels{(tokens + width - 1) / width, 1, o.vectors, kAhead * o.block * width, o.lines, nullptr, nullptr};
-  panels.fill = [&](float* scratch, int64_t panel, int64_t, int64_t block) {
+  const bool whole = columns * width * 4 <= 384 << 10;  // a panel stays beside its sums in the second-level cache, for all rows
+  const int64_t ahead = whole ? o.blocks() : 4;         // blocks transposed at a time
+  const bool past = y.nbytes() >= 4 << 20;              // more than the next layer would find in a cache anyway
+  snows::Panels panels{(tokens + width - 1) / width, 1, o.vectors, ahead * o.block * width, o.lines, nullptr, nullptr};
+  panels.fill = [&](float* scratch, int64_t panel, int64_t, int64_t block, bool first_time) {
     const int64_t first = panel * width, count = std::min(width, tokens - first), padded = (count + 15) / 16 * 16;
-    float* const to = scratch + block % kAhead * o.block * width;
-    if (block % kAhead > 0) return snows::Source{to, padded / 16};
-    const int64_t column = block * o.block, many = std::min(kAhead * o.block, columns - column);
+    float* const to = scratch + block % ahead * o.block * width;
+    if (block % ahead > 0 || (whole && !first_time)) return snows::Source{to, padded / 16};
+    const int64_t column = block * o.block, many = std::min(ahead * o.block, columns - column);
     for (int64_t t = 0; t < count; t += 16)  // the processor fetches ahead in 16 long rows, in more it loses its thread
       snows::transpose(in + (first + t) * columns + column, columns, scratch + t, width, std::min<int64_t>(16, count - t), many);
     for (int64_t c = 0; c < many && padded > count; ++c) std::fill(scratch + c * width + count, scratch + c * width + padded, 0.0f);
@@ -44,7 +46,7 @@ at::Tensor sparse_linear(const at::Tensor& input, const at::Tensor& values_, con
   };
   panels.store = [&](const float* sums, int64_t, int64_t panel, int64_t row, int64_t many) {
     const int64_t first = panel * width, count = std::min(width, tokens - first);
-    snows::transpose(sums, (count + 15) / 16 * 16, out + first * rows + row, rows, many, count);
+    snows::transpose(sums, (count + 15) / 16 * 16, out + first * rows + row, rows, many, count, past);
   };
   snows::multiply(o, panels, bias, activation);
   return y.to(input.scalar_type());
