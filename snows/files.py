@@ -2,8 +2,9 @@
 
 A deployed network is one safetensors file: the packed tensors as they are, and metadata that says how to build the layers.
 That is one JSON text under the key ``snows``: the format's version, each packed layer with its pattern, shape, activation
-and a convolution's settings, the modules that became an Identity because a layer computes them too, and the attention that
-was opened into its projections. ``sha256`` is over that text and all tensors. Nothing in a file is executed.
+and a convolution's settings, the modules that became an Identity because a layer computes them too, the normalisations of which
+only what follows them remains, and the attention that was opened into its projections. ``sha256`` is over that text and all
+tensors. Nothing in a file is executed.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ from snows import network
 from snows.layers import SparseConv2d, SparseLinear
 from snows.network import OpenAttention
 from snows.packing import Packed
-from snows.rewriting import difference, outputs, substitute
+from snows.rewriting import Remainder, difference, outputs, substitute
 from snows.run import digest, state, write
 from snows.sparsity import parse_pattern
 
-VERSION = 1
+VERSION = 2  # 1 had no remainders
 COMPUTED_ELSEWHERE = (nn.BatchNorm2d, nn.ReLU, nn.GELU, nn.Identity)  # what an Identity may stand for
 CONVOLUTION = ("stride", "padding", "dilation", "padding_mode")
 
@@ -41,18 +42,21 @@ def save(model: nn.Module, path: Path | str) -> None:
     Raises:
         ValueError: there is nothing packed in the model, or the file cannot be written.
     """
-    packed, identities, opened = {}, [], []
+    packed, identities, remainders, opened = {}, [], [], []
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, SparseLinear | SparseConv2d):
             packed[name] = _described(module)
         elif isinstance(module, nn.Identity):
             identities.append(name)
+        elif isinstance(module, Remainder):
+            remainders.append(name)
         elif isinstance(module, OpenAttention):
             opened.append(name)
     if not packed:
         raise ValueError("save: expected a model with packed layers, got none; deploy it first, or save its state_dict as it is")
     tensors = state(model)
-    text = json.dumps({"version": VERSION, "layers": packed, "identities": identities, "opened": opened}, sort_keys=True)
+    content = {"version": VERSION, "layers": packed, "identities": identities, "remainders": remainders, "opened": opened}
+    text = json.dumps(content, sort_keys=True)
     write(Path(path), to_bytes(tensors, {"snows": text, "sha256": digest(dict(sorted(tensors.items())), text)}))
 
 
@@ -161,7 +165,9 @@ def _content(path: Path, text: str) -> dict[str, Any]:
             sound = isinstance(name, str) and len(entry["shape"]) in (2, 4) and all(type(x) is int and x > 0 for x in entry["shape"])
             if not sound or entry["activation"] not in (None, "relu", "gelu") or (len(entry["shape"]) == 4 and set(CONVOLUTION) - set(entry)):
                 raise KeyError(name)
-        if not all(isinstance(name, str) for key in ("identities", "opened") for name in content[key]):
+        if version == 1:
+            content["remainders"] = []
+        if not all(isinstance(name, str) for key in ("identities", "remainders", "opened") for name in content[key]):
             raise KeyError("identities")
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"load: the metadata of {path} is damaged ({type(error).__name__}: {error})") from error
@@ -175,6 +181,11 @@ def _shape_like(net: nn.Module, content: dict[str, Any], tensors: dict[str, Tens
         if type(closed) is not nn.MultiheadAttention:
             raise ValueError(f"load: {path} does not match the model: {name} is a {type(closed).__name__}, no MultiheadAttention")
         substitute(net, closed, OpenAttention(closed).eval())
+    for name in content["remainders"]:
+        norm = _module(net, name, path)
+        if not isinstance(norm, nn.BatchNorm2d):
+            raise ValueError(f"load: {path} does not match the model: {name} is a {type(norm).__name__}, no BatchNorm2d")
+        substitute(net, norm, Remainder(norm).eval())
     for name in content["identities"]:
         module = _module(net, name, path)
         if not isinstance(module, COMPUTED_ELSEWHERE):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections import Counter, defaultdict
+from collections import Counter, OrderedDict, defaultdict
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -132,7 +132,7 @@ class Trace(Watch):
         use = made.only_use() if made is not None else None
         if use is None or use.function not in self.FOLLOWED or self.called[use.module] != 1:
             return None
-        return (use.module, use) if type(self.net.get_submodule(use.module)) in kinds else None
+        return (use.module, use) if isinstance(self.net.get_submodule(use.module), kinds) else None
 
     def _refuse_shared_weights(self) -> None:
         owners = defaultdict(list)
@@ -179,18 +179,27 @@ def activations(trace: Trace, folded: dict[str, str]) -> dict[str, str]:
         if made is not None and name in folded:
             made = made.uses[0].made
         follower = trace.follower(made, (nn.ReLU, nn.GELU)) if trace.called[name] == 1 else None
-        if follower and getattr(trace.net.get_submodule(follower[0]), "approximate", "none") == "none":
+        module = trace.net.get_submodule(follower[0]) if follower else None
+        if follower and type(module) in (nn.ReLU, nn.GELU) and getattr(module, "approximate", "none") == "none":
             found[name] = follower[0]
     return found
+
+
+class Remainder(nn.Sequential):
+    """What a normalisation of a subclass does behind its product, which a convolution computes now: its children, in order."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__(OrderedDict(norm.named_children()))
 
 
 def fold_normalisations(net: nn.Module, inputs: Inputs, trace: Trace) -> dict[str, str]:
     """Fold each evaluated BatchNorm2d into the convolution whose output goes to it alone, in place.
 
-    All folds are checked together on the example, and one by one where that fails.
+    All folds are checked together on the example, and one by one where that fails. Of a subclass its children stay, in order: an
+    activation, say, that it applies after normalising.
 
     Returns:
-        Convolution -> the BatchNorm that is now in it, and whose place an Identity has.
+        Convolution -> the BatchNorm that is now in it, and whose place an Identity or a `Remainder` has.
     """
     pairs = {}
     for name, site in trace.sites.items():
@@ -234,12 +243,12 @@ def _fold(net: nn.Module, conv_name: str, norm_name: str) -> Any:
         shift = shift + norm.bias.detach().double()
     conv.weight = nn.Parameter((weight.detach() * scale[:, None, None, None]).to(weight.dtype), weight.requires_grad)
     conv.bias = nn.Parameter(shift.to(weight.dtype), weight.requires_grad)
-    identity = nn.Identity().eval()
-    substitute(net, norm, identity)
+    rest = Remainder(norm).eval() if len(list(norm.children())) else nn.Identity().eval()
+    substitute(net, norm, rest)
 
     def back() -> None:
         conv.weight, conv.bias = weight, bias
-        substitute(net, identity, norm)
+        substitute(net, rest, norm)
 
     return back
 

@@ -53,6 +53,42 @@ def test_an_activation_in_place_is_folded_though_its_tensor_is_read_again():
     assert same(net, deployed, x) < 2e-6
 
 
+class NormAct(nn.BatchNorm2d):
+    """As timm's: BatchNorm and what follows it in one module."""
+
+    def __init__(self, channels, act, factor=1):
+        super().__init__(channels)
+        self.drop, self.act, self.factor = nn.Identity(), act, factor
+
+    def forward(self, x):
+        return self.factor * self.act(self.drop(super().forward(x)))
+
+
+@pytest.mark.parametrize("act", [nn.ReLU(), nn.ReLU6(), nn.SiLU()], ids=str)
+def test_of_a_normalisation_with_an_activation_inside_the_activation_stays(act, tmp_path):
+    net, x = settle(Chain()), torch.randn(3, 4, 7, 5)
+    net.first_norm, net.act = settle(NormAct(net.first_norm.num_features, act)), nn.Identity().eval()
+    net = masked(net)
+    deployed = small(net, x)
+    assert {"first_norm", "second_norm"} <= set(deployed.report.folded)
+    assert ("first_norm.act" in deployed.report.folded) == isinstance(act, nn.ReLU)  # the packed layer computes it
+    assert same(net, deployed, x) < 2e-6
+    snows.save(deployed, tmp_path / "net.safetensors")
+    back = snows.load(tmp_path / "net.safetensors", net)
+    with torch.no_grad():
+        assert torch.equal(back(x), deployed(x))
+
+
+def test_a_normalisation_that_does_something_else_too_is_left_alone():
+    net, x = settle(Chain()), torch.randn(3, 4, 7, 5)
+    net.first_norm = settle(NormAct(net.first_norm.num_features, nn.Identity(), factor=2))
+    net = masked(net)
+    deployed = small(net, x)
+    assert "first_norm" not in deployed.report.folded
+    assert "second_norm" in deployed.report.folded
+    assert same(net, deployed, x) < 2e-6
+
+
 def test_a_network_that_returns_a_layers_output_keeps_it():
     class Two(Chain):
         def forward(self, x):

@@ -84,7 +84,7 @@ def test_the_file_is_plain_safetensors_of_the_packed_size(chain):
     assert content["layers"]["first"] == {"pattern": "2:4", "shape": [8, 4, 3, 3], "activation": "relu", "stride": [1, 1],
                                           "padding": [1, 1], "dilation": [1, 1], "padding_mode": "zeros", "innermost": False}
     assert sorted(content["identities"]) == ["act", "first_norm", "last_act", "second_norm"]
-    assert content["version"] == 1
+    assert content["version"] == 2
 
 
 def test_a_file_of_another_network_is_refused_by_name(chain):
@@ -137,13 +137,14 @@ def test_metadata_and_tensors_that_disagree_are_refused(chain):
     net, path = chain
     content = path.read_bytes()
     cases = [
-        (lambda m: m.update(version=2), None, "has format 2, this snows reads up to 1"),
+        (lambda m: m.update(version=3), None, "has format 3, this snows reads up to 2"),
         (lambda m: m["layers"]["first"].update(pattern="1:4"), None, r"first: .* expected \(8, 9\) values, got \(8, 18\)|first: .* codes"),
         (lambda m: m["layers"]["first"].update(pattern="3:2"), None, "load: |NM: "),
         (lambda m: m["layers"]["first"].update(shape=[8, 4, 3, 10**12]), None, "first has a weight of"),
         (lambda m: m["layers"]["first"].update(activation="tanh"), None, "metadata of .* is damaged"),
         (lambda m: m["layers"].pop("first"), None, "unexpected first.values|missing first.weight"),
         (lambda m: m.pop("identities"), None, "metadata of .* is damaged"),
+        (lambda m: m.update(remainders=["first"]), None, "first is a Conv2d, no BatchNorm2d"),
         (None, lambda t: t.update({"first.codes": torch.zeros_like(t["first.codes"])}), "codes"),
         (None, lambda t: t.update({"first.codes": t["first.codes"][:-1]}), "codes"),
         (None, lambda t: t.update({"first.values": t["first.values"].to(torch.int32)}), "first.values is torch.int32"),
@@ -154,6 +155,8 @@ def test_metadata_and_tensors_that_disagree_are_refused(chain):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=sentence):
             snows.load(rewritten(path, metadata, tensors), net)
+    path.write_bytes(content)
+    snows.load(rewritten(path, lambda m: (m.update(version=1), m.pop("remainders")), None), net)  # as it was before
 
 
 def test_ten_thousand_damaged_files_are_refused_or_load_what_was_saved(tmp_path, request):
