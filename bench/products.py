@@ -6,7 +6,9 @@ A ViT-B block (K = 3, 16 images, 197 tokens) and a ResNet-50 stage (K = 6, 32 im
 same loss and the same trick for `J v` through PyTorch's functions alone; both keep their graph. "torch.compile" is Inductor's code for
 eager's product, its operations traced by `make_fx` with what the graph keeps as constants: `torch.compile` itself takes no gradient
 through a graph made outside of it, and what it can take, `torch.func.jvp` and `vjp`, would repeat the forward pass at each product.
-Its compilation is not in its time. On a GPU "snows" and "torch.compile" replay CUDA graphs. Products are compared first.
+Its compilation is not in its time. On a GPU "snows" and "torch.compile" replay CUDA graphs. Products are compared first. "share of
+matmul" is what the matrix products and convolutions inside would take at the speed of one large matrix product, timed in turns with
+the others, over the time taken.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ import torch.nn.functional as F
 from report import race
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
-from turns import in_turns, keep
+from torch.utils.flop_counter import FlopCounterMode
+from turns import in_turns, keep, large_product
 
 from snows import graphs, horizon, network
 from snows.horizon import Horizon, Reconstruction
@@ -79,6 +82,20 @@ def product(name: str, implementation: str) -> GaussNewton:
     return operator
 
 
+def flop_of(operator: GaussNewton, v: Tensor) -> int:
+    """Of a product's matrix products and convolutions. Each derivative of attention has four products."""
+
+    def four(q: torch.Size, k: torch.Size) -> int:
+        return 4 * 2 * q.numel() * k[-2]
+
+    formulas = {torch.ops.snows.attention_grad: lambda g, q, k, *_, **__: four(q, k),
+                torch.ops.snows.attention_tangent: lambda dq, dk, dv, q, k, *_, **__: four(q, k)}
+    with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
+        operator._product(v)
+    total: int = counter.get_total_flops()
+    return total
+
+
 def compiled(operator: GaussNewton, v: Tensor) -> Callable[[Tensor], Tensor]:
     """The product's operations through Inductor, ready to run."""
     traced = make_fx(lambda v: operator @ v)(v)
@@ -109,7 +126,10 @@ def main() -> None:
         for name, run in runs.items():
             for _ in range(3):  # the third is a replay
                 assert ((run(v) - wanted).norm() / wanted.norm()).item() < 1e-4, name
-        found = in_turns(case, {name: partial(run, v) for name, run in runs.items()}, args.rounds)
+        flop, (large, large_flop) = flop_of(ours, v), large_product(DEVICE)
+        *found, ceiling = in_turns(case, {name: partial(run, v) for name, run in runs.items()} | {"matmul": large}, args.rounds)
+        for row in found:
+            row |= {"flop": flop, "share of matmul": flop / large_flop * ceiling["median ms"] / row["median ms"]}
         rows += [row | ({"seconds to compile": seconds} if row["implementation"] == "torch.compile" else {}) for row in found]
         keep(args.out, rows)
         torch.compiler.reset()

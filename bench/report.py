@@ -34,7 +34,7 @@ def race(rows: list[dict]) -> str:
     rows = [row for row in rows if "median ms" in row]  # what could not run says why in its file
     names = list(dict.fromkeys(row["implementation"] for row in rows))
     ours = [name for name in names if name in OURS]
-    shares = [x for x in ("share of copy",) if x in rows[0]]
+    shares = [x for x in ("share of copy", "share of matmul") if x in rows[0]]
     cases: dict[str, dict[str, dict]] = {}
     for row in rows:
         cases.setdefault(row["case"], {})[row["implementation"]] = row

@@ -33,6 +33,13 @@ def in_turns(case: str, runs: Mapping[str, Callable[[], object]], rounds: int, *
             for name, times in taken.items()]
 
 
+def large_product(device: str) -> tuple[Callable[[], object], int]:
+    """A matrix product that fills the machine, and its floating-point operations: what `share of matmul` is a share of."""
+    width = 8192 if device == "cuda" else 2048
+    a, b = torch.randn(2, width, width, device=device)
+    return lambda: a @ b, 2 * width**3
+
+
 def wait() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
