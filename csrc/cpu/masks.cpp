@@ -126,17 +126,35 @@ at::Tensor nm_mask(const at::Tensor& scores, int64_t n, int64_t m) {
   return mask;
 }
 
-// The nibble of 2:4 for the four bits of a mask; what is missing is filled up with the lowest free positions.
-constexpr std::array<uint8_t, 16> kNibbles = [] {
-  std::array<uint8_t, 16> nibbles{};
-  for (unsigned bits = 0; bits < 16; ++bits) {
-    unsigned full = bits;
-    for (unsigned i = 0; i < 4 && std::popcount(full) < 2; ++i) full |= 1u << i;
-    const int first = std::countr_zero(full), second = std::countr_zero(full & (full - 1));
-    nibbles[bits] = uint8_t(first | second << 2);
-  }
-  return nibbles;
+// The codes of 2:4 for the eight bits of two groups; what is missing of a group is filled up with its lowest free positions.
+constexpr std::array<uint8_t, 256> kCodes = [] {
+  std::array<uint8_t, 256> codes{};
+  for (unsigned eight = 0; eight < 256; ++eight)
+    for (unsigned shift = 0; shift < 8; shift += 4) {
+      unsigned full = eight >> shift & 15;
+      for (unsigned i = 0; i < 4 && std::popcount(full) < 2; ++i) full |= 1u << i;
+      const int first = std::countr_zero(full), second = std::countr_zero(full & (full - 1));
+      codes[eight] |= uint8_t((first | second << 2) << shift);
+    }
+  return codes;
 }();
+
+// Bools to bits, eight words of eight at a time.
+SNOWS_INLINE inline void gather_bits(const uint64_t* bools, uint8_t* bits, int64_t bytes) {
+  for (int64_t b = 0; b < bytes; ++b) bits[b] = uint8_t(bools[b] * 0x0102040810204080 >> 56);  // bool j becomes bit j
+}
+
+#ifdef SNOWS_X86
+__attribute__((target("avx512f,avx512bw"))) void gather_bits_avx512(const uint64_t* bools, uint8_t* bits, int64_t bytes) {
+  int64_t b = 0;
+  for (; b + 8 <= bytes; b += 8) {
+    const __m512i x = _mm512_loadu_si512(bools + b);
+    const uint64_t word = _mm512_test_epi8_mask(x, x);
+    std::memcpy(bits + b, &word, 8);
+  }
+  gather_bits(bools + b, bits + b, bytes - b);
+}
+#endif
 
 std::tuple<at::Tensor, at::Tensor> nm_select(const at::Tensor& scores, int64_t n, int64_t m) {
   const at::Tensor x = scores.contiguous();
@@ -151,11 +169,12 @@ std::tuple<at::Tensor, at::Tensor> nm_select(const at::Tensor& scores, int64_t n
       std::vector<uint64_t> mask(bytes);  // eight bools each, zeros behind the last column
       for (int64_t r = begin; r < end; ++r) {
         if (select(in + r * columns, reinterpret_cast<bool*>(mask.data()), columns, n, m)) nan = true;
-        for (int64_t b = 0; b < bytes; ++b) bit[r * bytes + b] = uint8_t(mask[b] * 0x0102040810204080 >> 56);  // bool j becomes bit j
-        for (int64_t b = 0; coded && b < bytes; ++b) {
-          const uint8_t eight = bit[r * bytes + b];
-          code[r * bytes + b] = uint8_t(kNibbles[eight & 15] | kNibbles[eight >> 4] << 4);
-        }
+#ifdef SNOWS_X86
+        (snows::simd() == snows::Simd::avx512 ? gather_bits_avx512 : gather_bits)(mask.data(), bit + r * bytes, bytes);
+#else
+        gather_bits(mask.data(), bit + r * bytes, bytes);
+#endif
+        for (int64_t b = 0; coded && b < bytes; ++b) code[r * bytes + b] = kCodes[bit[r * bytes + b]];
       }
     });
   });
@@ -220,12 +239,48 @@ class Stream {
   std::vector<uint8_t> bytes_;
 };
 
+#ifdef SNOWS_X86
+
+// Which of eight columns a byte of 2:4 codes stores, and which of sixteen a byte of 1:4 codes.
+constexpr auto kMasks = [] {
+  struct {
+    std::array<uint16_t, 256> two{}, one{};
+  } masks;
+  for (unsigned byte = 0; byte < 256; ++byte)
+    for (unsigned i = 0; i < 4; ++i) {
+      const unsigned position = byte >> 2 * i & 3;
+      masks.two[byte] |= uint16_t(1u << (i / 2 * 4 + position));
+      masks.one[byte] |= uint16_t(1u << (i * 4 + position));
+    }
+  return masks;
+}();
+
+// One row of whole bytes of codes, sixteen columns at a time: the values are spread to where the mask's bits are set.
+template <typename Mask>
+__attribute__((target("avx512f,popcnt"))) inline void spread_row(const uint32_t* value, uint32_t* row, int64_t columns, const Mask& mask_of) {
+  for (int64_t c = 0; c < columns; c += 16) {
+    const uint16_t mask = mask_of(c);
+    _mm512_storeu_si512(row + c, _mm512_maskz_expandloadu_epi32(mask, value));
+    value += __builtin_popcount(mask);
+  }
+}
+
+__attribute__((target("avx512f,popcnt"))) void spread(const uint32_t* value, const uint8_t* codes, uint32_t* row, int64_t columns, int64_t n, int64_t m) {
+  if (n == 2 && m == 4)
+    spread_row(value, row, columns, [=](int64_t c) SNOWS_INLINE { return uint16_t(kMasks.two[codes[c / 8]] | kMasks.two[codes[c / 8 + 1]] << 8); });
+  else if (n == 1 && m == 4)
+    spread_row(value, row, columns, [=](int64_t c) SNOWS_INLINE { return kMasks.one[codes[c / 16]]; });
+  else
+    spread_row(value, row, columns, [=](int64_t c) SNOWS_INLINE { return uint16_t(codes[c / 8] | codes[c / 8 + 1] << 8); });
+}
+
+#endif
+
 at::Tensor unpack(const at::Tensor& values_, const at::Tensor& codes, at::IntArrayRef shape, int64_t n, int64_t m) {
   const at::Tensor values = values_.contiguous();
   const int64_t rows = shape[0], channels = shape[1], columns = c10::multiply_integers(shape.slice(1)), taps = channels ? columns / channels : 1;
-  at::Tensor out = at::zeros(shape, values.options());
   TORCH_CHECK_VALUE(m <= 32, "unpack: expected groups of at most 32 entries, got ", m);
-  if (out.numel() == 0) return out;
+  if (rows * columns == 0) return at::zeros(shape, values.options());
   int64_t width = 0;
   while (m > 0 && (int64_t(1) << width) < m) ++width;
   const bool positions = m > 0 && n * width <= m;
@@ -239,6 +294,20 @@ at::Tensor unpack(const at::Tensor& values_, const at::Tensor& codes, at::IntArr
   TORCH_CHECK_VALUE(first[rows] == values.numel(), "unpack: expected codes for ", values.numel(), " stored values, got codes for ", first[rows]);
   std::vector<int64_t> place(columns);  // in a row of the result, of a column of the row view
   for (int64_t c = 0; c < columns; ++c) place[c] = c % channels * taps + c / channels;
+#ifdef SNOWS_X86
+  const bool known = m == 0 || (!positions && groups * m == columns) || (m == 4 && n <= 2);  // masks as bits, or by table
+  if (known && taps == 1 && columns % 16 == 0 && values.element_size() == 4 && snows::simd() == snows::Simd::avx512) {
+    const uint32_t* from = static_cast<const uint32_t*>(values.const_data_ptr());
+    at::Tensor out = at::empty(shape, values.options());
+    uint32_t* to = static_cast<uint32_t*>(out.mutable_data_ptr());
+    const uint8_t* code = stream_of.const_data_ptr<uint8_t>();
+    at::parallel_for(0, rows, rows_at_once(columns), [&](int64_t begin, int64_t end) {
+      for (int64_t r = begin; r < end; ++r) spread(from + first[r], code + r * row_bits / 8, to + r * columns, columns, positions ? n : 0, m);
+    });
+    return out;
+  }
+#endif
+  at::Tensor out = at::zeros(shape, values.options());
   by_width(values, [&]<typename Word>(Word) {
     const Word* from = static_cast<const Word*>(values.const_data_ptr());
     Word* to = static_cast<Word*>(out.mutable_data_ptr());
