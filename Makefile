@@ -22,7 +22,7 @@ check: .venv/.test
 	@$(BIN)/mypy
 
 bench: .venv/.test
-	@for group in linear conv2d-16 conv2d-1; do \
+	@for group in linear linear-bfloat16 conv2d-16 conv2d-1; do \
 	  $(BIN)/python bench/layers.py --group $$group --out bench/results/cpu/layers-$$group.json || exit 1; done
 	@$(BIN)/python bench/networks.py --out bench/results/cpu/networks.json
 	@$(BIN)/python bench/products.py --out bench/results/cpu/products.json

@@ -32,6 +32,7 @@ GROUPS = {  # a file each, for rows of one table have the same implementations
     "conv2d-16": [("conv2d", 16, *shape) for shape in CONVOLUTION],
     "conv2d-1": [("conv2d", 1, *shape) for shape in CONVOLUTION],
 }
+GROUPS["linear-bfloat16"] = GROUPS["linear"]
 
 
 def rivals(x: Tensor, layer: nn.Module) -> dict[str, Callable[[], Tensor]]:
@@ -46,17 +47,18 @@ def rivals(x: Tensor, layer: nn.Module) -> dict[str, Callable[[], Tensor]]:
 
 
 def ours(x: Tensor, layer: nn.Module) -> dict[str, Callable[[], Tensor]]:
+    limit = 2e-6 if x.dtype == torch.float32 else 1e-2
     found: dict[str, Callable[[], Tensor]] = {}
     for text in PATTERNS:
         pattern, dense = snows.parse_pattern(text), type(layer)
         masked = dense(layer.in_features, layer.out_features) if dense is nn.Linear else dense(layer.in_channels, layer.out_channels, 3, padding=1)
-        masked.load_state_dict(layer.state_dict())
+        masked.to(x.dtype).load_state_dict(layer.state_dict())
         masked.weight.data *= pattern.mask(masked.weight.data.abs())
         packed = (snows.SparseLinear if dense is nn.Linear else snows.SparseConv2d).from_dense(masked, pattern)
         inputs = {text: x} | ({f"{text} innermost": innermost_images(x)} if x.ndim == 4 and len(x) % 16 == 0 else {})
         wanted = masked.double()(x.double())
         for name, given in inputs.items():
-            assert ((packed(given) - wanted).norm() / wanted.norm()).item() < 2e-6, name
+            assert ((packed(given) - wanted).norm() / wanted.norm()).item() < limit, name
             found[name] = lambda packed=packed, given=given: packed(given)
     return found
 
@@ -68,11 +70,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     rows: list[dict[str, object]] = []
+    dtype = torch.bfloat16 if args.group.endswith("bfloat16") else torch.float32
     torch.manual_seed(0)
     with torch.no_grad():
         for kind, size, a, b in GROUPS[args.group]:
-            layer = (nn.Linear(b, a) if kind == "linear" else nn.Conv2d(a, a, 3, padding=1)).requires_grad_(False)
-            x = torch.randn(size, b) if kind == "linear" else torch.randn(size, a, b, b)
+            layer = (nn.Linear(b, a) if kind == "linear" else nn.Conv2d(a, a, 3, padding=1)).requires_grad_(False).to(dtype)
+            x = (torch.randn(size, b) if kind == "linear" else torch.randn(size, a, b, b)).to(dtype)
             case = f"{a} x {b}, {size} tokens" if kind == "linear" else f"3 x 3, {a} channels, {b} a side, {size} images"
             flop = 2 * layer(x).numel() * layer.weight[0].numel()
             rows += in_turns(case, {**rivals(x, layer), **ours(x, layer)}, args.rounds, flop=flop)
