@@ -183,9 +183,10 @@ def _shape_like(net: nn.Module, content: dict[str, Any], tensors: dict[str, Tens
         substitute(net, closed, OpenAttention(closed).eval())
     for name in content["remainders"]:
         norm = _module(net, name, path)
-        if not isinstance(norm, nn.BatchNorm2d):
+        if not isinstance(norm, nn.BatchNorm2d | Remainder):
             raise ValueError(f"load: {path} does not match the model: {name} is a {type(norm).__name__}, no BatchNorm2d")
-        substitute(net, norm, Remainder(norm).eval())
+        if not isinstance(norm, Remainder):  # under another of its names already
+            substitute(net, norm, Remainder(norm).eval())
     for name in content["identities"]:
         module = _module(net, name, path)
         if not isinstance(module, COMPUTED_ELSEWHERE):

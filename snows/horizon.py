@@ -271,7 +271,7 @@ class Metric(NamedTuple):
     """How the mismatch e of one operation's output is measured: ``floor ‖e‖² + ‖e basis‖²`` at each position.
 
     Attributes:
-        floor: the weight of every direction alike; 0.0 where the basis says all.
+        floor: the weight of every direction alike.
         basis: (channels, rank), directions that weigh more; None for none.
         channel: the dimension of an output that holds its channels; all others are positions.
     """
@@ -411,6 +411,8 @@ class Reconstruction:
 
     def __call__(self, weight: Tensor) -> Tensor:
         residuals = self.residuals(weight)
+        if not residuals:
+            return torch.zeros((), dtype=weight.dtype, device=weight.device)
         return half_inner(residuals, self.weigh(residuals))
 
     def residuals(self, weight: Tensor) -> list[Tensor]:

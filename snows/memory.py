@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # mallopt's names for them, malloc.h
+_lock, _inside = threading.Lock(), 0
 _LARGEST = 2**25  # the mmap threshold up to which glibc adapts on its own; it trims at twice that
 
 
@@ -17,20 +19,27 @@ def kept() -> Iterator[None]:
 
     By default glibc returns what is freed at the top of its heap, and every tensor of some megabytes is then mapped and cleared
     anew, page by page: half the time of a Gauss-Newton product of a small network. Does nothing where the C library is
-    another one, or where the environment sets these thresholds.
+    another one, or where the environment sets these thresholds. The last of several to end, in threads or one in another, gives back.
     """
+    global _inside
     library = ctypes.CDLL(None) if os.name == "posix" else None
     mallopt, trim = getattr(library, "mallopt", None), getattr(library, "malloc_trim", None)
-    chosen = {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"} & os.environ.keys() or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", "")
+    tunables = os.environ.get("GLIBC_TUNABLES", "")
+    chosen = any(f"MALLOC_{name.upper()}_THRESHOLD_" in os.environ or f"glibc.malloc.{name}_threshold" in tunables for name in ("trim", "mmap"))
     if mallopt is None or trim is None or chosen:
         yield
         return
-    if not mallopt(_MMAP_THRESHOLD, 2**30):
-        mallopt(_MMAP_THRESHOLD, _LARGEST)
-    mallopt(_TRIM_THRESHOLD, 2**31 - 1)
+    with _lock:
+        _inside += 1
+        if not mallopt(_MMAP_THRESHOLD, 2**30):
+            mallopt(_MMAP_THRESHOLD, _LARGEST)
+        mallopt(_TRIM_THRESHOLD, 2**31 - 1)
     try:
         yield
     finally:  # what they were is not to be had; these are what glibc comes to in any process with large tensors
-        mallopt(_MMAP_THRESHOLD, _LARGEST)
-        mallopt(_TRIM_THRESHOLD, 2 * _LARGEST)
-        trim(0)
+        with _lock:
+            _inside -= 1
+            if not _inside:
+                mallopt(_MMAP_THRESHOLD, _LARGEST)
+                mallopt(_TRIM_THRESHOLD, 2 * _LARGEST)
+                trim(0)

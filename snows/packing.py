@@ -118,6 +118,8 @@ def check(packed: Packed) -> None:
     """
     n, m = packed.group
     out, columns = packed.shape[0], math.prod(packed.shape[1:])
+    if packed.values.dtype not in DTYPES:
+        raise ValueError(f"packed weight: expected values in float32, float16, bfloat16 or float64, got {packed.values.dtype}")
     groups = -(-columns // m) if m else 0
     bits = out * groups * reference.code_bits(n, m) if m else out * columns
     if packed.codes.dtype != torch.uint8 or packed.codes.shape != (-(-bits // 8),):

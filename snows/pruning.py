@@ -314,8 +314,11 @@ class _Moments:
     def of(cls, x: Tensor) -> _Moments:
         """Of a BatchNorm's input, (B, C, ...)."""
         moments, x = cls(), x.detach()
-        mean, var = (m.double() for m in torch.ops.aten.batch_norm_update_stats(x, None, None, 0.0))
-        moments.count, moments.mean, moments.square = x.numel() // x.shape[1], mean, var + mean.square()
+        corner = (slice(1), slice(None), *(slice(1) for _ in range(2, x.ndim)))
+        origin = x[corner]  # subtracted, so that a constant channel varies by nothing
+        mean, var = (m.double() for m in torch.ops.aten.batch_norm_update_stats(x - origin, None, None, 0.0))
+        moments.count, moments.mean = x.numel() // x.shape[1], origin.flatten().double() + mean
+        moments.square = var + moments.mean.square()
         return moments
 
     @property

@@ -69,7 +69,8 @@ class Trace(Watch):
         self.net = net
         self.sites: dict[str, Site] = defaultdict(Site)
         self.called: Counter[str] = Counter()
-        self.frames: list[list[Any]] = [["", 0]]  # open module calls, and how many functions each has called, inside others too
+        self.frames: list[list[Any]] = [["", 0, []]]  # open module calls: functions called, inside others too; and modules called
+        self.chains: set[str] = set()  # modules that call one function, and then each of their children once, in order
         self.known: dict[int, Made] = {}
         with torch.no_grad(), network.plain_forward(), network.listening(net, self.enter, self.leave), self:
             output = net(*inputs.args, **inputs.kwargs)
@@ -79,12 +80,16 @@ class Trace(Watch):
         self._refuse_shared_weights()
 
     def enter(self, name: str) -> None:
-        self.frames.append([name, 0])
+        self.frames.append([name, 0, []])
 
     def leave(self, name: str, output: Any) -> None:
-        _, functions = self.frames.pop()
+        _, functions, inside = self.frames.pop()
         self.frames[-1][1] += functions
+        self.frames[-1][2].append((name, functions))
         self.called[name] += 1
+        children = [f"{name}.{key}" for key, _ in self.net.get_submodule(name).named_children()]
+        if [child for child, _ in inside] == children and functions - sum(count for _, count in inside) == 1:
+            self.chains.add(name)
         if name in self.sites and not _stock(self.net.get_submodule(name)):
             made = self.sites[name].made
             if functions != 1 or made is None or made.tensor() is not output:
@@ -204,8 +209,10 @@ def fold_normalisations(net: nn.Module, inputs: Inputs, trace: Trace) -> dict[st
     pairs = {}
     for name, site in trace.sites.items():
         follower = trace.follower(site.made, (nn.BatchNorm2d,))
-        if follower and trace.called[name] == 1 and isinstance(net.get_submodule(name), nn.Conv2d) and not site.oddity \
-                and len(site.made.uses) == 1 and net.get_submodule(follower[0]).running_mean is not None:  # type: ignore[union-attr]
+        if not follower or site.oddity or site.made is None or len(site.made.uses) != 1 or trace.called[name] != 1:
+            continue
+        module = net.get_submodule(follower[0])
+        if isinstance(net.get_submodule(name), nn.Conv2d) and module.running_mean is not None and follower[0] in trace.chains:
             pairs[name] = follower[0]
     if not pairs:
         return {}

@@ -212,3 +212,13 @@ def test_unpack_refuses_codes_of_other_values():
         OPS.unpack(packed.values[:-1], packed.codes, packed.shape, 0, 0)
     with pytest.raises(ValueError, match="unpack: expected at least 200 bytes of codes, got 199"):
         OPS.unpack(packed.values, packed.codes[:-1], packed.shape, 0, 0)
+    for shape, n, m in (((16, 16), 0, 4), ((8,), 0, 0), ((4, 2**61), 0, 0), ((40, 40), 4, 4), ((40, 40), 2, 64), ((-1, 40), 0, 0)):
+        with pytest.raises(ValueError, match="unpack: "):
+            OPS.unpack(packed.values, packed.codes, shape, n, m)
+
+
+def test_numbers_of_one_byte():
+    weight = torch.randn(100).to(torch.float8_e4m3fn)
+    mask = torch.rand(100) < 0.5
+    found = OPS.masked(weight, ops.pack_bits(mask))
+    assert torch.equal(found.view(torch.uint8), weight.view(torch.uint8) * mask)

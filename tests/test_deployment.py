@@ -56,12 +56,12 @@ def test_an_activation_in_place_is_folded_though_its_tensor_is_read_again():
 class NormAct(nn.BatchNorm2d):
     """As timm's: BatchNorm and what follows it in one module."""
 
-    def __init__(self, channels, act, factor=1):
+    def __init__(self, channels, act, then=lambda y: y):
         super().__init__(channels)
-        self.drop, self.act, self.factor = nn.Identity(), act, factor
+        self.drop, self.act, self.then = nn.Identity(), act, then
 
     def forward(self, x):
-        return self.factor * self.act(self.drop(super().forward(x)))
+        return self.then(self.act(self.drop(super().forward(x))))
 
 
 @pytest.mark.parametrize("act", [nn.ReLU(), nn.ReLU6(), nn.SiLU()], ids=str)
@@ -77,11 +77,18 @@ def test_of_a_normalisation_with_an_activation_inside_the_activation_stays(act, 
     back = snows.load(tmp_path / "net.safetensors", net)
     with torch.no_grad():
         assert torch.equal(back(x), deployed(x))
+    net.stem = nn.Sequential(net.first, net.first_norm).eval()  # the same modules under second names
+    deployed = small(net, x)
+    snows.save(deployed, tmp_path / "net.safetensors")
+    back = snows.load(tmp_path / "net.safetensors", net)
+    with torch.no_grad():
+        assert torch.equal(back(x), deployed(x))
 
 
-def test_a_normalisation_that_does_something_else_too_is_left_alone():
+@pytest.mark.parametrize("then", [lambda y: 2 * y, lambda y: y.clamp(max=1e6)], ids=["seen", "not seen on the example"])
+def test_a_normalisation_that_does_something_else_too_is_left_alone(then):
     net, x = settle(Chain()), torch.randn(3, 4, 7, 5)
-    net.first_norm = settle(NormAct(net.first_norm.num_features, nn.Identity(), factor=2))
+    net.first_norm = settle(NormAct(net.first_norm.num_features, nn.Identity(), then))
     net = masked(net)
     deployed = small(net, x)
     assert "first_norm" not in deployed.report.folded

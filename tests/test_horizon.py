@@ -229,6 +229,15 @@ def test_a_metric_is_the_gram_with_its_small_eigenvalues_averaged(rows):
     assert (found - wanted).norm() <= 1e-8 * wanted.norm()
 
 
+def test_a_wide_metric_finds_the_directions_that_count():
+    basis = torch.linalg.qr(torch.randn(300, 5).double()).Q
+    gradients = torch.randn(900, 5).double() @ (basis * torch.tensor([9.0, 7, 5, 4, 3])).T + 0.01 * torch.randn(900, 300).double()
+    metric = Metric.felt(gradients, -1, torch.Generator().manual_seed(0), rank=16)
+    gram = gradients.T @ gradients
+    assert metric.basis.shape == (300, 5)
+    assert torch.allclose((metric.basis @ metric.basis.T - gram).norm(), torch.tensor(0.0).double(), atol=1e-2 * gram.norm())
+
+
 @pytest.mark.parametrize("rank", [0, 1, 3])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_the_loss_measures_each_term_by_its_metric(rank, layout):
@@ -251,6 +260,8 @@ def test_the_loss_measures_each_term_by_its_metric(rank, layout):
         del gradients[0]
     for weighed, expected in zip(loss.weigh(loss.residuals(weight)), gradients, strict=True):
         assert torch.allclose(weighed, expected, rtol=1e-10, atol=1e-14)
+    nothing = Reconstruction(horizon, stream, targets, [Metric(0.0)] * len(targets))
+    assert nothing(weight) == 0
 
 
 def test_a_network_is_left_as_it_was():

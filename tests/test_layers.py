@@ -348,8 +348,23 @@ def test_kernels_take_float32_and_not_float64():
     assert sparse.order.numel() > 0
     assert copy.deepcopy(sparse).double().order.numel() == 0
     x = torch.randn(9, 64)
-    direct = ops.sparse_linear(x, sparse.values, sparse.codes, sparse.bias, sparse.shape, 2, 4)  # arranged on the spot
-    assert torch.equal(direct, sparse(x))
+    direct = ops.sparse_linear(x, sparse.values, sparse.codes, sparse.bias, sparse.shape, 2, 4)  # without an order: unpacked
+    assert torch.allclose(direct, sparse(x), atol=1e-5)
+
+
+@pytest.mark.skipif(not kernels(), reason="the native kernels were not built")
+@pytest.mark.parametrize(("out", "inputs", "tokens"), [(1104, 64, 1000), (1040, 1200, 1100), (2600, 96, 7)])
+def test_wide_layers_on_one_thread_and_two(out, inputs, tokens):
+    """More rows than one pass has sums for; panels kept and not; outputs large enough to pass the caches."""
+    dense = sparsify(nn.Linear(inputs, out), NM(2, 4))
+    sparse, x = SparseLinear.from_dense(dense), torch.randn(tokens, inputs)
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            assert error(sparse(x), dense, x) < 2e-6
+    finally:
+        torch.set_num_threads(threads)
 
 
 @pytest.mark.skipif(not kernels(), reason="the native kernels were not built")

@@ -1,6 +1,6 @@
 // From the packed weight to the order of panels.h: decode the positions, and in each block of columns put rows with about
-// as many stored weights side by side. The order holds float32, whatever 16 bits the weight has; a float64 weight, or one whose codes are
-// not sound, gets an empty order.
+// as many stored weights side by side. The order holds float32, for weights of 16 bits too; anything else, or a weight whose codes are not
+// sound, gets an empty order.
 
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
@@ -135,7 +135,8 @@ at::Tensor snows::kernel_order(const at::Tensor& values_, const at::Tensor& code
   const int64_t rows = shape[0], columns = c10::multiply_integers(shape.slice(1));
   std::vector<std::vector<Stored>> stored;
   const auto options = values_.options().dtype(at::kInt);
-  if (values_.scalar_type() == at::kDouble || rows * columns == 0) return at::empty({0}, options);
+  const auto kind = values_.scalar_type();
+  if ((kind != at::kFloat && kind != at::kHalf && kind != at::kBFloat16) || rows * columns == 0) return at::empty({0}, options);
   if (!decode(values_.to(at::kFloat).contiguous(), codes_.contiguous(), rows, columns, n, m, stored)) return at::empty({0}, options);
 
   // A block's part of a panel should take 24 to 27 KiB. Wide panels share a weight's broadcast; where a row has few weights in

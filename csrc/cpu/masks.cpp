@@ -46,7 +46,8 @@ bool select_group(const T* scores, bool* mask, int64_t size, int64_t n) {
 // Groups of four side by side in vectors: six comparisons for all ranks. True if there was a NaN.
 template <typename T>
 SNOWS_INLINE inline bool select_fours(const T* scores, bool* mask, int64_t groups, int32_t n) {
-  uint32_t* const words = reinterpret_cast<uint32_t*>(mask);  // a group's four bools
+  typedef uint32_t __attribute__((may_alias, aligned(1))) Bools;
+  Bools* const words = reinterpret_cast<Bools*>(mask);  // a group's four
   int32_t nan = 0;
 #pragma omp simd reduction(| : nan)
   for (int64_t g = 0; g < groups; ++g) {
@@ -139,20 +140,24 @@ constexpr std::array<uint8_t, 256> kCodes = [] {
   return codes;
 }();
 
-// Bools to bits, eight words of eight at a time.
-SNOWS_INLINE inline void gather_bits(const uint64_t* bools, uint8_t* bits, int64_t bytes) {
-  for (int64_t b = 0; b < bytes; ++b) bits[b] = uint8_t(bools[b] * 0x0102040810204080 >> 56);  // bool j becomes bit j
+// Bools to bits, eight of them a byte.
+void gather_bits(const uint8_t* bools, uint8_t* bits, int64_t bytes) {
+  for (int64_t b = 0; b < bytes; ++b) {
+    uint64_t eight;
+    std::memcpy(&eight, bools + 8 * b, 8);
+    bits[b] = uint8_t(eight * 0x0102040810204080 >> 56);  // bool j becomes bit j
+  }
 }
 
 #ifdef SNOWS_X86
-__attribute__((target("avx512f,avx512bw"))) void gather_bits_avx512(const uint64_t* bools, uint8_t* bits, int64_t bytes) {
+__attribute__((target("avx512f,avx512bw"))) void gather_bits_avx512(const uint8_t* bools, uint8_t* bits, int64_t bytes) {
   int64_t b = 0;
   for (; b + 8 <= bytes; b += 8) {
-    const __m512i x = _mm512_loadu_si512(bools + b);
+    const __m512i x = _mm512_loadu_si512(bools + 8 * b);
     const uint64_t word = _mm512_test_epi8_mask(x, x);
     std::memcpy(bits + b, &word, 8);
   }
-  gather_bits(bools + b, bits + b, bytes - b);
+  gather_bits(bools + 8 * b, bits + b, bytes - b);
 }
 #endif
 
@@ -166,7 +171,7 @@ std::tuple<at::Tensor, at::Tensor> nm_select(const at::Tensor& scores, int64_t n
     const scalar_t* in = x.const_data_ptr<scalar_t>();
     uint8_t *bit = bits.data_ptr<uint8_t>(), *code = codes.data_ptr<uint8_t>();
     at::parallel_for(0, rows, rows_at_once(columns), [&](int64_t begin, int64_t end) {
-      std::vector<uint64_t> mask(bytes);  // eight bools each, zeros behind the last column
+      std::vector<uint8_t> mask(8 * bytes);  // bools, zeros behind the last column
       for (int64_t r = begin; r < end; ++r) {
         if (select(in + r * columns, reinterpret_cast<bool*>(mask.data()), columns, n, m)) nan = true;
 #ifdef SNOWS_X86
@@ -196,8 +201,13 @@ SNOWS_INLINE inline void keep(const Word* in, const uint8_t* bits, Word* out, in
 // F(word), an unsigned word as wide as a number of the tensor.
 template <typename F>
 void by_width(const at::Tensor& x, const F& f) {
-  if (x.element_size() == 2) return f(uint16_t());
-  x.element_size() == 4 ? f(uint32_t()) : f(uint64_t());
+  switch (x.element_size()) {
+    case 1: return f(uint8_t());
+    case 2: return f(uint16_t());
+    case 4: return f(uint32_t());
+    case 8: return f(uint64_t());
+  }
+  TORCH_CHECK_VALUE(false, "expected numbers of 1, 2, 4 or 8 bytes, got ", x.scalar_type());
 }
 
 at::Tensor masked(const at::Tensor& weight, const at::Tensor& bits_) {
@@ -277,9 +287,13 @@ __attribute__((target("avx512f,popcnt"))) void spread(const uint32_t* value, con
 #endif
 
 at::Tensor unpack(const at::Tensor& values_, const at::Tensor& codes, at::IntArrayRef shape, int64_t n, int64_t m) {
+  const bool sound = shape.size() >= 2 && (m == 0 ? n == 0 : 0 < n && n < m && m <= 32) &&
+                     std::all_of(shape.begin(), shape.end(), [](int64_t x) { return 0 <= x && x < int64_t(1) << 31; });
+  TORCH_CHECK_VALUE(sound, "unpack: expected a shape of 2 dimensions or more and n < m <= 32, or zeros, got ", shape, ", n = ", n, ", m = ", m);
+  int64_t entries = 1;
+  for (const int64_t size : shape) TORCH_CHECK_VALUE(!__builtin_mul_overflow(entries, size, &entries), "unpack: ", shape, " has too many entries");
   const at::Tensor values = values_.contiguous();
   const int64_t rows = shape[0], channels = shape[1], columns = c10::multiply_integers(shape.slice(1)), taps = channels ? columns / channels : 1;
-  TORCH_CHECK_VALUE(m <= 32, "unpack: expected groups of at most 32 entries, got ", m);
   if (rows * columns == 0) return at::zeros(shape, values.options());
   int64_t width = 0;
   while (m > 0 && (int64_t(1) << width) < m) ++width;

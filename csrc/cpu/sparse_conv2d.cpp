@@ -172,7 +172,7 @@ at::Tensor sparse_conv2d(const at::Tensor& input, const at::Tensor& values, cons
                          at::IntArrayRef shape, int64_t n, int64_t m, at::IntArrayRef stride, at::IntArrayRef padding,
                          at::IntArrayRef dilation, c10::string_view activation, const std::optional<at::Tensor>& order_) {
   const at::Tensor bias = snows::widened(bias_);
-  const at::Tensor order = order_.has_value() ? *order_ : snows::kernel_order(values, codes, shape, n, m);
+  const at::Tensor order = order_.value_or(at::Tensor());
   const auto last = at::MemoryFormat::ChannelsLast;
   const auto format = input.is_contiguous(last) && !input.is_contiguous() ? last : at::MemoryFormat::Contiguous;
   const bool inner = input.size(0) % kLanes == 0 && input.permute({1, 2, 3, 0}).is_contiguous() && !input.is_contiguous();
@@ -184,7 +184,7 @@ at::Tensor sparse_conv2d(const at::Tensor& input, const at::Tensor& values, cons
     const at::Tensor kept = laid_out(input.slice(2, 0, std::nullopt, stride[0]).slice(3, 0, std::nullopt, stride[1]));
     return laid_out(sparse_conv2d(kept, values, codes, bias_, shape, n, m, {1, 1}, padding, dilation, activation, order_));
   }
-  const bool takes = order.numel() > 0 && input.scalar_type() == values.scalar_type();
+  const bool takes = order.defined() && order.numel() > 0 && input.scalar_type() == values.scalar_type();
   const at::Tensor x = takes ? (inner ? input : input.contiguous()).to(at::kFloat) : input;
   Shape s{x.size(0), x.size(1), x.size(2), x.size(3), shape[2], shape[3], 0, 0, stride[0], stride[1], padding[0], padding[1], dilation[0], dilation[1], 1};
   if (inner) s.images /= kLanes, s.inner = x.size(0);

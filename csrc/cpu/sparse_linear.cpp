@@ -14,8 +14,8 @@ namespace {
 at::Tensor sparse_linear(const at::Tensor& input, const at::Tensor& values_, const at::Tensor& codes_, const std::optional<at::Tensor>& bias_,
                          at::IntArrayRef shape, int64_t n, int64_t m, c10::string_view activation, const std::optional<at::Tensor>& order_) {
   const at::Tensor values = values_.contiguous(), codes = codes_.contiguous();
-  const at::Tensor order = order_.has_value() ? *order_ : snows::kernel_order(values, codes, shape, n, m);
-  if (order.numel() == 0 || input.scalar_type() != values.scalar_type())
+  const at::Tensor order = order_.value_or(at::Tensor());  // an exported program has none: to make one takes longer than to unpack
+  if (!order.defined() || order.numel() == 0 || input.scalar_type() != values.scalar_type())
     return snows::activate(at::linear(input, snows::unpack(values, codes, shape, n, m), bias_), activation).contiguous();
 
   const at::Tensor x = input.to(at::kFloat).contiguous(), bias = snows::widened(bias_);

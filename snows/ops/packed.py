@@ -55,7 +55,7 @@ def sparse_linear(
         n: see `values`.
         m: see `values`.
         activation: "none", "relu" or "gelu" (the exact one, by erf).
-        order: what `kernel_order` made of the weight; without it a kernel does not run, or runs slower.
+        order: what `kernel_order` made of the weight; without it the weight is unpacked at every call, or ordered (CUDA).
 
     Returns:
         (..., out), contiguous.
