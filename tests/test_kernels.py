@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from importlib import import_module
 from pathlib import Path
 
@@ -23,6 +24,7 @@ GPU = torch.cuda.is_available()
 if not GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is first imported
 pytest.importorskip("triton", reason="Triton is not installed")
+pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")  # Triton 3.6's interpreter, of NumPy
 
 device = pytest.mark.parametrize("device", [
     pytest.param("cpu", marks=pytest.mark.skipif(GPU, reason="the interpreter is for machines without a GPU")),
@@ -127,9 +129,11 @@ def registered(monkeypatch):
     """Without a GPU, the kernels under the dispatcher's CPU key while the test runs."""
     monkeypatch.setattr(sdpa, "MADE_AGAIN", {"cpu", "cuda"})
     library = torch.library.Library("snows", "IMPL")
-    for file, names in ops.TRITON.items() if not GPU else ():
-        for name in names:
-            library.impl(name, getattr(import_module(f"snows.kernels.{file}"), name), "CPU", allow_override=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what is meant here, that some of them take a native kernel's place
+        for file, names in ops.TRITON.items() if not GPU else ():
+            for name in names:
+                library.impl(name, getattr(import_module(f"snows.kernels.{file}"), name), "CPU", allow_override=True)
     yield
     library._destroy()
 
