@@ -129,9 +129,8 @@ struct Writer {
   }
 };
 
-}  // namespace
-
-at::Tensor snows::kernel_order(const at::Tensor& values_, const at::Tensor& codes_, at::IntArrayRef shape, int64_t n, int64_t m) {
+// snows/ops/packed.py, kernel_order: the words that Order::read reads, or none.
+at::Tensor kernel_order(const at::Tensor& values_, const at::Tensor& codes_, at::IntArrayRef shape, int64_t n, int64_t m) {
   const int64_t rows = shape[0], columns = c10::multiply_integers(shape.slice(1));
   std::vector<std::vector<Stored>> stored;
   const auto options = values_.options().dtype(at::kInt);
@@ -180,4 +179,6 @@ at::Tensor snows::kernel_order(const at::Tensor& values_, const at::Tensor& code
   return order;
 }
 
-TORCH_LIBRARY_IMPL(snows, CPU, library) { library.impl("kernel_order", &snows::kernel_order); }
+}  // namespace
+
+TORCH_LIBRARY_IMPL(snows, CPU, library) { library.impl("kernel_order", &kernel_order); }

@@ -300,27 +300,28 @@ at::Tensor unpack(const at::Tensor& values_, const at::Tensor& codes, at::IntArr
   const bool positions = m > 0 && n * width <= m;
   const int64_t size = m > 0 ? m : 32, groups = (columns + size - 1) / size, bits = positions ? n * width : size;  // unstructured: 32 bits at a time
   const int64_t row_bits = m > 0 ? groups * bits : columns;
-  const at::Tensor stream_of = codes.contiguous();
-  TORCH_CHECK_VALUE(stream_of.numel() * 8 >= rows * row_bits, "unpack: expected at least ", (rows * row_bits + 7) / 8, " bytes of codes, got ", stream_of.numel());
-  const Stream stream(stream_of);
+  const at::Tensor bytes = codes.contiguous();
+  TORCH_CHECK_VALUE(bytes.numel() * 8 >= rows * row_bits, "unpack: expected at least ", (rows * row_bits + 7) / 8, " bytes of codes, got ",
+                    bytes.numel());
+  const Stream stream(bytes);
   std::vector<int64_t> first(rows + 1);  // of each row, its first stored value
   for (int64_t r = 0; r < rows; ++r) first[r + 1] = first[r] + (positions ? groups * n : stream.ones(r * row_bits, (r + 1) * row_bits));
   TORCH_CHECK_VALUE(first[rows] == values.numel(), "unpack: expected codes for ", values.numel(), " stored values, got codes for ", first[rows]);
-  std::vector<int64_t> place(columns);  // in a row of the result, of a column of the row view
-  for (int64_t c = 0; c < columns; ++c) place[c] = c % channels * taps + c / channels;
 #ifdef SNOWS_X86
   const bool known = m == 0 || (!positions && groups * m == columns) || (m == 4 && n <= 2);  // masks as bits, or by table
   if (known && taps == 1 && columns % 16 == 0 && values.element_size() == 4 && snows::simd() == snows::Simd::avx512) {
     const uint32_t* from = static_cast<const uint32_t*>(values.const_data_ptr());
     at::Tensor out = at::empty(shape, values.options());
     uint32_t* to = static_cast<uint32_t*>(out.mutable_data_ptr());
-    const uint8_t* code = stream_of.const_data_ptr<uint8_t>();
+    const uint8_t* code = bytes.const_data_ptr<uint8_t>();
     at::parallel_for(0, rows, rows_at_once(columns), [&](int64_t begin, int64_t end) {
       for (int64_t r = begin; r < end; ++r) spread(from + first[r], code + r * row_bits / 8, to + r * columns, columns, positions ? n : 0, m);
     });
     return out;
   }
 #endif
+  std::vector<int64_t> place(columns);  // in a row of the result, of a column of the row view
+  for (int64_t c = 0; c < columns; ++c) place[c] = c % channels * taps + c / channels;
   at::Tensor out = at::zeros(shape, values.options());
   by_width(values, [&]<typename Word>(Word) {
     const Word* from = static_cast<const Word*>(values.const_data_ptr());

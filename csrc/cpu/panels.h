@@ -80,9 +80,6 @@ class Scratch {
 // Over all panels: fill, multiply, add the bias, apply the activation, store.
 void multiply(const Order& order, const Panels& panels, const at::Tensor& bias, c10::string_view activation);
 
-// snows/ops/packed.py, kernel_order: the words that Order::read reads, or none.
-at::Tensor kernel_order(const at::Tensor& values, const at::Tensor& codes, at::IntArrayRef shape, int64_t n, int64_t m);
-
 // The dense weight, for what no kernel takes.
 at::Tensor unpack(const at::Tensor& values, const at::Tensor& codes, at::IntArrayRef shape, int64_t n, int64_t m);
 at::Tensor activate(const at::Tensor& output, c10::string_view activation);
