@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import snows
-from snows import cli, sources, zoo
+from snows import cli, deployment, sources, zoo
 from snows.sources import Preprocessing, load_data, load_model
 
 
@@ -351,11 +351,16 @@ def test_a_network_without_weights_starts_from_the_same_ones():
     assert not torch.equal(untrained()[0].weight, first)
 
 
-def test_demo_judges_what_it_leaves(monkeypatch, capsys, tmp_path):
+@pytest.mark.parametrize("packs", [True, False], ids=["packed", "dense is faster"])
+def test_demo_judges_what_it_leaves(packs, monkeypatch, capsys, tmp_path):
     """The accuracy in the table is that of the weights in the folder, on as many test images as were asked for."""
     few = cli.demonstration.calibration(32, 8)
     monkeypatch.setattr(cli.demonstration, "CASES", (("resnet20", snows.NM(1, 4)),))
     monkeypatch.setattr(cli.demonstration, "calibration", lambda: few)
+    times = [[2.0, 1.0], [3.0, 2.5, 1.5, 1.5]] if packs else [[1.0, 2.0], [3.0, 2.5, 2.5, 2.5]]  # dense first: of a layer, of the network
+    monkeypatch.setattr(deployment, "_race", lambda runs, seconds: times[len(runs) > 2][:len(runs)])
+    monkeypatch.setattr(snows.SparseConv2d, "kernel", "native")  # where no kernel was built they are no candidates
+    monkeypatch.setattr(snows.SparseLinear, "kernel", "native")
     code, printed = run(monkeypatch, capsys, "demo", "--out", tmp_path, "--images", 96)
     assert code == 0
     assert "on the first 96 test images" in printed
@@ -369,11 +374,15 @@ def test_demo_judges_what_it_leaves(monkeypatch, capsys, tmp_path):
     pruned.load_state_dict(load_file(tmp_path / "resnet20-1-4.safetensors"))
     weight = pruned.get_parameter("layer1.0.conv1.weight")
     assert ((weight.permute(0, 2, 3, 1).unflatten(-1, (-1, 4)) != 0).sum(-1) <= 1).all()
-    line = next(x for x in printed.splitlines() if "resnet20" in x and percent(dense) in x)
-    assert percent(pruned) in line
-    with torch.no_grad():
-        path = tmp_path / "resnet20-1-4.packed.safetensors"
-        assert path.exists() or " 0 of " in line  # where dense measured faster there is no such file
-        packed = snows.load(path, dense) if path.exists() else pruned
-        assert (packed(images[:96]) - pruned(images[:96])).abs().max() < 1e-4 * pruned(images[:96]).abs().max()
+    accuracy, deployed = (x for x in printed.splitlines() if "resnet20" in x)
+    assert percent(dense) in accuracy
+    assert percent(pruned) in accuracy
+    path = tmp_path / "resnet20-1-4.packed.safetensors"
+    assert f" {20 if packs else 0} of 20 " in deployed
+    assert path.exists() == packs
+    if packs:
+        packed = snows.load(path, dense)
+        assert sum(isinstance(m, snows.SparseConv2d | snows.SparseLinear) for m in packed.modules()) == 20
+        with torch.no_grad():
+            assert (packed(images[:96]) - pruned(images[:96])).abs().max() < 1e-4 * pruned(images[:96]).abs().max()
     assert "resnet20 1:4" in (tmp_path / "report.html").read_text()
