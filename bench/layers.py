@@ -32,7 +32,7 @@ GROUPS = {  # a file each, for rows of one table have the same implementations
     "conv2d-16": [("conv2d", 16, *shape) for shape in CONVOLUTION],
     "conv2d-1": [("conv2d", 1, *shape) for shape in CONVOLUTION],
 }
-GROUPS["linear-bfloat16"] = GROUPS["linear"]
+GROUPS |= {f"{group}-bfloat16": GROUPS[group] for group in ("linear", "conv2d-16")}
 
 
 def rivals(x: Tensor, layer: nn.Module) -> dict[str, Callable[[], Tensor]]:

@@ -372,6 +372,7 @@ def test_wide_layers_on_one_thread_and_two(out, inputs, tokens):
 @pytest.mark.parametrize("text", PATTERNS)
 def test_kernels_compute_16_bits_in_float32(text, dtype):
     pattern = parse_pattern(text)
+    multiplies = torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.cpu._is_avx512_bf16_supported()
     for kind, dense, shapes in (
         (SparseLinear, nn.Linear(128, 40), [(128,), (1, 128), (33, 128)]), (SparseLinear, nn.Linear(67, 5, bias=False), [(67,), (17, 67)]),
         (SparseConv2d, nn.Conv2d(8, 6, 3, padding=1), [(2, 8, 9, 7), (16, 8, 5, 5)]), (SparseConv2d, nn.Conv2d(8, 6, 1, 2), [(3, 8, 9, 7)]),
@@ -381,7 +382,8 @@ def test_kernels_compute_16_bits_in_float32(text, dtype):
         short = kind.from_dense(sparsify(dense, pattern), pattern, activation="relu").to(dtype)
         wide = copy.deepcopy(short).float()
         assert short.kernel == "native"
-        assert torch.equal(short.order, wide.order)
+        itself = multiplies and dtype == torch.bfloat16 and kind is SparseLinear and dense.in_features % 2 == 0  # by the next test
+        assert torch.equal(short.order, wide.order) != itself
         for shape in shapes:
             x = torch.randn(shape).to(dtype)
             layouts = [x] if x.ndim < 4 else [x, x.contiguous(memory_format=torch.channels_last)]
@@ -389,8 +391,24 @@ def test_kernels_compute_16_bits_in_float32(text, dtype):
             for laid in layouts:
                 found = short(laid)
                 assert found.dtype == dtype
-                assert torch.equal(found, wide(laid.float()).to(dtype))
+                assert torch.equal(found, wide(laid.float()).to(dtype)) or itself
                 assert found.stride() == wide(laid.float()).stride()
+
+
+@pytest.mark.parametrize("text", PATTERNS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_linear_in_bfloat16_against_float64(text, activation):
+    """Sums in float32, rounded once, of exact products: whether the processor multiplies bfloat16 or widens it."""
+    pattern = parse_pattern(text)
+    for out, inputs, tokens in ((96, 160, 300), (34, 68, 17), (2, 2, 3), (1026, 768, 95), (770, 130, 257), (33, 66, 40), (64, 67, 33), (6, 256, 1)):
+        dense = sparsify(nn.Linear(inputs, out, bias=out != 34), pattern).bfloat16()
+        x = torch.randn(tokens + 1, inputs).bfloat16()[1:]
+        found = SparseLinear.from_dense(dense, pattern, activation=activation)(x)
+        wide = copy.deepcopy(dense).double()
+        exact = ACTIVATIONS[activation](wide(x.double()))
+        size = x.double().abs() @ wide.weight.abs().T + (1 if dense.bias is None else wide.bias.abs())
+        assert found.dtype == torch.bfloat16
+        assert ((found.double() - exact).abs() <= 2**-8 * exact.abs() + 1e-6 * size).all(), (out, inputs, tokens)
 
 
 @pytest.mark.skipif(not kernels(), reason="the native kernels were not built")

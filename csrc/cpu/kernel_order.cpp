@@ -5,6 +5,10 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#ifdef __unix__
+#include <unistd.h>
+#endif
+
 #include <algorithm>
 #include <bit>
 #include <cstring>
@@ -73,7 +77,8 @@ struct Row {
   std::vector<uint64_t> mask;
 };
 
-// Pairs of rows that share many columns and have about as many: the longest first, each with the best of those left.
+// Pairs of rows that share many columns and have about as many: the longest first, each with the best of those left. `shared` is
+// here in columns.
 std::vector<Pair> pair_up(const std::vector<Row>& rows) {
   auto length = [&](size_t r) { return r < rows.size() ? int32_t(rows[r].entries.size()) : 0; };
   std::vector<int32_t> left(rows.size());
@@ -109,8 +114,9 @@ struct Writer {
   std::vector<float> weights;
   std::vector<uint16_t> lines;
 
-  void write(const Pair& pair, const Row& first, const Row& second) {
-    std::vector<std::pair<uint16_t, float>> only[2];
+  // `columns` in a step: 1, or 2 in bfloat16, where a run is filled up with a weight of zero.
+  void write(Pair pair, const Row& first, const Row& second, size_t columns) {
+    std::vector<std::pair<uint16_t, float>> of_both[2], only[2];
     auto x = first.entries.begin(), y = second.entries.begin();
     while (x != first.entries.end() || y != second.entries.end()) {
       if (y == second.entries.end() || (x != first.entries.end() && x->first < y->first)) {
@@ -118,16 +124,34 @@ struct Writer {
       } else if (x == first.entries.end() || y->first < x->first) {
         only[1].push_back(*y++);
       } else {
-        lines.push_back(x->first);
-        weights.insert(weights.end(), {(x++)->second, (y++)->second});
+        of_both[0].push_back(*x++), of_both[1].push_back(*y++);
       }
     }
-    for (size_t i = 0; i < only[0].size(); ++i)
+    for (int i = 0; i < 2 && of_both[i].size() % columns; ++i) only[i].push_back(of_both[i].back()), of_both[i].pop_back();
+    for (auto& row : only)
+      if (row.size() % columns) row.emplace_back(row.back().first, 0.0f);
+    auto step = [&](const auto& row, size_t at, bool with_lines) {
+      for (size_t i = 0; i < columns && with_lines; ++i) lines.push_back(row[at + i].first);
+      weights.push_back(columns == 1 ? row[at].second : two(row[at].second, row[at + 1].second));
+    };
+    for (size_t i = 0; i < of_both[0].size(); i += columns) step(of_both[0], i, true), step(of_both[1], i, false);
+    for (size_t i = 0; i < only[0].size(); i += columns)
       for (const auto& row : only)
-        if (i < row.size()) lines.push_back(row[i].first), weights.push_back(row[i].second);
+        if (i < row.size()) step(row, i, true);
+    pair.shared = int32_t(of_both[0].size() / columns), pair.both = int32_t(only[1].size() / columns);
+    pair.rest = int32_t((only[0].size() - only[1].size()) / columns);
     pairs.push_back(pair);
   }
+
+  static float two(float low, float high) { return std::bit_cast<float>(uint32_t(c10::BFloat16(low).x) | uint32_t(c10::BFloat16(high).x) << 16); }
 };
+
+int64_t near_lines() {  // of the first-level cache
+#ifdef _SC_LEVEL1_DCACHE_SIZE
+  if (const int64_t bytes = sysconf(_SC_LEVEL1_DCACHE_SIZE); bytes > 0) return bytes / 64;
+#endif
+  return 512;
+}
 
 // snows/ops/packed.py, kernel_order: the words that Order::read reads, or none.
 at::Tensor kernel_order(const at::Tensor& values_, const at::Tensor& codes_, at::IntArrayRef shape, int64_t n, int64_t m) {
@@ -138,11 +162,13 @@ at::Tensor kernel_order(const at::Tensor& values_, const at::Tensor& codes_, at:
   if ((kind != at::kFloat && kind != at::kHalf && kind != at::kBFloat16) || rows * columns == 0) return at::empty({0}, options);
   if (!decode(values_.to(at::kFloat).contiguous(), codes_.contiguous(), rows, columns, n, m, stored)) return at::empty({0}, options);
 
-  // A block's part of a panel should take 24 to 27 KiB. Wide panels share a weight's broadcast; where a row has few weights in
-  // a block, long blocks pay more, for sums are then loaded and stored less often. In a convolution taps overlap: a channel takes
-  // as many lines as a strip of pixels has neighbours.
+  // A block's part of a panel should take 24 to 28 KiB. Wide panels share a weight's broadcast; where a row has few weights in
+  // a block, long blocks pay more, for sums are then loaded and stored less often: they take three quarters of the first-level cache.
+  // In a convolution taps overlap: a channel takes as many lines as a strip of pixels has neighbours.
   const bool dense = values_.numel() * 5 >= rows * columns * 2;
-  Order o{rows, shape[1], columns / shape[1], dense ? 64 : 80, dense ? 6 : 5, 0, 0, nullptr, nullptr, nullptr, nullptr};
+  const bool pairs = kind == at::kBFloat16 && shape.size() == 2 && rows % 2 == 0 && columns % 2 == 0 && snows::multiplies_bfloat16();
+  const int64_t vectors = pairs ? (dense ? 4 : 3) : dense ? 6 : 5, block = dense ? (pairs ? 96 : 64) : near_lines() * 3 / 4 / vectors / 16 * 16;
+  Order o{rows, shape[1], columns / shape[1], block, vectors, 0, 0, pairs, nullptr, nullptr, nullptr, nullptr};
   if (shape.size() == 4) o.vectors = 7, o.block = std::max<int64_t>(1, 448 / (shape[2] * (o.vectors + shape[3] - 1)));
   if (o.taps * o.block * o.vectors > 65536) return at::empty({0}, options);  // lines are 16-bit numbers
   Writer out;
@@ -161,7 +187,7 @@ at::Tensor kernel_order(const at::Tensor& values_, const at::Tensor& codes_, at:
     }
     for (auto& block : blocks) {
       out.starts.insert(out.starts.end(), {int32_t(out.weights.size()), int32_t(out.lines.size())});
-      for (const Pair& pair : pair_up(block)) out.write(pair, block[pair.first], pair.second < count ? block[pair.second] : Row());
+      for (const Pair& pair : pair_up(block)) out.write(pair, block[pair.first], pair.second < count ? block[pair.second] : Row(), pairs ? 2 : 1);
     }
   }
   o.entries = int64_t(out.weights.size()), o.steps = int64_t(out.lines.size());
@@ -170,7 +196,7 @@ at::Tensor kernel_order(const at::Tensor& values_, const at::Tensor& codes_, at:
   at::Tensor order = at::empty({std::accumulate(words, words + 5, int64_t(0))}, options);
   int32_t* p = order.mutable_data_ptr<int32_t>();
   std::fill_n(p, order.numel(), 0);
-  const int32_t header[] = {int32_t(rows), int32_t(o.channels), int32_t(o.taps), int32_t(o.block), int32_t(o.vectors), int32_t(o.steps), int32_t(o.entries)};
+  const int32_t header[] = {int32_t(rows), int32_t(o.channels), int32_t(o.taps), int32_t(o.block), int32_t(o.vectors), int32_t(o.steps), int32_t(o.entries), pairs};
   std::memcpy(p, header, sizeof header);
   std::memcpy(p += words[0], out.starts.data(), 4 * words[1]);
   std::memcpy(p += words[1], out.pairs.data(), 4 * words[2]);

@@ -1,6 +1,7 @@
 // One token times a packed weight: the weight is read once, so its bytes rule, and it is read as it is packed.
-// AVX-512 selects from registers by the codes (2:4, 1:4) or spreads values by the mask's bits (unstructured). Sums are in float32;
-// 16-bit values are widened in registers, and half as many bytes are read.
+// AVX-512 selects from registers by the codes (2:4, 1:4), or by the columns that the mask's bits name (unstructured, where the processor
+// can press bytes together; elsewhere the values are spread to where the bits are set). Sums are in float32; 16-bit values are widened in
+// registers, and half as many bytes are read.
 
 #include "panels.h"
 
@@ -8,6 +9,7 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
+#include <array>
 #include <cstring>
 
 namespace snows {
@@ -20,6 +22,7 @@ constexpr int AHEAD = 2048;  // bytes; the processor's own prefetching follows a
 
 // 16 numbers as float32, those of the mask's bits; what is not asked for is not read.
 #define SNOWS_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,popcnt")))
+#define SNOWS_AVX512_STEP __attribute__((target("avx512f,avx512bw,avx512vl,popcnt"), always_inline))
 SNOWS_AVX512 inline __m512 widen(__m256i x, at::BFloat16) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
 SNOWS_AVX512 inline __m512 widen(__m256i x, at::Half) { return _mm512_cvtph_ps(x); }
 SNOWS_AVX512 inline __m512 load(const float* from) { return _mm512_loadu_ps(from); }
@@ -40,16 +43,22 @@ SNOWS_AVX512 float dot_2_of_4(const T* values, const uint8_t* codes, const float
   const __m512i shifts = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
   const __m512i groups = _mm512_setr_epi32(0, 0, 4, 4, 8, 8, 12, 12, 16, 16, 20, 20, 24, 24, 28, 28);
   const __m512i two_bits = _mm512_set1_epi32(3);
-  __m512 sum[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
-  for (int64_t c = 0, i = 0; c < columns; c += 32, ++i, values += 16, codes += 4) {
-    _mm_prefetch(reinterpret_cast<const char*>(values) + AHEAD, _MM_HINT_T0);
+  __m512 even = _mm512_setzero_ps(), odd = _mm512_setzero_ps();
+  const auto step = [&](__m512& sum) SNOWS_AVX512_STEP {
     int32_t word;
     std::memcpy(&word, codes, 4);
     const __m512i position = _mm512_and_si512(_mm512_srlv_epi32(_mm512_set1_epi32(word), shifts), two_bits);
-    const __m512 chosen = _mm512_permutex2var_ps(_mm512_loadu_ps(x + c), _mm512_add_epi32(position, groups), _mm512_loadu_ps(x + c + 16));
-    sum[i % 2] = _mm512_fmadd_ps(load(values), chosen, sum[i % 2]);
+    const __m512 chosen = _mm512_permutex2var_ps(_mm512_loadu_ps(x), _mm512_or_si512(position, groups), _mm512_loadu_ps(x + 16));
+    sum = _mm512_fmadd_ps(load(values), chosen, sum);
+    x += 32, values += 16, codes += 4;
+  };
+  for (; columns >= 64; columns -= 64) {
+    _mm_prefetch(reinterpret_cast<const char*>(values) + AHEAD, _MM_HINT_T0);
+    if (sizeof(T) == 4) _mm_prefetch(reinterpret_cast<const char*>(values) + AHEAD + 64, _MM_HINT_T0);
+    step(even), step(odd);
   }
-  return _mm512_reduce_add_ps(_mm512_add_ps(sum[0], sum[1]));
+  if (columns > 0) step(even);
+  return _mm512_reduce_add_ps(_mm512_add_ps(even, odd));
 }
 
 // 16 stored values and their 32 bits of codes cover 16 groups of 1:4, which are 64 columns.
@@ -73,7 +82,7 @@ SNOWS_AVX512 float dot_1_of_4(const T* values, const uint8_t* codes, const float
 
 // The stored values of 16 columns are spread to where the mask's bits are set; `values` moves on.
 template <typename T>
-SNOWS_AVX512 float dot_masked(const T*& values, const uint8_t* codes, const float* x, int64_t columns) {
+SNOWS_AVX512 float dot_spread(const T*& values, const uint8_t* codes, const float* x, int64_t columns) {
   __m512 sum = _mm512_setzero_ps();
   for (int64_t c = 0; c < columns; c += 16, codes += 2) {
     uint16_t mask;
@@ -82,6 +91,48 @@ SNOWS_AVX512 float dot_masked(const T*& values, const uint8_t* codes, const floa
     values += __builtin_popcount(mask);
   }
   return _mm512_reduce_add_ps(sum);
+}
+
+// The first `count` numbers, zeros behind them.
+SNOWS_AVX512 inline __m512 first(__mmask16 count, const float* from) { return _mm512_maskz_loadu_ps(count, from); }
+template <typename T>
+SNOWS_AVX512 inline __m512 first(__mmask16 count, const T* from) { return widen(_mm256_maskz_loadu_epi16(count, from), T()); }
+
+// The numbers of the columns whose bits are set, of 64, are pressed together, and 16 inputs at a time chosen by them.
+template <typename T>
+__attribute__((target("avx512f,avx512bw,avx512vl,avx512vbmi2,popcnt,bmi2")))
+float dot_chosen(const T*& values, const uint8_t* codes, const float* x, int64_t columns) {
+  alignas(64) static constexpr auto all = [] {
+    std::array<uint8_t, 64> numbers{};
+    for (int i = 0; i < 64; ++i) numbers[i] = static_cast<uint8_t>(i);
+    return numbers;
+  }();
+  const __m512i numbers = _mm512_load_si512(all.data()), second_half = _mm512_set1_epi32(32);
+  __m512 sum = _mm512_setzero_ps();
+  int64_t c = 0;
+  for (; c + 64 <= columns; c += 64) {
+    uint64_t mask;
+    std::memcpy(&mask, codes + c / 8, 8);
+    __m512i chosen = _mm512_maskz_compress_epi8(mask, numbers);
+    const __m512 x0 = _mm512_loadu_ps(x + c), x1 = _mm512_loadu_ps(x + c + 16), x2 = _mm512_loadu_ps(x + c + 32), x3 = _mm512_loadu_ps(x + c + 48);
+    for (int64_t left = __builtin_popcountll(mask); left > 0; left -= 16) {
+      const int64_t count = std::min<int64_t>(left, 16);
+      const auto some = static_cast<__mmask16>(_bzhi_u32(0xffff, count));
+      const __m512i at = _mm512_cvtepu8_epi32(_mm512_castsi512_si128(chosen));
+      const __m512 inputs = _mm512_mask_blend_ps(_mm512_test_epi32_mask(at, second_half), _mm512_permutex2var_ps(x0, at, x1),
+                                                 _mm512_permutex2var_ps(x2, at, x3));
+      sum = _mm512_mask3_fmadd_ps(first(some, values), inputs, sum, some);
+      values += count;
+      chosen = _mm512_shuffle_i32x4(chosen, chosen, 0x39);
+    }
+  }
+  return _mm512_reduce_add_ps(sum) + dot_spread(values, codes + c / 8, x + c, columns - c);
+}
+
+template <typename T>
+float dot_masked(const T*& values, const uint8_t* codes, const float* x, int64_t columns) {
+  static const bool presses = __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("bmi2");
+  return presses ? dot_chosen(values, codes, x, columns) : dot_spread(values, codes, x, columns);
 }
 
 __attribute__((target("popcnt"))) int64_t bits_set(const uint8_t* codes, int64_t bytes) {

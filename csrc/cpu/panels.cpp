@@ -19,18 +19,6 @@ namespace snows {
 
 namespace {
 
-// All pairs of a chunk over one block: sums[row] (+)= the weights times the block of the panel.
-struct Part {
-  const Pair* pairs;
-  int64_t count, vectors;
-  const float* weights;
-  const uint16_t* lines;
-  const float* panel;
-  float* sums;        // 16 * vectors a row
-  const float* bias;  // a row's sums begin with it; null where they go on
-  const float* at(uint16_t line) const { return panel + int64_t(line) * 16; }
-};
-
 void run_portable(const Part& p) {
   const int64_t tokens = 16 * p.vectors;
   const float* w = p.weights;
@@ -49,9 +37,6 @@ void run_portable(const Part& p) {
 }
 
 #ifdef SNOWS_X86
-
-// Keeps a value in its register: the compiler would load it again for its second use, and loads are what bounds these loops.
-#define SNOWS_KEEP(register_kind, value) asm("" : "+" register_kind(value))
 
 template <int V>
 __attribute__((target("avx512f"))) void run_avx512(const Part& p) {
@@ -81,7 +66,8 @@ __attribute__((target("avx512f"))) void run_avx512(const Part& p) {
       }
     }
     for (int i = pair->both; i > 0; --i, w += 2, c += 2) {
-      const float *x = p.at(c[0]), *y = p.at(c[1]);
+      const auto all = together<uint32_t>(c);
+      const float *x = p.at(all), *y = p.at(all >> 16);
       SNOWS_KEEP("r", x);
       SNOWS_KEEP("r", y);
       const __m512 of_first = _mm512_set1_ps(w[0]), of_second = _mm512_set1_ps(w[1]);
@@ -190,7 +176,8 @@ __attribute__((target("avx512f"))) void transpose_16x4(const float* in, int64_t 
 
 #endif
 
-void run(const Part& p) {
+void run(const Part& p, bool bfloat16) {
+  if (bfloat16) return multiply_bfloat16(p);
 #ifdef SNOWS_X86
   static constexpr void (*avx512[])(const Part&) = {run_avx512<1>, run_avx512<2>, run_avx512<3>, run_avx512<4>,
                                                     run_avx512<5>, run_avx512<6>, run_avx512<7>, run_avx512<8>};
@@ -210,9 +197,18 @@ Simd simd() {
   return chosen;
 }
 
+bool multiplies_bfloat16() {
+#ifdef SNOWS_BFLOAT16
+  static const bool known = __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw");
+  return known && simd() == Simd::avx512;
+#else
+  return false;
+#endif
+}
+
 Order Order::read(const at::Tensor& words) {
   const int32_t* p = words.const_data_ptr<int32_t>();
-  Order o{p[0], p[1], p[2], p[3], p[4], p[5], p[6], nullptr, nullptr, nullptr, nullptr};
+  Order o{p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7], nullptr, nullptr, nullptr, nullptr};
   o.starts = p + kHeader;
   o.pairs = reinterpret_cast<const Pair*>(o.starts + 2 * o.chunks() * o.blocks());
   o.weights = reinterpret_cast<const float*>(o.pairs + (o.rows + 1) / 2 * o.blocks());
@@ -255,7 +251,7 @@ void multiply(const Order& o, const Panels& panels, const at::Tensor& bias, c10:
   const int64_t items = panels.count * shares, grain = std::max<int64_t>(1, items / wanted);
   std::atomic<int64_t> taken{0};
   at::parallel_for(0, std::min<int64_t>(at::get_num_threads(), items), 1, [&](int64_t, int64_t) {
-    const int64_t step = most * 16 * panels.vectors;
+    const int64_t lanes = o.lanes(), step = most * lanes * panels.vectors;
     static thread_local Scratch memory;
     float* sums = memory.floats(panels.strips * step + 128 + panels.scratch);  // and with it scratch aligned: no load straddles two cache lines
     float* scratch = sums + panels.strips * step + 128;
@@ -274,12 +270,12 @@ void multiply(const Order& o, const Panels& panels, const at::Tensor& bias, c10:
               for (int64_t chunk = from; chunk < to && source.vectors > 0; ++chunk) {
                 const int64_t at = chunk * blocks + block, before = (chunk - from) * Order::kChunk, count = o.pairs_of(chunk);
                 run({o.pairs + chunk * blocks * (Order::kChunk / 2) + block * count, count, source.vectors, o.weights + o.starts[2 * at],
-                     panels.lines + o.starts[2 * at + 1], source.at, sums + strip * step + before * 16 * source.vectors,
-                     block == 0 ? starts.data() + before : nullptr});
+                     panels.lines + o.starts[2 * at + 1], source.at, sums + strip * step + before * lanes * source.vectors,
+                     block == 0 ? starts.data() + before : nullptr}, o.bfloat16);
               }
             }
           for (int64_t strip = 0; strip < panels.strips; ++strip) {
-            const int64_t count = rows * 16 * panels.vectors;  // where the strip is narrower, it does what nobody reads
+            const int64_t count = rows * lanes * panels.vectors;  // where the strip is narrower, it does what nobody reads
             float* all = sums + strip * step;
             if (activation == "relu")
               for (int64_t i = 0; i < count; ++i) all[i] = all[i] < 0 ? 0 : all[i];  // NaN stays

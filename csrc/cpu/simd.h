@@ -9,18 +9,24 @@
 
 #if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
 #define SNOWS_X86 1
+#if !defined(__clang__) || __clang_major__ >= 9
+#define SNOWS_BFLOAT16 1  // the compiler knows AVX512-BF16
+#endif
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wuninitialized"  // gcc 12's own undefined vectors
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #include <immintrin.h>
 #pragma GCC diagnostic pop
 #endif
+// Keeps a value in its register: the compiler would load it again for its second use, where loads are what bounds a loop.
+#define SNOWS_KEEP(register_kind, value) asm("" : "+" register_kind(value))
 #define SNOWS_INLINE __attribute__((always_inline))  // into the version for each instruction set
 
 namespace snows {
 
 enum class Simd { portable, avx2, avx512 };
 Simd simd();  // as PyTorch chose for this process: ATEN_CPU_CAPABILITY is heard
+bool multiplies_bfloat16();  // avx512, and the processor has instructions for products of bfloat16
 
 #ifdef SNOWS_X86
 template <typename F>

@@ -11,6 +11,39 @@
 
 namespace {
 
+// In bfloat16 two columns of the input, and two rows of the output, are a word, and words are what is transposed.
+at::Tensor pairs_of_columns(const snows::Order& o, const at::Tensor& x, at::Tensor y, const at::Tensor& bias, c10::string_view activation) {
+  const int64_t columns = o.channels, words = columns / 2, tokens = x.numel() / columns, width = o.lanes() * o.vectors;
+  const float* in = static_cast<const float*>(x.const_data_ptr());
+  float* out = static_cast<float*>(y.mutable_data_ptr());
+  const bool whole = words * width * 4 <= 384 << 10;
+  const int64_t ahead = whole ? o.blocks() : 2, of_block = o.block / 2;
+  const bool past = y.nbytes() >= 4 << 20;
+  snows::Panels panels{(tokens + width - 1) / width, 1, o.vectors, ahead * of_block * width, o.lines, nullptr, nullptr};
+  panels.fill = [&](float* scratch, int64_t panel, int64_t, int64_t block, bool first_time) {
+    const int64_t first = panel * width, count = std::min(width, tokens - first), padded = (count + 31) / 32 * 32;
+    float* const to = scratch + block % ahead * of_block * width;
+    if (block % ahead > 0 || (whole && !first_time)) return snows::Source{to, padded / 32};
+    const int64_t word = block * of_block, many = std::min(ahead * of_block, words - word);
+    for (int64_t t = 0; t < count; t += 16)
+      snows::transpose(in + (first + t) * words + word, words, scratch + t, width, std::min<int64_t>(16, count - t), many);
+    for (int64_t i = 0; i < many && padded > count; ++i) std::fill(scratch + i * width + count, scratch + i * width + padded, 0.0f);
+    snows::part_columns(scratch, many, o.vectors);
+    return snows::Source{to, padded / 32};
+  };
+  panels.store = [&](const float* sums, int64_t, int64_t panel, int64_t row, int64_t many) {
+    const int64_t first = panel * width, count = std::min(width, tokens - first), stride = (count + 31) / 32 * 32;
+    alignas(64) float pairs[16 * 128];
+    for (int64_t r = 0; r < many; r += 32) {
+      const int64_t high = std::min<int64_t>(32, many - r) / 2;
+      snows::round_pairs(sums + r * stride, stride, pairs, stride, high, stride);
+      snows::transpose(pairs, stride, out + first * (o.rows / 2) + (row + r) / 2, o.rows / 2, high, count, past);
+    }
+  };
+  snows::multiply(o, panels, bias, activation);
+  return y;
+}
+
 at::Tensor sparse_linear(const at::Tensor& input, const at::Tensor& values_, const at::Tensor& codes_, const std::optional<at::Tensor>& bias_,
                          at::IntArrayRef shape, int64_t n, int64_t m, c10::string_view activation, const std::optional<at::Tensor>& order_) {
   const at::Tensor values = values_.contiguous(), codes = codes_.contiguous();
@@ -18,17 +51,21 @@ at::Tensor sparse_linear(const at::Tensor& input, const at::Tensor& values_, con
   if (!order.defined() || order.numel() == 0 || input.scalar_type() != values.scalar_type())
     return snows::activate(at::linear(input, snows::unpack(values, codes, shape, n, m), bias_), activation).contiguous();
 
-  const at::Tensor x = input.to(at::kFloat).contiguous(), bias = snows::widened(bias_);
-  const int64_t rows = shape[0], columns = shape[1], tokens = x.numel() / columns;
-  auto sizes = x.sizes().vec();
+  const snows::Order o = snows::Order::read(order);
+  const int64_t rows = shape[0], columns = shape[1], tokens = input.numel() / columns;
+  auto sizes = input.sizes().vec();
   sizes.back() = rows;
-  at::Tensor y = at::empty(sizes, x.options());
+  const at::Tensor bias = snows::widened(bias_);
+  if (tokens == 1) {
+    const at::Tensor x = input.to(at::kFloat).contiguous(), y = at::empty(sizes, x.options());
+    if (snows::one_token(x.const_data_ptr<float>(), values, codes.const_data_ptr<uint8_t>(), bias.defined() ? bias.const_data_ptr<float>() : nullptr,
+                         y.mutable_data_ptr<float>(), rows, columns, n, m))
+      return snows::activate(y, activation).to(input.scalar_type());
+  }
+  if (o.bfloat16) return pairs_of_columns(o, input.contiguous(), at::empty(sizes, input.options()), bias, activation);
+  const at::Tensor x = input.to(at::kFloat).contiguous(), y = at::empty(sizes, x.options());
   const float* in = x.const_data_ptr<float>();
   float* out = y.mutable_data_ptr<float>();
-  if (tokens == 1 && snows::one_token(in, values, codes.const_data_ptr<uint8_t>(), bias.defined() ? bias.const_data_ptr<float>() : nullptr, out,
-                                      rows, columns, n, m))
-    return snows::activate(y, activation).to(input.scalar_type());
-  const snows::Order o = snows::Order::read(order);
   const int64_t width = 16 * o.vectors;  // of a panel
   const bool whole = columns * width * 4 <= 384 << 10;  // a panel stays beside its sums in the second-level cache, for all rows
   const int64_t ahead = whole ? o.blocks() : 4;         // blocks transposed at a time
