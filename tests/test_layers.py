@@ -382,7 +382,7 @@ def test_kernels_compute_16_bits_in_float32(text, dtype):
         short = kind.from_dense(sparsify(dense, pattern), pattern, activation="relu").to(dtype)
         wide = copy.deepcopy(short).float()
         assert short.kernel == "native"
-        itself = multiplies and dtype == torch.bfloat16 and kind is SparseLinear and dense.in_features % 2 == 0  # by the next test
+        itself = multiplies and dtype == torch.bfloat16 and (kind is SparseConv2d or dense.in_features % 2 == 0)  # by the next tests
         assert torch.equal(short.order, wide.order) != itself
         for shape in shapes:
             x = torch.randn(shape).to(dtype)
@@ -409,6 +409,25 @@ def test_linear_in_bfloat16_against_float64(text, activation):
         size = x.double().abs() @ wide.weight.abs().T + (1 if dense.bias is None else wide.bias.abs())
         assert found.dtype == torch.bfloat16
         assert ((found.double() - exact).abs() <= 2**-8 * exact.abs() + 1e-6 * size).all(), (out, inputs, tokens)
+
+
+@pytest.mark.parametrize("pattern", [NM(2, 4), NM(1, 4), Unstructured(0.9), Unstructured(0.5)], ids=str)
+@pytest.mark.parametrize(("images", "channels", "out", "size", "kernel", "stride", "padding", "dilation"), [
+    (3, 8, 7, (13, 11), 3, 1, 1, 1), (16, 8, 12, (9, 7), 3, 1, 1, 1), (32, 8, 12, (9, 7), 3, 2, 1, 1),
+    (48, 16, 12, (20, 33), (3, 5), (1, 2), (1, 2), (2, 1)), (16, 8, 12, (7, 7), 1, 1, 0, 1),
+    (32, 8, 5, (7, 8), 1, 2, 0, 1), (16, 4, 12, (56, 56), 3, 1, 1, 1), (40, 4, 12, (5, 5), 3, 1, 4, 1),
+])
+def test_convolution_in_bfloat16_against_float64(pattern, images, channels, out, size, kernel, stride, padding, dilation):
+    dense = sparsify(nn.Conv2d(channels, out, kernel, stride, padding, dilation), pattern).bfloat16()
+    sparse, wide = SparseConv2d.from_dense(dense, pattern, activation="relu"), copy.deepcopy(dense).double()
+    x = torch.randn(images, channels, *size).bfloat16()
+    exact = wide(x.double())
+    largest = F.conv2d(x.double().abs(), wide.weight.abs(), wide.bias.abs(), stride, padding, dilation)
+    for given in (x, x.contiguous(memory_format=torch.channels_last), *([reference.innermost_images(x)] if images % 16 == 0 else [])):
+        found = sparse(given)
+        assert found.dtype == torch.bfloat16
+        assert reference.images_innermost(found) == reference.images_innermost(given)
+        assert ((found.double() - exact.relu()).abs() <= 2**-8 * exact.abs() + 1e-6 * largest).all()
 
 
 @pytest.mark.skipif(not kernels(), reason="the native kernels were not built")

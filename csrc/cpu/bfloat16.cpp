@@ -8,7 +8,7 @@ namespace snows {
 
 namespace {
 
-#define SNOWS_AVX512_BFLOAT16 __attribute__((target("avx512f,avx512bw,avx512bf16")))
+#define SNOWS_AVX512_BFLOAT16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16")))
 
 // Two columns of a step, interleaved: 16 tokens' pairs in each register.
 struct Interleaved {
@@ -113,11 +113,25 @@ SNOWS_AVX512_BFLOAT16 void round_pairs(const float* sums, int64_t stride, float*
     }
 }
 
+SNOWS_AVX512_BFLOAT16 void interleave_halves(float* lines, int64_t count) {
+  const __m512i order = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
+  for (; count > 0; --count, lines += 16) _mm512_store_si512(lines, _mm512_permutexvar_epi64(order, _mm512_load_si512(lines)));
+}
+
+SNOWS_AVX512_BFLOAT16 void round_row(const float* sums, int64_t count, at::BFloat16* out) {
+  for (; count > 0; count -= 16, sums += 16, out += 16) {
+    const auto some = static_cast<__mmask16>(count < 16 ? (1 << count) - 1 : 0xffff);
+    _mm256_mask_storeu_epi16(out, some, (__m256i)_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(some, sums)));
+  }
+}
+
 #else
 
 void multiply_bfloat16(const Part&) {}
 void part_columns(float*, int64_t, int64_t) {}
 void round_pairs(const float*, int64_t, float*, int64_t, int64_t, int64_t) {}
+void interleave_halves(float*, int64_t) {}
+void round_row(const float*, int64_t, at::BFloat16*) {}
 
 #endif
 

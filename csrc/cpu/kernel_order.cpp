@@ -166,10 +166,10 @@ at::Tensor kernel_order(const at::Tensor& values_, const at::Tensor& codes_, at:
   // a block, long blocks pay more, for sums are then loaded and stored less often: they take three quarters of the first-level cache.
   // In a convolution taps overlap: a channel takes as many lines as a strip of pixels has neighbours.
   const bool dense = values_.numel() * 5 >= rows * columns * 2;
-  const bool pairs = kind == at::kBFloat16 && shape.size() == 2 && rows % 2 == 0 && columns % 2 == 0 && snows::multiplies_bfloat16();
+  const bool convolves = shape.size() == 4, pairs = kind == at::kBFloat16 && (convolves || (rows % 2 == 0 && columns % 2 == 0)) && snows::multiplies_bfloat16();
   const int64_t vectors = pairs ? (dense ? 4 : 3) : dense ? 6 : 5, block = dense ? (pairs ? 96 : 64) : near_lines() * 3 / 4 / vectors / 16 * 16;
   Order o{rows, shape[1], columns / shape[1], block, vectors, 0, 0, pairs, nullptr, nullptr, nullptr, nullptr};
-  if (shape.size() == 4) o.vectors = 7, o.block = std::max<int64_t>(1, 448 / (shape[2] * (o.vectors + shape[3] - 1)));
+  if (convolves) o.vectors = pairs ? 4 : 7, o.block = std::max<int64_t>(1, 448 / (shape[2] * (o.vectors + shape[3] - 1)));
   if (o.taps * o.block * o.vectors > 65536) return at::empty({0}, options);  // lines are 16-bit numbers
   Writer out;
   const int64_t words_of_mask = (o.taps * o.block + 63) / 64;

@@ -174,6 +174,57 @@ __attribute__((target("avx512f"))) void transpose_16x4(const float* in, int64_t 
   store(out + 3 * out_stride, _mm512_shuffle_ps(b[1], b[3], 0xee));
 }
 
+// Four 4 x 4 transpositions within the quarters of registers, then one of the quarters themselves.
+__attribute__((target("avx512f"), always_inline)) inline void transpose_16x16(__m512 (&a)[16]) {
+  __m512 b[16];
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4) {
+    const __m512 c[4] = {_mm512_unpacklo_ps(a[i], a[i + 1]), _mm512_unpackhi_ps(a[i], a[i + 1]),
+                         _mm512_unpacklo_ps(a[i + 2], a[i + 3]), _mm512_unpackhi_ps(a[i + 2], a[i + 3])};
+    b[i] = _mm512_shuffle_ps(c[0], c[2], 0x44), b[i + 1] = _mm512_shuffle_ps(c[0], c[2], 0xee);
+    b[i + 2] = _mm512_shuffle_ps(c[1], c[3], 0x44), b[i + 3] = _mm512_shuffle_ps(c[1], c[3], 0xee);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const __m512 c[4] = {_mm512_shuffle_f32x4(b[i], b[i + 4], 0x44), _mm512_shuffle_f32x4(b[i], b[i + 4], 0xee),
+                         _mm512_shuffle_f32x4(b[i + 8], b[i + 12], 0x44), _mm512_shuffle_f32x4(b[i + 8], b[i + 12], 0xee)};
+    a[i] = _mm512_shuffle_f32x4(c[0], c[2], 0x88), a[i + 4] = _mm512_shuffle_f32x4(c[0], c[2], 0xdd);
+    a[i + 8] = _mm512_shuffle_f32x4(c[1], c[3], 0x88), a[i + 12] = _mm512_shuffle_f32x4(c[1], c[3], 0xdd);
+  }
+}
+
+// 16 words from 16 pieces, where they are: of float a number each, of bfloat16 two.
+__attribute__((target("avx512f,avx512bw,bmi2"), always_inline)) inline void words_of_pieces(const Piece* pieces, int64_t at, int64_t size, __m512 (&out)[16]) {
+  const int64_t most = 64 / size;
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) {
+    const int64_t begin = std::clamp<int64_t>(pieces[i].begin - at, 0, most), end = std::clamp<int64_t>(pieces[i].end - at, 0, most);
+    const uint32_t mask = _bzhi_u32(~0u, end) & ~_bzhi_u32(~0u, begin);
+    const char* from = static_cast<const char*>(pieces[i].from) + at * size;
+    out[i] = size == 4 ? _mm512_maskz_loadu_ps(static_cast<__mmask16>(mask), from) : _mm512_castsi512_ps(_mm512_maskz_loadu_epi16(mask, from));
+  }
+  transpose_16x16(out);
+}
+
+__attribute__((target("avx512f,avx512bw,bmi2"))) void lines_of_pieces_avx512(const Piece* pieces, int64_t count, int64_t size, float* lines) {
+  for (int64_t at = 0; at < count; at += 64 / size) {
+    const int64_t many = std::min(count - at, 64 / size);
+    __m512 low[16], high[16];
+    words_of_pieces(pieces, at, size, low);
+    if (size == 4) {
+      for (int64_t i = 0; i < many; ++i) _mm512_store_ps(lines + 16 * (at + i), low[i]);
+      continue;
+    }
+    words_of_pieces(pieces + 16, at, size, high);
+    const __m512i lower_half = _mm512_set1_epi32(0xffff);
+    for (int64_t i = 0; i < many; i += 2) {  // two columns a word
+      const __m512i a = _mm512_castps_si512(low[i / 2]), b = _mm512_castps_si512(high[i / 2]);
+      _mm512_store_si512(lines + 16 * (at + i), _mm512_packus_epi32(_mm512_and_si512(a, lower_half), _mm512_and_si512(b, lower_half)));
+      _mm512_store_si512(lines + 16 * (at + i + 1), _mm512_packus_epi32(_mm512_srli_epi32(a, 16), _mm512_srli_epi32(b, 16)));
+    }
+  }
+}
+
 #endif
 
 void run(const Part& p, bool bfloat16) {
@@ -239,6 +290,12 @@ void transpose(const float* in, int64_t in_stride, float* out, int64_t out_strid
 #endif
   for (int64_t i = 0; i < rows; ++i)
     for (int64_t j = i < row ? whole : 0; j < columns; ++j) out[j * out_stride + i] = in[i * in_stride + j];
+}
+
+void lines_of_pieces(const Piece* pieces, int64_t count, int64_t size, float* lines) {
+#ifdef SNOWS_X86
+  lines_of_pieces_avx512(pieces, count, size, lines);
+#endif
 }
 
 void multiply(const Order& o, const Panels& panels, const at::Tensor& bias, c10::string_view activation) {

@@ -129,6 +129,21 @@ void part_columns(float* panel, int64_t pairs, int64_t vectors);
 // Two rows of sums each, rounded, beside each other in one row of words: out[i * out_stride + t] is token t of rows 2 i and 2 i + 1.
 void round_pairs(const float* sums, int64_t stride, float* out, int64_t out_stride, int64_t pairs, int64_t tokens);
 
+// Lines of 32 numbers in order, to the order of a panel's lines.
+void interleave_halves(float* lines, int64_t count);
+
+// Sums, rounded.
+void round_row(const float* sums, int64_t count, at::BFloat16* out);
+
+// Part of a row of an image: its numbers from `begin` to `end`, of which number i is at from[i]; there are zeros before and after.
+struct Piece {
+  const void* from;
+  int64_t begin, end;
+};
+
+// Number i of all pieces in line i, where AVX-512 is: 16 pieces of float, or 32 of bfloat16 in the order of a panel's lines.
+void lines_of_pieces(const Piece* pieces, int64_t count, int64_t size, float* lines);
+
 // out[j * out_stride + i] = in[i * in_stride + j] for i < rows, j < columns; past the caches where that is wanted and possible.
 void transpose(const float* in, int64_t in_stride, float* out, int64_t out_stride, int64_t rows, int64_t columns, bool past = false);
 

@@ -2,7 +2,8 @@
 // and 16 tiles are computed side by side: where the input of 16 tiles stands pixel by pixel, one vector for each, a tap of
 // the kernel is nothing but a distance in memory, and every load is aligned. A panel is a few pixels in a row of 16 tiles.
 // Padding, stride and dilation happen when the input is rearranged. Where images are innermost in memory, 16 of them at the
-// same place are such tiles as they stand, and nothing is transposed. Specification: snows/reference/packed.py, sparse_conv2d.
+// same place are such tiles as they stand, and nothing is transposed. Where the processor multiplies bfloat16, a line of that type
+// holds 32 tiles, or twice 16 images. Specification: snows/reference/packed.py, sparse_conv2d.
 
 #include <ATen/Parallel.h>
 #include <ATen/ops/conv2d.h>
@@ -10,6 +11,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <limits>
 #include <vector>
@@ -18,7 +20,10 @@
 
 namespace {
 
-constexpr int64_t kLanes = 16, kLine = 64;  // and bytes of as many floats
+constexpr int64_t kLine = 64;     // bytes of a cache line
+constexpr int64_t kImages = 16;   // that are worked on together where images are innermost
+template <typename T>
+constexpr int64_t kLanes = kLine / sizeof(T);  // tiles side by side in a line of activations
 constexpr int64_t kNear = 5 << 19;          // bytes of input that are rearranged at a time, where it may be so little
 
 int64_t parts(int64_t whole, int64_t part) { return (whole + part - 1) / part; }
@@ -32,15 +37,15 @@ struct Shape {
 struct Tiles {
   int64_t h, w;              // output pixels of a tile
   int64_t down, across;      // tiles of an image
-  int64_t count, groups;     // of all images, and of 16 tiles each
+  int64_t count, groups;     // of all images (or of blocks of them), and of as many tiles as a line has lanes
   int64_t vectors, strips;   // pixels of a panel, panels in a row of a tile
   int64_t in_h, phase;       // rows of input, and pixels of it of each remainder modulo the stride
   int64_t row, plane;        // lines from one row, one channel to the next
 
-  Tiles(const Shape& s, int64_t down_, int64_t across_, int64_t most) {
+  Tiles(const Shape& s, int64_t down_, int64_t across_, int64_t most, int64_t lanes) {
     h = parts(s.out_h, down_), w = parts(s.out_w, across_);
     down = parts(s.out_h, h), across = parts(s.out_w, w);
-    count = s.images * down * across, groups = s.inner > 1 ? count : parts(count, kLanes);
+    count = s.images * down * across, groups = parts(count, s.inner > 1 ? lanes / kImages : lanes);
     strips = parts(w, most), vectors = parts(w, strips);
     in_h = (h - 1) * s.stride_h + (s.kernel_h - 1) * s.dilation_h + 1;
     phase = parts((w - 1) * s.stride_w + (s.kernel_w - 1) * s.dilation_w + 1, s.stride_w);
@@ -67,14 +72,16 @@ struct Tiles {
 std::optional<Tiles> choose(const Shape& s, const snows::Order& o) {
   std::optional<Tiles> best;
   double least = std::numeric_limits<double>::infinity();
+  const int64_t threads = at::get_num_threads();
   const double weights = static_cast<double>(o.entries) / static_cast<double>(o.channels);
   for (int64_t down = 1; down <= std::min(s.out_h, 64L); ++down)
     for (int64_t across = 1; across <= std::min(s.out_w, 64L); ++across) {
-      const Tiles t(s, down, across, o.vectors);
+      const Tiles t(s, down, across, o.vectors, o.lanes());
       // A rough model: what a strip's sums cost, and what it costs to rearrange a line within the near caches and through memory.
       const bool near = s.channels * t.plane * kLine <= kNear;
       const double products = weights * t.h * (t.w + 0.7 * t.strips), moves = (s.inner > 1 ? 30.0 : near ? 80.0 : 185.0) * t.plane;
-      const double work = t.groups * (products + moves);
+      const double share = t.groups < threads ? 1.3 * t.groups / threads : parts(t.groups, threads);  // of a thread; a group that is shared costs more
+      const double work = share * (products + moves);
       if (work < least && o.block * (t.plane + 64) <= 65536) least = work, best = t;
     }
   if (best) best->spread(s, o.block);
@@ -85,63 +92,94 @@ struct Corner {  // of a tile's input; no image for tiles that there are not
   int64_t image, top, left;
 };
 
-std::vector<Corner> corners(const Shape& s, const Tiles& t) {
+// Of as many tiles as there are lanes in all groups; of blocks of images, those of one tile side by side, as they are in memory.
+std::vector<Corner> corners(const Shape& s, const Tiles& t, int64_t lanes) {
+  const int64_t many = s.inner > 1 ? t.count : t.groups * lanes, tiles = t.down * t.across;
   std::vector<Corner> all;
-  auto add = [&](int64_t image, int64_t tile) {
+  for (int64_t i = 0; i < many; ++i) {
+    const int64_t image = i >= t.count ? -1 : s.inner > 1 ? i % s.images : i / tiles, tile = s.inner > 1 ? i / s.images : i % tiles;
     all.push_back({image, tile / t.across * t.h * s.stride_h - s.pad_h, tile % t.across * t.w * s.stride_w - s.pad_w});
-  };
-  if (s.inner > 1)  // a group is a block of images; those of one tile side by side, as they are in memory
-    for (int64_t group = 0; group < t.groups; ++group) add(group % s.images, group / s.images);
-  else
-    for (int64_t tile = 0; tile < t.groups * kLanes; ++tile)
-      add(tile < t.count ? tile / (t.down * t.across) : -1, tile % (t.down * t.across));
+  }
   return all;
 }
 
-// One channel of the input of 16 tiles, into `to`; zeros around the images.
-void rearrange(const Shape& s, const Tiles& t, const float* in, const Corner* corner, int64_t channel, float* scratch, float* to) {
-  for (int64_t lane = 0; lane < kLanes; ++lane) {
+// One channel of the input of a group's tiles, into `to`; zeros around the images.
+template <typename T>
+void rearrange(const Shape& s, const Tiles& t, const T* in, const Corner* corner, int64_t channel, T* scratch, T* to) {
+  if (s.stride_w == 1 && snows::simd() == snows::Simd::avx512) {
+    snows::Piece pieces[kLanes<T>];
+    for (int64_t y = 0; y < t.in_h; ++y) {
+      for (int64_t lane = 0; lane < kLanes<T>; ++lane) {
+        const auto [image, top, left] = corner[lane];
+        const bool inside = image >= 0 && top + y >= 0 && top + y < s.height;
+        pieces[lane] = {in + ((image * s.channels + channel) * s.height + top + y) * s.width + left, -left, inside ? s.width - left : 0};
+      }
+      snows::lines_of_pieces(pieces, t.row, sizeof(T), reinterpret_cast<float*>(to + y * t.row * kLanes<T>));
+    }
+    return;
+  }
+  const T zero(0.0f);
+  for (int64_t lane = 0; lane < kLanes<T>; ++lane) {
     const auto [image, top, left] = corner[lane];
     const int64_t begin = std::max<int64_t>(0, -left), end = std::min(s.stride_w * t.phase, s.width - left);
-    float* row = scratch + lane * t.plane;
+    T* row = scratch + lane * t.plane;
     for (int64_t y = 0; y < t.in_h; ++y, row += t.row) {
-      const float* from = in + ((image * s.channels + channel) * s.height + top + y) * s.width + left;
+      const T* from = in + ((image * s.channels + channel) * s.height + top + y) * s.width + left;
       if (image < 0 || top + y < 0 || top + y >= s.height || begin >= end) {
-        std::fill_n(row, t.row, 0.0f);
+        std::fill_n(row, t.row, zero);
       } else if (s.stride_w == 1) {
-        std::fill_n(row, begin, 0.0f);
+        std::fill_n(row, begin, zero);
         std::copy(from + begin, from + end, row + begin);
-        std::fill(row + end, row + t.row, 0.0f);
+        std::fill(row + end, row + t.row, zero);
       } else {
-        std::fill_n(row, t.row, 0.0f);
+        std::fill_n(row, t.row, zero);
         for (int64_t x = begin; x < std::min(end, begin + s.stride_w); ++x) {  // one remainder modulo the stride after the other
-          float* to_line = row + t.line(s, x);
+          T* to_line = row + t.line(s, x);
           for (int64_t i = 0, at = x; at < end; ++i, at += s.stride_w) to_line[i] = from[at];
         }
       }
     }
   }
-  snows::transpose(scratch, t.plane, to, kLanes, kLanes, t.in_h * t.row);
+  const auto words = [](T* numbers) { return reinterpret_cast<float*>(numbers); };
+  const int64_t per_word = 4 / sizeof(T), lines = t.in_h * t.row;  // pixels that are transposed as one
+  for (int64_t lane = 0; lane < kLanes<T>; lane += 16)
+    snows::transpose(words(scratch + lane * t.plane), t.plane / per_word, words(to) + lane, kLanes<T>, 16, lines / per_word);
+  if (per_word == 2) snows::part_columns(words(to), lines / 2, 1);
 }
 
-// The same where images are innermost: `blocks` of 16 images from the corner's on, line by line, the next one's at `apart`.
-void rearrange_lines(const Shape& s, const Tiles& t, const float* in, const Corner& corner, int64_t blocks, int64_t channel, float* to, int64_t apart) {
+void give(const float* sums, int64_t count, float* out) { std::copy_n(sums, count, out); }
+void give(const float* sums, int64_t count, at::BFloat16* out) { snows::round_row(sums, count, out); }
+
+// 16 numbers, or zeros, into a line that has no others, or into one of its halves.
+void put(const float* from, float* line, int64_t) { from ? std::copy_n(from, 16, line) : std::fill_n(line, 16, 0.0f); }
+void put(const at::BFloat16* from, at::BFloat16* line, int64_t half) {
+  for (int64_t i = 0; i < 16; i += 4)
+    from ? std::copy_n(from + i, 4, line + 2 * i + 4 * half) : std::fill_n(line + 2 * i + 4 * half, 4, at::BFloat16(0.0f));
+}
+
+// The same where images are innermost: `blocks` of 16 images from the corner's on, line by line, into the lines (and halves) at `to`.
+template <typename T>
+void rearrange_lines(const Shape& s, const Tiles& t, const T* in, const Corner& corner, int64_t channel, const std::vector<std::pair<T*, int64_t>>& to) {
   const auto [block, top, left] = corner;
   const int64_t begin = std::max<int64_t>(0, -left), end = std::max(begin, std::min(s.stride_w * t.phase, s.width - left));
-  for (int64_t y = 0; y < t.in_h; ++y, to += t.row * kLanes) {
-    const bool inside = top + y >= 0 && top + y < s.height && begin < end;
-    for (int64_t b = 0; b < blocks && !(inside && begin == 0 && end == t.row && s.stride_w == 1); ++b) std::fill_n(to + b * apart, t.row * kLanes, 0.0f);
+  for (int64_t y = 0; y < t.in_h; ++y) {
+    const int64_t row = y * t.row * kLanes<T>;
+    const bool inside = block >= 0 && top + y >= 0 && top + y < s.height && begin < end;
+    if (!(inside && begin == 0 && end == t.row && s.stride_w == 1))
+      for (const auto& [place, half] : to)
+        for (int64_t i = 0; i < t.row; ++i) put(static_cast<const T*>(nullptr), place + row + i * kLanes<T>, half);
     if (!inside) continue;
-    const float* from = in + ((channel * s.height + top + y) * s.width + left) * s.inner + block * kLanes;
+    const T* from = in + ((channel * s.height + top + y) * s.width + left) * s.inner + block * kImages;
     for (int64_t x = begin; x < std::min(end, begin + s.stride_w); ++x)
       for (int64_t i = t.line(s, x), at = x; at < end; ++i, at += s.stride_w)
-        for (int64_t b = 0; b < blocks; ++b) std::memcpy(to + b * apart + i * kLanes, from + at * s.inner + b * kLanes, kLine);
+        for (size_t b = 0; b < to.size(); ++b) put(from + at * s.inner + b * kImages, to[b].first + row + i * kLanes<T>, to[b].second);
   }
 }
 
 // A kernel of one pixel, at every pixel: the images are matrices with a row for each channel, and panels are cut out of them.
-void one_pixel(const Shape& s, const snows::Order& o, const at::Tensor& bias, c10::string_view activation, const float* in, float* out) {
-  const int64_t pixels = s.height * s.width, tokens = s.images * pixels, width = kLanes * o.vectors;
+template <typename T>
+void one_pixel(const Shape& s, const snows::Order& o, const at::Tensor& bias, c10::string_view activation, const T* in, T* out) {
+  const int64_t pixels = s.height * s.width, tokens = s.images * pixels, width = kLanes<T> * o.vectors;
   auto runs = [=](int64_t first, int64_t count, auto&& run) {  // run(where in the panel, image, pixel, how many)
     for (int64_t t = 0, many; t < count; t += many) {
       const int64_t pixel = (first + t) % pixels;
@@ -149,64 +187,30 @@ void one_pixel(const Shape& s, const snows::Order& o, const at::Tensor& bias, c1
       run(t, (first + t) / pixels, pixel, many);
     }
   };
-  snows::Panels panels{parts(tokens, width), 1, o.vectors, o.block * width, o.lines, nullptr, nullptr};
-  panels.fill = [&](float* scratch, int64_t panel, int64_t, int64_t block, bool) {
-    const int64_t first = panel * width, count = std::min(width, tokens - first), padded = parts(count, kLanes) * kLanes;
+  snows::Panels panels{parts(tokens, width), 1, o.vectors, o.block * o.vectors * 16, o.lines, nullptr, nullptr};
+  panels.fill = [&](float* memory, int64_t panel, int64_t, int64_t block, bool) {
+    T* scratch = reinterpret_cast<T*>(memory);
+    const int64_t first = panel * width, count = std::min(width, tokens - first), padded = parts(count, kLanes<T>) * kLanes<T>;
     const int64_t channel = block * o.block, many = std::min(o.block, s.channels - channel);
     runs(first, count, [&](int64_t at, int64_t image, int64_t pixel, int64_t length) {
       for (int64_t c = 0; c < many; ++c) std::copy_n(in + (image * s.channels + channel + c) * pixels + pixel, length, scratch + c * width + at);
     });
-    for (int64_t c = 0; c < many; ++c) std::fill(scratch + c * width + count, scratch + c * width + padded, 0.0f);
-    return snows::Source{scratch, padded / kLanes};
+    for (int64_t c = 0; c < many; ++c) std::fill(scratch + c * width + count, scratch + c * width + padded, T(0.0f));
+    if (o.bfloat16) snows::interleave_halves(memory, many * o.vectors);
+    return snows::Source{scratch, padded / kLanes<T>};
   };
   panels.store = [&](const float* sums, int64_t, int64_t panel, int64_t row, int64_t rows) {
-    const int64_t first = panel * width, count = std::min(width, tokens - first), stride = parts(count, kLanes) * kLanes;
+    const int64_t first = panel * width, count = std::min(width, tokens - first), stride = parts(count, kLanes<T>) * kLanes<T>;
     runs(first, count, [&](int64_t at, int64_t image, int64_t pixel, int64_t length) {
-      for (int64_t r = 0; r < rows; ++r) std::copy_n(sums + r * stride + at, length, out + (image * o.rows + row + r) * pixels + pixel);
+      for (int64_t r = 0; r < rows; ++r) give(sums + r * stride + at, length, out + (image * o.rows + row + r) * pixels + pixel);
     });
   };
   snows::multiply(o, panels, bias, activation);
 }
 
-at::Tensor sparse_conv2d(const at::Tensor& input, const at::Tensor& values, const at::Tensor& codes, const std::optional<at::Tensor>& bias_,
-                         at::IntArrayRef shape, int64_t n, int64_t m, at::IntArrayRef stride, at::IntArrayRef padding,
-                         at::IntArrayRef dilation, c10::string_view activation, const std::optional<at::Tensor>& order_) {
-  const at::Tensor bias = snows::widened(bias_);
-  const at::Tensor order = order_.value_or(at::Tensor());
-  const auto last = at::MemoryFormat::ChannelsLast;
-  const auto format = input.is_contiguous(last) && !input.is_contiguous() ? last : at::MemoryFormat::Contiguous;
-  const bool inner = input.size(0) % kLanes == 0 && input.permute({1, 2, 3, 0}).is_contiguous() && !input.is_contiguous();
-  const auto laid_out = [&](const at::Tensor& y) {  // as the input is
-    return inner ? y.permute({1, 2, 3, 0}).contiguous().permute({3, 0, 1, 2}) : y.contiguous(format);
-  };
-  const bool lone = shape[2] * shape[3] == 1 && padding[0] + padding[1] == 0;  // a kernel of one pixel reads only those it keeps
-  if (lone && stride[0] * stride[1] > 1) {
-    const at::Tensor kept = laid_out(input.slice(2, 0, std::nullopt, stride[0]).slice(3, 0, std::nullopt, stride[1]));
-    return laid_out(sparse_conv2d(kept, values, codes, bias_, shape, n, m, {1, 1}, padding, dilation, activation, order_));
-  }
-  const bool takes = order.defined() && order.numel() > 0 && input.scalar_type() == values.scalar_type();
-  const at::Tensor x = takes ? (inner ? input : input.contiguous()).to(at::kFloat) : input;
-  Shape s{x.size(0), x.size(1), x.size(2), x.size(3), shape[2], shape[3], 0, 0, stride[0], stride[1], padding[0], padding[1], dilation[0], dilation[1], 1};
-  if (inner) s.images /= kLanes, s.inner = x.size(0);
-  s.out_h = (s.height + 2 * s.pad_h - (s.kernel_h - 1) * s.dilation_h - 1) / s.stride_h + 1;
-  s.out_w = (s.width + 2 * s.pad_w - (s.kernel_w - 1) * s.dilation_w - 1) / s.stride_w + 1;
-  const std::optional<Tiles> tiles = takes && !lone ? choose(s, snows::Order::read(order)) : std::nullopt;
-  if (!takes || !(lone || tiles))
-    return laid_out(snows::activate(
-        at::conv2d(input.contiguous(format), snows::unpack(values, codes, shape, n, m), bias_, stride, padding, dilation), activation));
-
-  const snows::Order o = snows::Order::read(order);
-  at::Tensor y = inner ? at::empty({shape[0], s.out_h, s.out_w, s.inner}, x.options()).permute({3, 0, 1, 2})
-                       : at::empty({x.size(0), shape[0], s.out_h, s.out_w}, x.options());
-  const auto given = [&](const at::Tensor& y) { return (inner ? y : y.contiguous(format)).to(input.scalar_type()); };
-  const float* in = x.const_data_ptr<float>();
-  float* out = y.mutable_data_ptr<float>();
-  if (lone) {
-    if (inner) s.images = 1, s.width *= s.inner;  // one wide image
-    one_pixel(s, o, bias, activation, in, out);
-    return given(y);
-  }
-  const Tiles t = *tiles;
+// A kernel of more than one pixel: tiles rearranged so that panels are pieces of them.
+template <typename T>
+void convolve(const Shape& s, const Tiles& t, const snows::Order& o, const at::Tensor& bias, c10::string_view activation, const T* in, T* out) {
   std::vector<uint16_t> line_of(s.kernel_h * s.kernel_w * o.block * o.vectors), lines(o.steps);
   for (int64_t tap = 0; tap < s.kernel_h * s.kernel_w; ++tap)
     for (int64_t c = 0; c < o.block; ++c)
@@ -214,27 +218,34 @@ at::Tensor sparse_conv2d(const at::Tensor& input, const at::Tensor& values, cons
           c * t.plane + tap / s.kernel_w * s.dilation_h * t.row + t.line(s, tap % s.kernel_w * s.dilation_w));
   for (int64_t i = 0; i < o.steps; ++i) lines[i] = line_of[o.lines[i]];
 
-  const int64_t rows = shape[0], pixels = s.out_h * s.out_w, group_size = s.channels * t.plane * kLanes;
+  const int64_t rows = o.rows, pixels = s.out_h * s.out_w;
+  const bool inner = s.inner > 1;
   const int64_t for_all = parts(4 * at::get_num_threads(), t.h * t.strips);  // groups that give every thread something to do
-  const int64_t together = std::min(std::max(kNear / (group_size * 4), for_all), std::max<int64_t>(1, t.groups));
-  static thread_local snows::Scratch memory;
-  float* arranged = memory.floats(together * group_size);
-  const std::vector<Corner> corner = corners(s, t);
+  const int64_t together = std::min(std::max(kNear / (s.channels * t.plane * kLine), for_all), std::max<int64_t>(1, t.groups));
+  const std::vector<Corner> corner = corners(s, t, kLanes<T>);
   // Strips of a row are stored together while their sums fit in the second-level cache: fewer cache lines are written twice.
-  const int64_t strips = std::clamp<int64_t>((128 << 10) / (std::min(rows, 2 * snows::Order::kChunk) * t.vectors * kLanes), 1, t.strips);
+  const int64_t strips = std::clamp<int64_t>((128 << 10) / (std::min(rows, 2 * snows::Order::kChunk) * t.vectors * kLanes<T>), 1, t.strips);
   const int64_t across = parts(t.strips, strips);
-  const int64_t blocks = inner ? std::min(together, s.images) : 1;  // of images that are worked on side by side
-  for (int64_t first = 0, groups; first < t.groups; first += groups) {
-    groups = inner && blocks < s.images ? std::min(blocks, s.images - first % s.images) : std::min(together / blocks * blocks, t.groups - first);
-    const int64_t abreast = std::min(blocks, groups);
+  // Where images are innermost, blocks of them are worked on side by side, and a line has room for one or two.
+  const int64_t halves = inner ? kLanes<T> / kImages : 1, units = inner ? t.count : t.groups;
+  const int64_t blocks = inner ? std::min(together * halves, s.images) : 1;
+  const auto work = [&](int64_t first, int64_t many) {
+    static thread_local snows::Scratch memory;
+    T* arranged = reinterpret_cast<T*>(memory.floats(together * s.channels * t.plane * 16));
+    const int64_t groups = parts(many, halves), beside = std::min(parts(blocks, halves), groups), abreast = groups % beside ? 1 : beside;
     at::parallel_for(0, inner ? s.channels : groups * s.channels, 1, [&](int64_t begin, int64_t end) {
-      std::vector<float> scratch(inner ? 0 : kLanes * t.plane);
-      for (int64_t i = begin; i < end; ++i)
-        if (inner)
-          for (int64_t group = 0; group < groups; group += abreast)
-            rearrange_lines(s, t, in, corner[first + group], abreast, i, arranged + (group * s.channels + i) * t.plane * kLanes, group_size);
-        else
-          rearrange(s, t, in, corner.data() + (first + i / s.channels) * kLanes, i % s.channels, scratch.data(), arranged + i * t.plane * kLanes);
+      std::vector<T> scratch(inner ? 0 : kLanes<T> * t.plane);
+      std::vector<std::pair<T*, int64_t>> to;
+      for (int64_t i = begin; i < end; ++i) {
+        const auto place = [&](int64_t unit) { return arranged + (unit / halves * s.channels + i) * t.plane * kLanes<T>; };
+        for (int64_t unit = 0, count; inner && unit < groups * halves; unit += count) {
+          count = unit < many ? std::min(blocks, many - unit) : 1;  // a line's second half may have no images
+          to.clear();
+          for (int64_t b = 0; b < count; ++b) to.emplace_back(place(unit + b), (unit + b) % halves);
+          rearrange_lines(s, t, in, unit < many ? corner[first + unit] : Corner{-1, 0, 0}, i, to);
+        }
+        if (!inner) rearrange(s, t, in, corner.data() + (first + i / s.channels) * kLanes<T>, i % s.channels, scratch.data(), arranged + i * t.plane * kLanes<T>);
+      }
     });
     struct Place {
       int64_t group, row, left;
@@ -247,45 +258,102 @@ at::Tensor sparse_conv2d(const at::Tensor& input, const at::Tensor& values, cons
     panels.fill = [&](float*, int64_t panel, int64_t strip, int64_t block, bool) {
       const auto [group, row, start] = place(panel);
       const int64_t left = start + strip * t.vectors, line = (group * s.channels + block * o.block) * t.plane + row * s.stride_h * t.row + left;
-      return snows::Source{arranged + line * kLanes, std::clamp<int64_t>(t.w - left, 0, t.vectors)};
+      return snows::Source{arranged + line * kLanes<T>, std::clamp<int64_t>(t.w - left, 0, t.vectors)};
     };
-    panels.store = [&](const float* sums, int64_t step, int64_t panel, int64_t row, int64_t many) {
+    panels.store = [&](const float* sums, int64_t step, int64_t panel, int64_t row, int64_t rows_here) {
       const auto [local, down, left] = place(panel);
-      const int64_t group = first + local, width = strips * t.vectors, stride = width + 8;
-      if (inner) {
-        const int64_t block = group % s.images, tile = group / s.images, h = tile / t.across * t.h + down, w = tile % t.across * t.w + left;
+      const int64_t width = strips * t.vectors, stride = width + 8;
+      for (int64_t half = 0; inner && half < halves && local * halves + half < many; ++half) {
+        const int64_t unit = first + local * halves + half, block = unit % s.images, tile = unit / s.images;
+        const int64_t h = tile / t.across * t.h + down, w = tile % t.across * t.w + left;
         const int64_t count = h < s.out_h ? std::clamp<int64_t>(std::min(t.w - left, s.out_w - w), 0, width) : 0;
-        for (int64_t r = 0; r < many; ++r) {
-          float* to_row = out + (((row + r) * s.out_h + h) * s.out_w + w) * s.inner + block * kLanes;
-          for (int64_t start = 0; start < count; start += t.vectors, sums += step) {
-            const int64_t vectors = std::min(t.w - left - start, t.vectors);
+        for (int64_t r = 0; r < rows_here; ++r) {
+          T* to_row = out + (((row + r) * s.out_h + h) * s.out_w + w) * s.inner + block * kImages;
+          for (int64_t strip = 0; strip * t.vectors < count; ++strip) {
+            const int64_t start = strip * t.vectors, vectors = std::min(t.w - left - start, t.vectors);
             for (int64_t x = 0; x < std::min(vectors, count - start); ++x)
-              std::memcpy(to_row + (start + x) * s.inner, sums + (r * vectors + x) * kLanes, kLine);
+              give(sums + strip * step + (r * vectors + x) * kLanes<T> + half * kImages, kImages, to_row + (start + x) * s.inner);
           }
-          sums -= parts(count, t.vectors) * step;
         }
-        return;
       }
-      std::vector<float> pixels_of(kLanes * stride);
-      float* to[kLanes];
-      int64_t length[kLanes];
-      for (int64_t lane = 0; lane < kLanes; ++lane) {
-        const int64_t tile = group * kLanes + lane, image = tile / (t.down * t.across);
+      if (inner) return;
+      std::vector<float> pixels_of(kLanes<T> * stride);
+      T* to[kLanes<T>];
+      int64_t length[kLanes<T>];
+      for (int64_t lane = 0; lane < kLanes<T>; ++lane) {
+        const int64_t tile = (first + local) * kLanes<T> + lane, image = tile / (t.down * t.across);
         const int64_t h = tile / t.across % t.down * t.h + down, w = tile % t.across * t.w + left;
         to[lane] = out + (image * rows + row) * pixels + h * s.out_w + w;
         length[lane] = tile < t.count && h < s.out_h ? std::clamp<int64_t>(std::min(t.w - left, s.out_w - w), 0, width) : 0;
       }
-      for (int64_t r = 0; r < many; ++r) {
+      for (int64_t r = 0; r < rows_here; ++r) {
         for (int64_t strip = 0; strip < strips; ++strip) {  // 8 pixels, of which some may be the next row's: they are overwritten, or not copied
           const int64_t vectors = std::clamp<int64_t>(t.w - left - strip * t.vectors, 0, t.vectors);
-          snows::transpose(sums + strip * step + r * 16 * vectors, kLanes, pixels_of.data() + strip * t.vectors, stride, 8, kLanes);
+          snows::transpose(sums + strip * step + r * kLanes<T> * vectors, kLanes<T>, pixels_of.data() + strip * t.vectors, stride, 8, kLanes<T>);
         }
-        for (int64_t lane = 0; lane < kLanes; ++lane)
-          if (length[lane] > 0) std::copy_n(pixels_of.data() + lane * stride, length[lane], to[lane] + r * pixels);
+        for (int64_t lane = 0; lane < kLanes<T>; ++lane)
+          if (length[lane] > 0) give(pixels_of.data() + lane * stride, length[lane], to[lane] + r * pixels);
       }
     };
     snows::multiply(o, panels, bias, activation);
+  };
+  std::vector<std::pair<int64_t, int64_t>> portions;  // the first, and how many are arranged at a time
+  for (int64_t first = 0, many; first < units; first += many) {
+    many = inner && blocks < s.images ? std::min(blocks, s.images - first % s.images) : std::min(together * halves / blocks * blocks, units - first);
+    portions.emplace_back(first, many);
   }
+  // A thread multiplies best what it has arranged itself; where there is not enough of it for all, they share each portion.
+  const int64_t count = portions.size(), threads = at::get_num_threads();
+  if (count < threads) {
+    for (const auto& [first, many] : portions) work(first, many);
+    return;
+  }
+  std::atomic<int64_t> taken{0};
+  at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    for (int64_t i; (i = taken.fetch_add(1)) < count;) work(portions[i].first, portions[i].second);
+  });
+}
+
+at::Tensor sparse_conv2d(const at::Tensor& input, const at::Tensor& values, const at::Tensor& codes, const std::optional<at::Tensor>& bias_,
+                         at::IntArrayRef shape, int64_t n, int64_t m, at::IntArrayRef stride, at::IntArrayRef padding,
+                         at::IntArrayRef dilation, c10::string_view activation, const std::optional<at::Tensor>& order_) {
+  const at::Tensor bias = snows::widened(bias_);
+  const at::Tensor order = order_.value_or(at::Tensor());
+  const auto last = at::MemoryFormat::ChannelsLast;
+  const auto format = input.is_contiguous(last) && !input.is_contiguous() ? last : at::MemoryFormat::Contiguous;
+  const bool inner = input.size(0) % kImages == 0 && input.permute({1, 2, 3, 0}).is_contiguous() && !input.is_contiguous();
+  const auto laid_out = [&](const at::Tensor& y) {  // as the input is
+    return inner ? y.permute({1, 2, 3, 0}).contiguous().permute({3, 0, 1, 2}) : y.contiguous(format);
+  };
+  const bool lone = shape[2] * shape[3] == 1 && padding[0] + padding[1] == 0;  // a kernel of one pixel reads only those it keeps
+  if (lone && stride[0] * stride[1] > 1) {
+    const at::Tensor kept = laid_out(input.slice(2, 0, std::nullopt, stride[0]).slice(3, 0, std::nullopt, stride[1]));
+    return laid_out(sparse_conv2d(kept, values, codes, bias_, shape, n, m, {1, 1}, padding, dilation, activation, order_));
+  }
+  const bool takes = order.defined() && order.numel() > 0 && input.scalar_type() == values.scalar_type();
+  Shape s{input.size(0), input.size(1), input.size(2), input.size(3), shape[2], shape[3], 0, 0, stride[0], stride[1], padding[0], padding[1], dilation[0], dilation[1], 1};
+  if (inner) s.images /= kImages, s.inner = input.size(0);
+  s.out_h = (s.height + 2 * s.pad_h - (s.kernel_h - 1) * s.dilation_h - 1) / s.stride_h + 1;
+  s.out_w = (s.width + 2 * s.pad_w - (s.kernel_w - 1) * s.dilation_w - 1) / s.stride_w + 1;
+  const std::optional<Tiles> tiles = takes && !lone ? choose(s, snows::Order::read(order)) : std::nullopt;
+  if (!takes || !(lone || tiles))
+    return laid_out(snows::activate(
+        at::conv2d(input.contiguous(format), snows::unpack(values, codes, shape, n, m), bias_, stride, padding, dilation), activation));
+
+  const snows::Order o = snows::Order::read(order);
+  const at::Tensor x = (inner ? input : input.contiguous()).to(o.bfloat16 ? at::kBFloat16 : at::kFloat);
+  at::Tensor y = inner ? at::empty({shape[0], s.out_h, s.out_w, s.inner}, x.options()).permute({3, 0, 1, 2})
+                       : at::empty({x.size(0), shape[0], s.out_h, s.out_w}, x.options());
+  const auto given = [&](const at::Tensor& y) { return (inner ? y : y.contiguous(format)).to(input.scalar_type()); };
+  const auto run = [&](const auto* in, auto* out) {
+    if (!lone) return convolve(s, *tiles, o, bias, activation, in, out);
+    if (inner) s.images = 1, s.width *= s.inner;  // one wide image
+    one_pixel(s, o, bias, activation, in, out);
+  };
+  if (o.bfloat16)
+    run(x.const_data_ptr<at::BFloat16>(), y.mutable_data_ptr<at::BFloat16>());
+  else
+    run(x.const_data_ptr<float>(), y.mutable_data_ptr<float>());
   return given(y);
 }
 
