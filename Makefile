@@ -1,7 +1,9 @@
 # make demo | test | bench | accuracy | ablations: each sets up .venv by itself on a fresh machine and needs nothing but packages.
+# make bench RESULTS=folder: that of the machine, bench/results/cpu (Cascade Lake) or bench/results/zen5.
 # make gpu OUT=folder BUDGET=seconds: with the Python and the torch that are there, which must see a GPU; installs nothing.
 
 PYTHON ?= python3
+RESULTS ?= bench/results/cpu
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check --constraint constraints.txt
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*/*)
@@ -22,12 +24,12 @@ check: .venv/.test
 	@$(BIN)/mypy
 
 bench: .venv/.test
-	@for group in linear linear-bfloat16 conv2d-16 conv2d-1; do \
-	  $(BIN)/python bench/layers.py --group $$group --out bench/results/cpu/layers-$$group.json || exit 1; done
-	@$(BIN)/python bench/networks.py --out bench/results/cpu/networks.json
-	@$(BIN)/python bench/products.py --out bench/results/cpu/products.json
+	@for group in linear linear-bfloat16 conv2d-16 conv2d-16-bfloat16 conv2d-1; do \
+	  $(BIN)/python bench/layers.py --group $$group --out $(RESULTS)/layers-$$group.json || exit 1; done
+	@$(BIN)/python bench/networks.py --out $(RESULTS)/networks.json
+	@$(BIN)/python bench/products.py --out $(RESULTS)/products.json
 	@for suite in kernels kernels_rows; do \
-	  $(BIN)/python -m pytest -q bench/$$suite.py --benchmark-json=bench/results/cpu/$$suite.json || exit 1; done
+	  $(BIN)/python -m pytest -q bench/$$suite.py --benchmark-json=$(RESULTS)/$$suite.json || exit 1; done
 	@$(BIN)/python bench/report.py
 
 accuracy: .venv/.test
