@@ -40,7 +40,7 @@ from snows import zoo
 from snows.demo import calibration
 from snows.evaluation import evaluate, logits_of
 from snows.network import as_inputs
-from snows.pruning import recalibrate_statistics
+from snows.normalisation import recalibrate_statistics
 from snows.solvers import Newton
 
 PATTERN = snows.NM(1, 4)

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from snows import files, network, zoo
 from snows.deployment import Deployment, deploy
 from snows.evaluation import Scores, evaluate, logits_of
-from snows.pruning import prune, recalibrate_statistics
+from snows.normalisation import recalibrate_statistics
+from snows.pruning import prune
 from snows.report import Report, page, plot
 from snows.rewriting import Trace, fold_normalisations
 from snows.run import state, write

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import statistics
-import time
-from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
@@ -16,15 +12,16 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from snows import network
+from snows import intake, network
 from snows.layers import SparseConv2d, SparseLinear
+from snows.measuring import REPEATS, SCATTER, Race, race
 from snows.network import Inputs, Layer
 from snows.reference import innermost_images
-from snows.report import render
+from snows.report import add_row, named_table, read, render, to_json
 from snows.rewriting import Site, Trace, activations, difference, fold_normalisations, outputs, plain, substitute
 from snows.sparsity import NM
 
-ROUNDS, LAYER_SECONDS, NETWORK_SECONDS = 5, 0.15, 1.0  # at least so many runs, and for so long, to time a layer or a network
+LAYER_SECONDS, NETWORK_SECONDS = 0.15, 1.0  # for so long a layer or a network is timed
 MARGINS = 1.0, 1.3  # a layer is packed if it is so many times as fast alone; the second is tried if the first makes a slower network
 
 # ---------------------------------------------------------------- the report
@@ -66,7 +63,8 @@ class Deployment:
         dense_ms, sparse_ms: of the network as it came, and as it runs now.
         dense_bytes, sparse_bytes: of the two.
         dense_flops, sparse_flops: of Linear and Conv2d on the example, a multiplication and an addition being two.
-        difference: largest difference of an output from the network as it came, relative to the largest output.
+        difference: largest difference of an output from the network as it came, relative to the largest output; NaN where the
+            network returns no floating-point tensor, so that nothing could be compared.
         folded: BatchNorms that are now in the convolution before them, and activations in the packed layer before them.
         notes: sentences that a reader should see.
     """
@@ -85,16 +83,12 @@ class Deployment:
     notes: list[str] = field(default_factory=list)
 
     def table(self) -> Table:
-        table = Table(pad_edge=False)
-        for heading in ("layer", "weight", "pattern", "kernel"):
-            table.add_column(heading)
-        for heading in ("dense ms", "sparse ms", "ratio", "bytes"):
-            table.add_column(heading, justify="right")
-        table.add_column("")
+        table = named_table(("weight", "pattern", "kernel"), ("dense ms", "sparse ms", "ratio", "bytes"))
+        table.add_column("", overflow="fold")
         for x in self.layers:
             known = x.sparse_ms == x.sparse_ms
-            table.add_row(
-                x.name, "x".join(map(str, x.shape)), x.pattern, "dense" if x.reason else x.kernel,
+            add_row(
+                table, x.name, "x".join(map(str, x.shape)), x.pattern, "dense" if x.reason else x.kernel,
                 *((f"{x.dense_ms:.3f}", f"{x.sparse_ms:.3f}", f"{x.dense_ms / x.sparse_ms:.2f}") if known else ("", "", "")),
                 f"{100 * x.sparse_bytes / x.dense_bytes:.0f} %" if x.sparse_bytes else "", x.reason)
         return table
@@ -104,19 +98,24 @@ class Deployment:
         return (f"{packed} of {len(self.layers)} layers with zeros are packed; {self.dense_ms:.2f} ms dense, {self.sparse_ms:.2f} ms now "
                 f"({self.dense_ms / self.sparse_ms:.2f} times as fast, {1e3 * self.samples / self.sparse_ms:.0f} images/s; {self.samples} at a "
                 f"time on {self.device}); {self.sparse_bytes / 1e6:.2f} of {self.dense_bytes / 1e6:.2f} MB, {self.sparse_flops / 1e9:.3g} of "
-                f"{self.dense_flops / 1e9:.3g} GFLOP; outputs differ by at most {self.difference:.1e} of the largest")
+                f"{self.dense_flops / 1e9:.3g} GFLOP; "
+                + (f"outputs differ by at most {self.difference:.1e} of the largest" if self.difference == self.difference else
+                   "nothing was compared, for the network returns no floating-point tensor"))
 
     def __str__(self) -> str:
         return "\n".join([render(self.table(), width=160), self.summary(), *self.notes])
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=1)
+        return to_json(asdict(self))
 
     @classmethod
     def from_json(cls, text: str) -> Deployment:
-        content = json.loads(text)
-        layers = [DeployedLayer(**{**x, "shape": tuple(x["shape"])}) for x in content.pop("layers")]
-        return cls(layers=layers, **content)
+        """Read what `to_json` wrote.
+
+        Raises:
+            ValueError: it is no JSON, or its entries are not a report's.
+        """
+        return read(cls, DeployedLayer, text)
 
 
 # ---------------------------------------------------------------- deploy
@@ -153,9 +152,14 @@ def deploy(
     """
     _check(model, objective)
     given = _like(model, network.as_inputs(example))
+    with torch.autocast(given.tensors()[0].device.type, enabled=False):
+        return _deployed(model, given, objective, dtype, progress)
+
+
+def _deployed(model: nn.Module, given: Inputs, objective: str, dtype: torch.dtype | None, progress: bool) -> nn.Module:
     expected = _first_run(model, given)
     net = network.copied(model)
-    network.bake_masks(net)
+    network.take_masks_off(net)
     network.open_attention(net)
     if not any((layer.weight == 0).any() for layer in network.prunable(net).values()):
         raise ValueError("deploy: expected a model with zeros in its Linear or Conv2d weights, got none; prune it first")
@@ -175,7 +179,7 @@ def deploy(
         report.sparse_flops += round(flops * float((layers[name].weight != 0).double().mean()))
     dense = network.copied(net)
     network.close_attention(dense)
-    times: dict[Any, tuple[float, float]] = {}  # of layers that are equal, in all that is tried
+    times: dict[Any, Race] = {}  # of layers that are equal, in all that is tried
     for margin in MARGINS:
         terms = _Terms(objective, margin, False, times)
         candidates = [_pack(network.copied(net), trace, followers, terms, progress)]
@@ -183,7 +187,9 @@ def deploy(
         if objective == "speed" and report.samples % 16 == 0 and convolves and next(net.parameters()).is_cpu:
             candidates.append(_pack(network.copied(net), trace, followers, terms._replace(innermost=True), progress))
         runs = [(model, given), (dense, inputs), *((found.net, inputs) for found in candidates)]
-        report.dense_ms, folded_ms, *taken = _race([lambda run=run: outputs(*run) for run in runs], NETWORK_SECONDS)  # type: ignore[misc]
+        whole = race([lambda run=run: outputs(*run) for run in runs], NETWORK_SECONDS,  # type: ignore[misc]
+                     _whole_scatters)
+        report.dense_ms, folded_ms, *taken = whole.medians
         report.sparse_ms, best = min(zip(taken, candidates, strict=True), key=lambda x: x[0])
         report.layers = best.rows
         packed = [x for x in best.rows if not x.reason]
@@ -196,7 +202,9 @@ def deploy(
                             f"{folded_ms:.2f} ms with dense layers), so all stay dense.")
         net, report.sparse_ms = dense, folded_ms
         report.layers = [replace(x, reason=x.reason or "the network as a whole was faster without it") for x in report.layers]
-    report.difference = difference(expected, outputs(net, inputs))
+    if objective == "speed":
+        report.notes += _scatter(times, whole, margin)
+    report.difference = difference(expected, outputs(net, inputs)) if expected else float("nan")
     report.sparse_bytes = _nbytes(net)
     net.report = report  # type: ignore[assignment]
     return net
@@ -208,7 +216,7 @@ class _Terms(NamedTuple):
     objective: str
     margin: float
     innermost: bool  # hand images on innermost in memory
-    times: dict[Any, tuple[float, float]]
+    times: dict[Any, Race]
 
 
 class _Packed(NamedTuple):
@@ -266,9 +274,11 @@ def _choose(
     key = (kind, tuple(layer.weight.shape), tuple(site.inputs), row.pattern, follow, str(site.settings), layer.weight.is_contiguous(),
            innermost)
     if key not in terms.times:
-        terms.times[key] = tuple(_race([lambda: [mine(a) if activation is None else activation(mine(a)) for a in x],  # type: ignore[assignment]
-                                  lambda: [packed(a) for a in laid]], LAYER_SECONDS))
-    row = replace(row, dense_ms=terms.times[key][0], sparse_ms=terms.times[key][1])
+        terms.times[key] = race([lambda: [mine(a) if activation is None else activation(mine(a)) for a in x],
+                                 lambda: [packed(a) for a in laid]], LAYER_SECONDS,
+                                lambda race: terms.objective == "speed" and race.scatters(0, 1, terms.margin))
+    dense_ms, sparse_ms = terms.times[key].medians
+    row = replace(row, dense_ms=dense_ms, sparse_ms=sparse_ms)
     if terms.objective == "size":
         row = replace(row, reason="" if row.sparse_bytes < size else "smaller as it is")
     elif packed.kernel == "reference":
@@ -285,41 +295,29 @@ def _random(shape: torch.Size, stride: tuple[int, ...], like: Tensor) -> Tensor:
     return x.normal_()
 
 
-def _race(runs: Sequence[Callable[[], object]], seconds: float) -> list[float]:
-    """Median milliseconds of each, run in turns so that a noisy moment meets all."""
-    taken: list[list[float]] = [[] for _ in runs]
-    with torch.inference_mode():
-        for run in runs:
-            run()
-        end = time.perf_counter() + seconds
-        while len(taken[0]) < ROUNDS or time.perf_counter() < end:
-            for run, times in zip(runs, taken, strict=True):
-                _wait()
-                began = time.perf_counter()
-                run()
-                _wait()
-                times.append(1e3 * (time.perf_counter() - began))
-    return [statistics.median(times) for times in taken]
+def _whole_scatters(whole: Race) -> bool:
+    """Whether a packed network cannot be told from the dense one with its normalisation folded; the network as it came is the first."""
+    return any(whole.scatters(1, i) for i in range(2, len(whole.rounds[0])))
 
 
-def _wait() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+def _scatter(times: dict[Any, Race], whole: Race, margin: float) -> list[str]:
+    """Say of which choices the times mean little."""
+    unsure = sum(x.scatters(0, 1, margin) for x in times.values())
+    notes = []
+    if unsure:
+        notes.append(f"The times of {unsure} of {len(times)} kinds of layer scatter by more than {100 * SCATTER:.0f} % although they were taken "
+                     f"{REPEATS} times, so that choosing between dense and packed means little there; run deploy again on a quieter machine.")
+    if _whole_scatters(whole):
+        notes.append(f"The times of the whole network scatter by more than {100 * SCATTER:.0f} % although they were taken {REPEATS} times, so that "
+                     "its ratio means little; run deploy again on a quieter machine.")
+    return notes
 
 
 def _check(model: nn.Module, objective: str) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"deploy: expected an nn.Module, got {type(model).__name__}")
+    intake.check_model("deploy", model)
     if objective not in ("speed", "size"):
         raise ValueError(f'deploy: expected an objective of "speed" or "size", got {objective!r}')
-    for name, module in model.named_modules():
-        if module.training:
-            raise ValueError("deploy: expected a model in evaluation mode, got one in training mode; call model.eval() first")
-        if isinstance(module, SparseLinear | SparseConv2d):
-            raise ValueError(f"deploy: expected a model that is not packed yet, but {name} is; deploy the pruned model it came from")
     for name, p in model.named_parameters():
-        if p.is_meta:
-            raise ValueError(f"deploy: expected weights with values, got {name} on the meta device; load the weights first")
         if not p.isfinite().all():
             raise ValueError(f"deploy: expected finite weights, got NaN or infinity in {name}")
 
@@ -331,14 +329,14 @@ def _first_run(model: nn.Module, inputs: Inputs) -> list[Tensor]:
 
 
 def _like(model: nn.Module, inputs: Inputs) -> Inputs:
-    """Inputs on the model's device, in its precision."""
-    like = next(model.parameters())
+    """Inputs on the model's device, in the precision of its first layer: another parameter, the first of all too, may have its own."""
+    like = next((layer.weight for layer in network.prunable(model).values()), next(model.parameters()))
     return Inputs(*tree_map(
         lambda x: x.to(like.device, like.dtype if x.is_floating_point() else None) if isinstance(x, Tensor) else x, tuple(inputs)))
 
 
 def _samples(inputs: Inputs) -> int:
-    return next((len(x) for x in inputs.tensors() if x.ndim), 1)
+    return inputs.samples()
 
 
 def _device(inputs: Inputs) -> str:
@@ -349,4 +347,4 @@ def _device(inputs: Inputs) -> str:
 
 
 def _nbytes(module: nn.Module) -> int:
-    return sum(x.nbytes for x in module.state_dict().values())
+    return sum(x.nbytes for x in module.state_dict().values() if isinstance(x, Tensor))

@@ -7,6 +7,7 @@ subclasses, modules that pad for themselves and functional use all look alike, a
 from __future__ import annotations
 
 import copy
+import inspect
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
@@ -22,7 +23,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 
 class Inputs(NamedTuple):
-    """One batch, ready to call a network with."""
+    """One batch, ready to call a network with. Its samples are the entries of each tensor's first dimension, or of a list of tensors."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -33,25 +34,52 @@ class Inputs(NamedTuple):
     def tensors(self) -> list[Tensor]:
         return [x for x in tree_leaves(tuple(self)) if isinstance(x, Tensor)]
 
+    def samples(self) -> int:
+        """Count the samples, by the first tensor or list of tensors."""
+        return next((len(x) for x in tree_leaves(tuple(self), is_leaf=_is_batched) if _is_batched(x)), 1)
+
+    def split(self, size: int) -> list[Inputs]:
+        """Divide a batch into parts of `size` samples; whole if its tensors do not agree on how many there are."""
+        count = self.samples()
+        if size < 1 or any(len(x) != count for x in tree_leaves(tuple(self), is_leaf=_is_batched) if _is_batched(x)):
+            return [self]
+        return [
+            Inputs(*tree_map(lambda x, i=i: x[i : i + size] if _is_batched(x) else x, tuple(self), is_leaf=_is_batched))
+            for i in range(0, count, size)
+        ]
+
+
+def _is_batched(x: Any) -> bool:
+    """Whether this holds a sample an entry: a tensor, or a list of pictures, which may differ in size."""
+    if isinstance(x, Tensor):
+        return x.ndim > 0
+    return isinstance(x, list) and bool(x) and all(isinstance(t, Tensor) for t in x)
+
 
 LABELS = ("label", "labels")
 
 
 def as_inputs(batch: Any) -> Inputs:
-    """Read a batch: a tensor, `(images, labels)` (labels ignored) or a mapping of keyword inputs (likewise).
+    """Read a batch: a tensor, a list of pictures, `(images, labels)` (labels ignored) or a mapping of keyword inputs (likewise).
+
+    A list of pictures is a list of floating-point (C, H, W) tensors, of any sizes, as detection networks take it.
 
     Raises:
         TypeError: it is none of these.
     """
-    if isinstance(batch, Tensor):
+    if isinstance(batch, Tensor) or _is_pictures(batch):
         return Inputs((batch,), {})
     if isinstance(batch, Mapping):
         return Inputs((), {key: value for key, value in batch.items() if key not in LABELS})
-    if isinstance(batch, list | tuple) and batch and isinstance(batch[0], Tensor | Mapping):
+    if isinstance(batch, list | tuple) and batch and (isinstance(batch[0], Tensor | Mapping) or _is_pictures(batch[0])):
         return as_inputs(batch[0])
     raise TypeError(
-        f"batches: expected tensors, (images, labels) pairs or mappings of keyword inputs, got {type(batch).__name__}"
+        f"batches: expected tensors, lists of pictures, (images, labels) pairs or mappings of keyword inputs, got {type(batch).__name__}"
     )
+
+
+def _is_pictures(x: Any) -> bool:
+    return isinstance(x, list) and bool(x) and all(isinstance(t, Tensor) and t.ndim == 3 and t.is_floating_point() for t in x)
 
 
 def output_of(net: nn.Module, inputs: Inputs) -> Any:
@@ -93,15 +121,49 @@ def plain_forward() -> Iterator[None]:
 
 
 def copied(model: nn.Module) -> nn.Module:
-    """A deep copy, also of a network under `torch.nn.utils.prune`, whose computed weights PyTorch refuses to copy."""
+    """Make a deep copy, also of a network under `torch.nn.utils.prune`, whose computed weights PyTorch refuses to copy.
+
+    Raises:
+        ValueError: something in it cannot be copied, or a module's forward was replaced by a function that holds on to the original.
+    """
+    for name, module in model.named_modules():
+        _refuse_captured(model, name, module)
     computed = [(m, name, x) for m in model.modules() for name, x in m.__dict__.items() if isinstance(x, Tensor) and not x.is_leaf]
     for module, name, x in computed:
         module.__dict__[name] = x.detach()
     try:
         return copy.deepcopy(model)
+    except Exception as error:  # whatever an attribute's own __deepcopy__ or __reduce__ raises
+        raise ValueError(f"the model cannot be copied{_uncopyable(model)} ({first_line(error)}); remove the attribute first") from error
     finally:
         for module, name, x in computed:
             module.__dict__[name] = x
+
+
+def _refuse_captured(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Refuse a forward whose copy would go on computing with the original's weights: a function that captured one of its modules."""
+    forward = module.__dict__.get("forward")
+    if not inspect.isfunction(forward):
+        return
+    held = inspect.getclosurevars(forward)
+    for value in (*held.nonlocals.values(), *held.globals.values()):
+        owner = getattr(value, "__self__", value)
+        if isinstance(owner, nn.Module) and any(owner is m for m in model.modules()):
+            raise ValueError(f"the forward of {name or 'the model'} was replaced by a function that holds on to its module, so that a copy would "
+                             "compute with the original's weights; put it in a subclass, or bind it with types.MethodType")
+
+
+def _uncopyable(model: nn.Module) -> str:
+    """Name the first attribute that cannot be copied alone."""
+    for name, module in model.named_modules():
+        for key, value in module.__dict__.items():
+            if key in ("_modules", "_parameters", "_buffers"):
+                continue
+            try:
+                copy.deepcopy(value)
+            except Exception:
+                return f": {name}.{key} is a {type(value).__name__}" if name else f": its {key} is a {type(value).__name__}"
+    return ""
 
 
 Layer: TypeAlias = nn.Linear | nn.Conv2d
@@ -221,14 +283,47 @@ def close_attention(model: nn.Module) -> None:
                 child.closed.clear()
 
 
-def bake_masks(model: nn.Module) -> dict[str, Tensor]:
-    """Make `torch.nn.utils.prune` parametrisations permanent, in place, and return their masks by layer."""
-    masks = {}
-    for name, module in prunable(model).items():
-        if torch_prune.is_pruned(module) and hasattr(module, "weight_mask"):
-            masks[name] = module.get_buffer("weight_mask").bool()
-            torch_prune.remove(module, "weight")
-    return masks
+@dataclass(frozen=True)
+class Carried:
+    """A parametrisation of `torch.nn.utils.prune` that a network carries.
+
+    Attributes:
+        module: whose parameter it is, by name.
+        parameter: its name there.
+        original: the parameter before masking.
+        mask: of its shape, bool.
+    """
+
+    module: str
+    parameter: str
+    original: Tensor
+    mask: Tensor
+
+    @property
+    def layer(self) -> str:
+        """The layer whose weight it is, in a network whose attention is open."""
+        inside = self.parameter.removesuffix("_weight") if self.parameter.endswith("proj_weight") else ""
+        return ".".join(x for x in (self.module, inside) if x)
+
+    @property
+    def is_weight(self) -> bool:
+        return self.parameter == "weight" or self.parameter.endswith("proj_weight")
+
+    def back(self, net: nn.Module, mask: Tensor) -> None:
+        """Put the parametrisation back on a network's parameter, with this mask."""
+        torch_prune.custom_from_mask(net.get_submodule(self.module), self.parameter, mask)
+
+
+def take_masks_off(net: nn.Module) -> list[Carried]:
+    """Make all parametrisations of `torch.nn.utils.prune` permanent, in place, and return what they were."""
+    found = []
+    for name, module in net.named_modules():
+        for parameter in [key.removesuffix("_orig") for key in module._parameters if key.endswith("_orig")]:
+            if f"{parameter}_mask" in module._buffers:
+                original = module.get_parameter(f"{parameter}_orig").detach().clone()
+                found.append(Carried(name, parameter, original, module.get_buffer(f"{parameter}_mask").bool()))
+                torch_prune.remove(module, parameter)
+    return found
 
 
 # ---------------------------------------------------------------- the forward pass, watched
@@ -270,7 +365,10 @@ class Watch(TorchFunctionMode):
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
-        self.names = {id(module.weight): name for name, module in prunable(net).items()}
+        self.names: dict[int, str] = {}
+        for name, module in prunable(net).items():
+            if isinstance(module.weight, nn.Parameter):  # a computed one is another tensor at every pass
+                self.names.setdefault(id(module.weight), name)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -303,6 +401,8 @@ class Order:
         shapes: of each layer's input at its first call.
         start: the moment of each layer's first call.
         death: by module, the moment after which nothing reads its output any more.
+        entered: modules that were called.
+        autocast: the first layer that ran under `torch.autocast`; empty if none did.
         output: what the network returned.
     """
 
@@ -311,6 +411,8 @@ class Order:
     shapes: dict[str, torch.Size] = field(default_factory=dict)
     start: dict[str, int] = field(default_factory=dict)
     death: dict[str, float] = field(default_factory=dict)
+    entered: set[str] = field(default_factory=set)
+    autocast: str = ""
     output: Any = None
 
 
@@ -327,6 +429,7 @@ class _OrderWatch(Watch):
 
     def enter(self, name: str) -> None:
         self.readers.append([])
+        self.order.entered.add(name)
 
     def leave(self, name: str, output: Any) -> None:
         self.moment += 1
@@ -345,6 +448,8 @@ class _OrderWatch(Watch):
             self.order.start[name] = self.moment
             self.order.shapes[name] = call.x.shape
         self.order.calls[name] += 1
+        if not self.order.autocast and torch.is_autocast_enabled(call.x.device.type):
+            self.order.autocast = name
         return self.other(func, args, kwargs)
 
     def other(self, func: Any, args: Any, kwargs: Any) -> Any:
@@ -447,7 +552,7 @@ class Stream:
 
     It remembers what the modules before the current layer returned, so that a forward pass can start there: modules
     that were done answer from memory, and only the code around them runs. Outputs that nothing will read again are
-    dropped.
+    dropped. The batch itself may stay on the host.
     """
 
     def __init__(self, plan: Plan, inputs: Inputs) -> None:
@@ -455,18 +560,25 @@ class Stream:
         self.memory: dict[str, list[Any]] = {}
         self.call: Call | None = None
 
+    def on_device(self) -> Stream:
+        """The same stream with its batch on the network's device, for as long as it is held."""
+        stream = copy.copy(self)
+        stream.inputs = self.inputs.to(next(self.plan.net.parameters()).device)
+        return stream
+
     def advance(self, layer: str) -> Call:
         """Run up to `layer`, remember what was done on the way, and return the layer's call.
 
         Raises:
             RuntimeError: the layer did not run.
         """
+        inputs = self.on_device().inputs
         while True:
             record = _Record(self.plan.changed)
             watch = _UntilLayer(self.plan.net, layer)
             with torch.no_grad(), plain_forward(), self.answering(copies=layer not in self.plan.reached), \
                     listening(self.plan.net, record.enter, record.leave), watch, suppress(Finished):
-                self.plan.net(*self.inputs.args, **self.inputs.kwargs)
+                self.plan.net(*inputs.args, **inputs.kwargs)
             if watch.call is None:
                 raise RuntimeError(f"{layer}: did not run on this batch although it ran on the first")
             changed = record.changed_since()

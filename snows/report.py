@@ -6,13 +6,16 @@ import html
 import io
 import json
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, get_type_hints
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
+
+SPARED = "the budget takes nothing from it"  # of a layer that is among those that a budget is spent over
 
 
 @dataclass(frozen=True)
@@ -74,42 +77,43 @@ class Report:
 
     @property
     def prunable(self) -> int:
-        return sum(layer.size for layer in self.layers if not layer.reason)
+        return sum(layer.size for layer in self.layers if layer.reason in ("", SPARED))
 
     @property
     def seconds(self) -> float:
         return sum(layer.seconds for layer in self.layers)
 
     def table(self) -> Table:
-        table = Table(title=None, pad_edge=False)
-        for heading, justify in (("layer", "left"), ("weight", "left"), ("pattern", "left"), ("kept", "right"),
-                                 ("loss before", "right"), ("after", "right"), ("CG", "right"), ("seconds", "right")):
-            table.add_column(heading, justify=justify)  # type: ignore[arg-type]
+        table = named_table(("weight", "pattern"), ("kept", "loss before", "after", "CG", "seconds"))
         for x in self.layers:
             shape = "x".join(map(str, x.shape))
             if x.reason:
-                table.add_row(x.name, shape, f"dense: {x.reason}", "", "", "", "", "")
+                add_row(table, x.name, shape, f"dense: {x.reason}", f"{100 * x.kept / x.size:.1f} %" if x.kept < x.size else "")
             else:
-                table.add_row(x.name, shape, x.pattern, f"{100 * x.kept / x.size:.1f} %", f"{x.before:.4g}", f"{x.after:.4g}",
-                              str(x.iterations), f"{x.seconds:.1f}")
+                losses = (f"{x.before:.4g}", f"{x.after:.4g}", str(x.iterations)) if x.before == x.before else ("", "", "")
+                add_row(table, x.name, shape, x.pattern, f"{100 * x.kept / x.size:.1f} %", *losses, f"{x.seconds:.1f}")
         return table
 
     def summary(self) -> str:
         prunable, weights = max(self.prunable, 1), max(self.weights, 1)
-        return (f"{self.zeros} zeros: {100 * self.zeros / prunable:.2f} % of the {self.prunable} prunable weights, "
+        pruned = sum(layer.size - layer.kept for layer in self.layers if not layer.reason)
+        return (f"{self.zeros} zeros: {100 * pruned / prunable:.2f} % of the {self.prunable} prunable weights, "
                 f"{100 * self.zeros / weights:.2f} % of all {self.weights}; {self.seconds:.1f} s")
 
     def __str__(self) -> str:
         return "\n".join([render(self.table()), self.summary(), *self.notes])
 
     def to_json(self) -> str:
-        return json.dumps({**asdict(self), "layers": [asdict(x) for x in self.layers]}, indent=1)
+        return to_json(asdict(self))
 
     @classmethod
     def from_json(cls, text: str) -> Report:
-        content = json.loads(text)
-        layers = [LayerReport(**{**x, "shape": tuple(x["shape"])}) for x in content.pop("layers")]
-        return cls(layers=layers, **content)
+        """Read what `to_json` wrote.
+
+        Raises:
+            ValueError: it is no JSON, or its entries are not a report's.
+        """
+        return read(cls, LayerReport, text)
 
     def save(self, path: Path) -> None:
         """Write JSON, or a page with plots if `path` ends in .html."""
@@ -118,6 +122,77 @@ class Report:
     def to_html(self, title: str = "snows", head: Sequence[Table] = ()) -> str:
         """A page that needs nothing else: the tables and a plot of each layer's loss before and after."""
         return page(title, [*head, self.table()], [self.summary(), *self.notes], [plot(self)])
+
+
+Row = TypeVar("Row")
+Whole = TypeVar("Whole")
+
+
+def to_json(content: Any) -> str:
+    """Write JSON that any reader takes: numbers that are not finite become null."""
+
+    def finite(x: Any) -> Any:
+        if isinstance(x, Mapping):
+            return {key: finite(value) for key, value in x.items()}
+        if isinstance(x, list | tuple):
+            return [finite(value) for value in x]
+        return None if isinstance(x, float) and not math.isfinite(x) else x
+
+    return json.dumps(finite(content), indent=1, allow_nan=False)
+
+
+def read(kind: type[Whole], row: type[Row], text: str) -> Whole:
+    """Read a report, whose `layers` are of the kind `row`, from the JSON of its fields.
+
+    Raises:
+        ValueError: it is no JSON, or an entry is missing, unknown or of another type; the sentence names it.
+    """
+    content = json.loads(text)
+    if not isinstance(content, dict) or not isinstance(content.get("layers"), list):
+        raise ValueError("expected an object with a list of layers")
+    layers = [_fields(row, x, f"layer {i}: ") for i, x in enumerate(content["layers"])]
+    return _fields(kind, {**content, "layers": layers}, "")
+
+
+def _fields(kind: type[Row], content: Any, where: str) -> Row:
+    """One dataclass from JSON; null stands for a number that was not finite."""
+    if not isinstance(content, dict):
+        raise ValueError(f"{where}expected an object, got {content!r:.60}")
+    hints, values = get_type_hints(kind), {}
+    if unknown := [key for key in content if key not in hints]:
+        raise ValueError(f"{where}there is no entry {unknown[0]!r:.60}")
+    for entry in fields(kind):  # type: ignore[arg-type]  # of a dataclass
+        name, hint = entry.name, getattr(hints[entry.name], "__origin__", hints[entry.name])
+        if name not in content:
+            continue
+        value = content[name]
+        value = tuple(value) if hint is tuple and isinstance(value, list) and all(type(x) is int and x > 0 for x in value) else value
+        value = math.nan if hint is float and value is None else value
+        if hint is list and name != "layers" and isinstance(value, list) and not all(isinstance(x, str) for x in value):
+            raise ValueError(f"{where}expected {name} to be a list of texts, got {value!r:.60}")
+        if not (type(value) is int if hint in (int, float) and not isinstance(value, float) else isinstance(value, hint)):
+            raise ValueError(f"{where}expected {name} to be of type {hint.__name__}, got {value!r:.60}")
+        values[name] = value
+    try:
+        return kind(**values)
+    except TypeError as error:  # an entry without a default is missing
+        raise ValueError(f"{where}{error}") from error
+
+
+def named_table(left: Sequence[str], right: Sequence[str]) -> Table:
+    """Begin a table of layers by name. A name is never cut, for its end is what tells: it goes on in the next line."""
+    table = Table(pad_edge=False)
+    table.add_column("layer", overflow="fold")
+    for heading in left:
+        table.add_column(heading, overflow="fold")
+    for heading in right:
+        table.add_column(heading, justify="right", no_wrap=True)
+    return table
+
+
+def add_row(table: Table, *cells: str) -> None:
+    """Add cells as they are: a name like `[/red]` is no markup."""
+    table.add_row(*(Text(cell) for cell in cells))
 
 
 def plot(report: Report) -> str:

@@ -217,6 +217,8 @@ def fold_normalisations(net: nn.Module, inputs: Inputs, trace: Trace) -> dict[st
     if not pairs:
         return {}
     before = outputs(net, inputs)
+    if not before:  # nothing to check a fold by
+        return {}
     undo = [_fold(net, conv, norm) for conv, norm in pairs.items()]
     if difference(before, outputs(net, inputs)) <= _tolerance(before):
         return pairs

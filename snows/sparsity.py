@@ -161,8 +161,8 @@ def parse_pattern(text: str) -> NM | Unstructured:
 def allocate(scores: Mapping[str, Tensor], sparsity: float, cap: float = 0.95) -> dict[str, int]:
     """Spend one exact sparsity budget over several layers: how many weights each layer loses.
 
-    The lowest scores of all layers go first; no layer loses more than the share `cap` of its own, and what a capped
-    layer may not lose is taken from the others. The denominator is the number of weights in `scores`.
+    The lowest scores of all layers go first; no layer loses more than the share `cap` of its own, nor its last weight, and
+    what a layer may not lose is taken from the others. The denominator is the number of weights in `scores`.
 
     Args:
         scores: by layer, comparable between layers; higher stays.
@@ -176,11 +176,11 @@ def allocate(scores: Mapping[str, Tensor], sparsity: float, cap: float = 0.95) -
         raise ValueError(f"allocate: expected a cap above 0 and of at most 1, got {cap}")
     total = sum(s.numel() for s in scores.values())
     budget = round(sparsity * total)
-    limits = {name: math.floor(cap * s.numel() + 1e-9) for name, s in scores.items()}
+    limits = {name: min(math.floor(cap * s.numel() + 1e-9), s.numel() - 1) for name, s in scores.items()}
     if budget > sum(limits.values()):
         raise ValueError(
             f"allocate: a sparsity of {sparsity:g} needs {budget} of {total} weights removed, but with a cap of {cap:g} "
-            f"per layer at most {sum(limits.values())} can go; lower the sparsity or raise the cap"
+            f"per layer, and one weight of each kept, at most {sum(limits.values())} can go; lower the sparsity or raise the cap"
         )
     candidates, owner = [], []
     for index, (name, score) in enumerate(scores.items()):

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from snows import deployment
+from snows import deployment, measuring
 
 sys.path.insert(0, str(Path(__file__).parent))
 collect_ignore = ["compile_kernels.py"]  # a program of its own
@@ -21,8 +21,9 @@ def _seeded():
 @pytest.fixture(autouse=True)
 def _one_round(monkeypatch):
     """Tests of `deploy` do not wait for times that mean something."""
-    for name in ("ROUNDS", "LAYER_SECONDS", "NETWORK_SECONDS"):
-        monkeypatch.setattr(deployment, name, name == "ROUNDS")
+    for module, name, value in ((measuring, "ROUNDS", 2), (measuring, "REPEATS", 1), (deployment, "LAYER_SECONDS", 0),
+                                (deployment, "NETWORK_SECONDS", 0)):
+        monkeypatch.setattr(module, name, value)
 
 
 def define_torchvision_schemas():

@@ -13,6 +13,7 @@ from torch import nn
 
 import snows
 from snows import cli, deployment, sources, zoo
+from snows.measuring import Race
 from snows.sources import Preprocessing, load_data, load_model
 
 
@@ -358,7 +359,7 @@ def test_demo_judges_what_it_leaves(packs, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(cli.demonstration, "CASES", (("resnet20", snows.NM(1, 4)),))
     monkeypatch.setattr(cli.demonstration, "calibration", lambda: few)
     times = [[2.0, 1.0], [3.0, 2.5, 1.5, 1.5]] if packs else [[1.0, 2.0], [3.0, 2.5, 2.5, 2.5]]  # dense first: of a layer, of the network
-    monkeypatch.setattr(deployment, "_race", lambda runs, seconds: times[len(runs) > 2][:len(runs)])
+    monkeypatch.setattr(deployment, "race", lambda runs, seconds, undecided: Race([tuple(times[len(runs) > 2][:len(runs)])] * 5))
     monkeypatch.setattr(snows.SparseConv2d, "kernel", "native")  # where no kernel was built they are no candidates
     monkeypatch.setattr(snows.SparseLinear, "kernel", "native")
     code, printed = run(monkeypatch, capsys, "demo", "--out", tmp_path, "--images", 96)

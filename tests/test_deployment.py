@@ -15,6 +15,7 @@ import snows
 from snows import deployment, ops, rewriting, zoo
 from snows.deployment import Deployment
 from snows.layers import SparseConv2d, SparseLinear
+from snows.measuring import Race
 from snows.network import OpenAttention, as_inputs
 
 
@@ -297,10 +298,10 @@ def test_the_faster_one_stays_and_the_network_as_a_whole_decides(monkeypatch):
     net, x = masked(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 12), nn.Linear(12, 4))), torch.randn(3, 8)
     monkeypatch.setattr(SparseLinear, "kernel", "native")
 
-    def race(runs, seconds, whole=(3.0, 2.5, 2.0), layers=iter([[2.0, 1.0], [1.0, 1.1], [1.0, 0.9]])):  # noqa: B008
-        return list(whole) if len(runs) == 3 else next(layers)
+    def race(runs, seconds, undecided, whole=(3.0, 2.5, 2.0), layers=iter([[2.0, 1.0], [1.0, 1.1], [1.0, 0.9]])):  # noqa: B008
+        return Race([tuple(whole if len(runs) == 3 else next(layers))] * 5)
 
-    monkeypatch.setattr(deployment, "_race", race)
+    monkeypatch.setattr(deployment, "race", race)
     deployed = snows.deploy(net, x, progress=False)
     assert [type(m) for m in deployed] == [SparseLinear, nn.Linear, SparseLinear]
     assert [row.reason for row in deployed.report.layers] == ["", "faster as it is", ""]
@@ -308,16 +309,16 @@ def test_the_faster_one_stays_and_the_network_as_a_whole_decides(monkeypatch):
 
     def losing(*wholes):
         whole, layers = iter(wholes), iter([[2.0, 1.0], [1.0, 1.1], [1.0, 0.9]])
-        return lambda runs, seconds: list(next(whole)) if len(runs) == 3 else next(layers)
+        return lambda runs, seconds, undecided: Race([tuple(next(whole) if len(runs) == 3 else next(layers))] * 5)
 
-    monkeypatch.setattr(deployment, "_race", losing((3.0, 1.5, 2.0), (3.0, 1.5, 1.4)))  # faster with the layer that gains much alone
+    monkeypatch.setattr(deployment, "race", losing((3.0, 1.5, 2.0), (3.0, 1.5, 1.4)))  # faster with the layer that gains much alone
     deployed = snows.deploy(net, x, progress=False)
     assert [type(m) for m in deployed] == [SparseLinear, nn.Linear, nn.Linear]
     assert [row.reason for row in deployed.report.layers][1:] == ["faster as it is", "less than 1.3 times as fast: the network was faster without it"]
     assert deployed.report.sparse_ms == 1.4
     assert not deployed.report.notes
 
-    monkeypatch.setattr(deployment, "_race", losing((3.0, 1.5, 2.0), (3.0, 1.5, 2.0)))
+    monkeypatch.setattr(deployment, "race", losing((3.0, 1.5, 2.0), (3.0, 1.5, 2.0)))
     deployed = snows.deploy(net, x, progress=False)
     assert [type(m) for m in deployed] == [nn.Linear] * 3
     assert deployed.report.sparse_ms == 1.5
@@ -355,9 +356,9 @@ def test_what_cannot_be_deployed_is_refused():
         snows.deploy(copy.deepcopy(net).train(), x)
     with pytest.raises(ValueError, match="zeros in its Linear or Conv2d weights, got none"):
         snows.deploy(nn.Sequential(nn.Linear(8, 8)).eval(), x)
-    with pytest.raises(ValueError, match="packed yet, but 0 is"):
+    with pytest.raises(ValueError, match="not packed yet, but 0 is packed already"):
         snows.deploy(small(net, x), x)
-    with pytest.raises(ValueError, match="but 0 is packed already"):
+    with pytest.raises(ValueError, match="not packed yet, but 0 is packed already"):
         snows.prune(small(net, x), [x], snows.NM(2, 4))
     with pytest.raises(ValueError, match="cannot run a batch"):
         snows.deploy(net, torch.randn(3, 9))

@@ -7,7 +7,8 @@ import snows
 
 FLOORS = [
     {"kernels"}, {"reference", "derivatives", "ops", "graphs"}, {"sparsity"}, {"operators", "solvers", "packing", "layers"},
-    {"network", "moments", "routes", "horizon"}, {"selectors", "report", "run", "evaluation", "pruning"}, {"rewriting", "deployment", "files"},
+    {"network", "moments", "routes", "horizon"}, {"selectors", "report", "run", "evaluation", "intake", "normalisation", "pruning"},
+    {"measuring", "rewriting", "deployment", "files"},
     {"zoo", "sources", "demo", "cli", "__main__"},
 ]
 PACKAGE = Path(snows.__file__).parent

@@ -19,7 +19,8 @@ from snows import NM, Newton, Unstructured, network, zoo
 from snows.demo import calibration
 from snows.evaluation import evaluate, logits_of
 from snows.horizon import Horizon
-from snows.pruning import _hold_back, recalibrate_statistics
+from snows.normalisation import recalibrate_statistics
+from snows.pruning import _hold_back
 from snows.sparsity import rows
 
 quiet = partial(snows.prune, select=snows.magnitude, progress=False, horizon=4, solver=Newton(max_iterations=4))
@@ -354,7 +355,7 @@ WRONG = {
     "group divides no layer": (plain, [x], NM(2, 7), {}, "no layer is left.*7"),
     "budget beyond the caps": (plain, [x], Unstructured(0.9), {"cap": 0.5}, "raise the cap"),
     "mask of another shape": (plain, [x], None, {"select": {"2": torch.ones(3, 3, dtype=torch.bool)}}, r"\(8, 8\), got .* \(3, 3\)"),
-    "mask of another dtype": (plain, [x], None, {"select": {"2": torch.ones(8, 8)}}, "torch.bool"),
+    "mask of another dtype": (plain, [x], None, {"select": {"2": torch.full((8, 8), 0.5)}}, "torch.bool, or zeros and ones"),
     "mask for no layer": (plain, [x], None, {"select": {"nope": torch.ones(8, 8, dtype=torch.bool)}}, "nope"),
     "mask against the pattern": (plain, [x], NM(2, 4), {"select": {"2": torch.ones(8, 8, dtype=torch.bool)}}, "keeps more than"),
     "no pattern": (plain, [x], None, {}, "expected a pattern"),

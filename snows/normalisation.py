@@ -1,0 +1,96 @@
+"""BatchNorm's statistics after pruning: moved by as much as pruning moved what they describe."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from snows import network
+from snows.network import Inputs
+
+
+def recalibrate_statistics(sparse: nn.Module, dense: nn.Module, inputs: Sequence[Inputs]) -> None:
+    """Correct the statistics of every BatchNorm by how far pruning moved them, in place.
+
+    Each BatchNorm's running mean moves by the difference of its input's means in the pruned and in the dense network,
+    its variance by their ratio, both over all calibration images. So a network that was not pruned stays as it is, and
+    images that differ from those of training (without their augmentation, say) do no harm; where they do not differ
+    this is the usual re-estimation. One pass each; in the pruned network each BatchNorm normalises with what it sees.
+
+    Args:
+        sparse: the pruned network, in evaluation mode.
+        dense: the dense network with the same BatchNorms.
+        inputs: the calibration batches; each travels to the network's device when it is used.
+    """
+    own = {name: m for name, m in sparse.named_modules() if isinstance(m, _BatchNorm) and m.running_mean is not None}
+    theirs = {name: dense.get_submodule(name) for name in own}
+    if not own:
+        return
+    device = next(sparse.parameters()).device
+    totals = {name: [_Moments(), _Moments()] for name in own}
+    origin = {name: (m.running_mean.clone(), m.running_var.clone()) for name, m in own.items()}  # type: ignore[union-attr]
+    seen: dict[str, list[_Moments]] = {}
+
+    def set_statistics(name: str, before: _Moments, after: _Moments) -> None:
+        mean, var = origin[name]
+        own[name].running_mean.copy_(mean + after.mean - before.mean)  # type: ignore[union-attr]
+        ratio = (after.var + own[name].eps) / (before.var + own[name].eps)
+        varied = (before.var + own[name].eps > 0) & (after.var + own[name].eps > 0)  # with eps=0 a constant channel tells nothing
+        own[name].running_var.copy_(torch.where(varied, var * ratio, var))  # type: ignore[union-attr]
+
+    def watch_dense(name: str, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        seen[name].append(_Moments.of(args[0]))
+
+    def watch_sparse(name: str, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        before, after = seen[name].pop(0), _Moments.of(args[0])
+        set_statistics(name, before, after)  # what comes after is to see it as it will be
+        totals[name][0].add(before)
+        totals[name][1].add(after)
+
+    hooks = [m.register_forward_pre_hook(partial(watch_dense, name)) for name, m in theirs.items()]
+    hooks += [m.register_forward_pre_hook(partial(watch_sparse, name)) for name, m in own.items()]
+    try:
+        with torch.no_grad(), network.plain_forward():
+            for x in (x.to(device) for x in inputs):
+                seen.update({name: [] for name in own})
+                dense(*x.args, **x.kwargs)
+                sparse(*x.args, **x.kwargs)
+            for name, (before, after) in totals.items():
+                if before.count:
+                    set_statistics(name, before, after)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+class _Moments:
+    """Mean and mean square per channel, pooled over batches in float64."""
+
+    def __init__(self) -> None:
+        self.count, self.mean, self.square = 0, torch.zeros(()), torch.zeros(())
+
+    @classmethod
+    def of(cls, x: Tensor) -> _Moments:
+        """Of a BatchNorm's input, (B, C, ...)."""
+        moments, x = cls(), x.detach()
+        corner = (slice(1), slice(None), *(slice(1) for _ in range(2, x.ndim)))
+        origin = x[corner]  # subtracted, so that a constant channel varies by nothing
+        mean, var = (m.double() for m in torch.ops.aten.batch_norm_update_stats(x - origin, None, None, 0.0))
+        moments.count, moments.mean = x.numel() // x.shape[1], origin.flatten().double() + mean
+        moments.square = var + moments.mean.square()
+        return moments
+
+    @property
+    def var(self) -> Tensor:
+        var = self.square - self.mean.square()
+        return torch.where(var > 1e-12 * self.square, var, 0.0)  # what is less is rounding
+
+    def add(self, other: _Moments) -> None:
+        total = self.count + other.count
+        self.mean = (self.count * self.mean + other.count * other.mean) / total
+        self.square = (self.count * self.square + other.count * other.square) / total
+        self.count = total
