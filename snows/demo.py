@@ -40,15 +40,17 @@ def calibration(samples: int = SAMPLES, batch: int = BATCH, seed: int = 0) -> li
     return list(images[order].split(batch))
 
 
-def run(out: Path, console: Console, judged: int = JUDGED) -> list[dict[str, object]]:
+def run(out: Path, console: Console, judged: int = JUDGED, device: torch.device | None = None) -> list[dict[str, object]]:
     """Prune each case at the default settings, next to magnitude pruning, deploy it, and leave weights and a page in `out`.
 
     Args:
         out: the folder.
         console: where the tables go.
         judged: how many of the zoo's 10,000 test images accuracy and divergence are measured on, from the first on.
+        device: that the networks are pruned and measured on; by default the CPU.
     """
     out.mkdir(parents=True, exist_ok=True)
+    device = device or torch.device("cpu")
     images, labels = zoo.images("test")
     assert labels is not None
     images, labels = images[:judged], labels[:judged]
@@ -69,7 +71,7 @@ def run(out: Path, console: Console, judged: int = JUDGED) -> list[dict[str, obj
     def fast(net: nn.Module) -> nn.Module:
         """A copy that computes the same a little sooner: channels last, normalisation in the convolutions."""
         net = network.copied(net).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        example = network.as_inputs(test[0])
+        example = network.as_inputs(test[0]).to(device)
         fold_normalisations(net, example, Trace(net, example))
         return net
 
@@ -81,11 +83,11 @@ def run(out: Path, console: Console, judged: int = JUDGED) -> list[dict[str, obj
         task = bar.add_task("demo", total=len(CASES))
         for name, pattern in CASES:
             bar.update(task, description=f"{name} {pattern}")
-            dense = zoo.load(name)
+            dense = zoo.load(name).to(device)
             if name not in references:
                 with timed("evaluation"):
                     references[name] = [logits_of(net, x) for net in (fast(dense),) for x, _ in test]
-            right = torch.cat(references[name]).argmax(1) == labels
+            right = torch.cat(references[name]).argmax(1).cpu() == labels
             row: dict[str, object] = {"network": name, "pattern": str(pattern), "dense": 100 * right.double().mean().item()}
             with timed("pruning"):
                 net, _ = prune(dense, batches, pattern, select=magnitude, solver=None, recalibrate=False, progress=False)
@@ -101,7 +103,7 @@ def run(out: Path, console: Console, judged: int = JUDGED) -> list[dict[str, obj
             path = out / f"{name}-{str(pattern).replace(':', '-')}.safetensors"
             write(path, save(state(net)))
             with timed("deployment"):
-                packed = deploy(net, test[0], progress=False)
+                packed = deploy(net, test[0][0].to(device), progress=False)
             found, packed_path = cast(Deployment, packed.report), path.with_suffix(".packed.safetensors")
             count = sum(not x.reason for x in found.layers)
             if count:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from snows.network import as_inputs, output_of, output_tensors
+from snows.network import as_inputs, labels_of, output_of, output_tensors
 
 
 class Scores(NamedTuple):
@@ -30,41 +30,91 @@ class Scores(NamedTuple):
 
 @torch.no_grad()
 def logits_of(net: nn.Module, batch: Any) -> Tensor:
-    """The (B, classes) logits: the first floating-point tensor of the network's output."""
-    return output_tensors(output_of(net, as_inputs(batch)))[0]
+    """Compute the (B, classes) logits on the network's device: the first floating-point tensor of its output.
+
+    Raises:
+        ValueError: the network cannot run the batch, or returns no such tensor.
+    """
+    device = next((x.device for x in (*net.parameters(), *net.buffers())), torch.device("cpu"))
+    found = output_tensors(output_of(net, as_inputs(batch).to(device)))
+    if not found or found[0].ndim != 2:
+        got = f"a tensor of {tuple(found[0].shape)}" if found else "no floating-point tensor"
+        raise ValueError(f"evaluate: expected the model to return logits of (images, classes), got {got}")
+    return found[0].float()
+
+
+class Tally:
+    """Scores that grow batch by batch."""
+
+    def __init__(self) -> None:
+        self.images = self.labelled = self.hits = self.hits5 = self.compared = self.same = 0
+        self.divergence = 0.0
+
+    def add(self, logits: Tensor, labels: Tensor | None = None, reference: Tensor | None = None) -> None:
+        """Count one batch.
+
+        Args:
+            logits: (B, classes).
+            labels: (B,) class numbers, on any device; negative stands for no label.
+            reference: the other network's logits, (B, classes), on any device.
+
+        Raises:
+            ValueError: there are not as many labels, or not as many reference logits.
+        """
+        self.images += len(logits)
+        if labels is not None:
+            labels = labels.to(logits.device)
+            if labels.shape != logits.shape[:1]:
+                raise ValueError(f"evaluate: expected a class number for each of {len(logits)} images, got labels of {tuple(labels.shape)}")
+            known = labels >= 0
+            ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+            self.labelled += int(known.sum())
+            self.hits += int(ranked[known, 0].sum())
+            self.hits5 += int(ranked[known].any(1).sum())
+        if reference is not None:
+            if reference.shape != logits.shape:
+                raise ValueError(f"evaluate: expected reference logits of {tuple(logits.shape)}, got {tuple(reference.shape)}")
+            reference = reference.to(logits)
+            self.compared += len(logits)
+            self.same += int((reference.argmax(1) == logits.argmax(1)).sum())
+            p, q = reference.double().log_softmax(1), logits.double().log_softmax(1)
+            self.divergence += (p.exp() * (p - q)).sum().item()
+
+    def scores(self) -> Scores:
+        """Divide by how many were counted."""
+        def share(count: float, whole: int) -> float:
+            return count / whole if whole else float("nan")
+
+        return Scores(self.images, 100 * share(self.hits, self.labelled), 100 * share(self.hits5, self.labelled),
+                      100 * share(self.same, self.compared), share(self.divergence, self.compared))
 
 
 def evaluate(net: nn.Module, batches: Iterable[Any], reference: Iterable[Tensor] | None = None) -> Scores:
-    """Measure a classifier.
+    """Measure a classifier, on the device that it is on.
 
     Args:
         net: in evaluation mode.
-        batches: images, or (images, labels) with int64 class numbers; -1 or None stands for no label.
+        batches: as `prune` takes them, on any device; class numbers as `(images, labels)`, or under `labels` or `label` of a mapping, int64 of
+            (B,), -1 or None for no label.
         reference: the other network's logits, a batch each.
+
+    Raises:
+        ValueError: the network cannot run a batch, returns no (B, classes) logits, or labels or reference logits do not belong to the images.
     """
-    images = labelled = hits = hits5 = 0
-    same, divergence = 0, 0.0
-    others = iter(reference) if reference is not None else None
+    tally, others = Tally(), iter(reference) if reference is not None else None
     for batch in batches:
-        logits = logits_of(net, batch).float()
-        images += len(logits)
-        labels = batch[1] if isinstance(batch, list | tuple) and len(batch) > 1 else None
-        if labels is not None:
-            known = labels >= 0
-            ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
-            labelled += int(known.sum())
-            hits += int(ranked[known, 0].sum())
-            hits5 += int(ranked[known].any(1).sum())
-        if others is not None:
-            other = next(others).float()
-            same += int((other.argmax(1) == logits.argmax(1)).sum())
-            p, q = other.double().log_softmax(1), logits.double().log_softmax(1)
-            divergence += (p.exp() * (p - q)).sum().item()
-    nan = float("nan")
-    return Scores(
-        images,
-        100 * hits / labelled if labelled else nan,
-        100 * hits5 / labelled if labelled else nan,
-        100 * same / images if others is not None and images else nan,
-        divergence / images if others is not None and images else nan,
-    )
+        other = next(others, None) if others is not None else None
+        if others is not None and other is None:
+            raise ValueError("evaluate: expected reference logits for every batch, got fewer")
+        tally.add(logits_of(net, batch), labels_of(batch), other)
+    return tally.scores()
+
+
+def compare(dense: nn.Module, net: nn.Module, batches: Iterable[Any]) -> tuple[Scores, Scores]:
+    """Measure two classifiers on the same images: the dense one, and another next to it."""
+    first, second = Tally(), Tally()
+    for batch in batches:
+        logits, labels = logits_of(dense, batch), labels_of(batch)
+        first.add(logits, labels)
+        second.add(logits_of(net, batch), labels, logits)
+    return first.scores(), second.scores()

@@ -78,6 +78,24 @@ def as_inputs(batch: Any) -> Inputs:
     )
 
 
+def labels_of(batch: Any) -> Tensor | None:
+    """Read the class numbers of a batch, if it brings any: those of `(images, labels)`, or a mapping's.
+
+    Raises:
+        ValueError: what stands there are no numbers.
+    """
+    if isinstance(batch, Mapping):
+        labels = next((batch[key] for key in LABELS if batch.get(key) is not None), None)
+    elif isinstance(batch, list | tuple) and len(batch) > 1 and not _is_pictures(batch):
+        labels = batch[1]
+    else:
+        labels = None
+    try:
+        return None if labels is None else torch.as_tensor(labels)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"batches: expected labels to be class numbers, got {type(labels).__name__} ({first_line(error)})") from error
+
+
 def _is_pictures(x: Any) -> bool:
     return isinstance(x, list) and bool(x) and all(isinstance(t, Tensor) and t.ndim == 3 and t.is_floating_point() for t in x)
 

@@ -6,7 +6,8 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from contextlib import suppress
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,60 @@ from snows.report import LayerReport, Report
 from snows.sparsity import MaskedWeight
 
 VERSION = 1
-SOURCE = "source.json"  # where a run's network and images came from, for those that the command line began
+SOURCE = "source.json"  # of the runs that the command line began
 RESULTS = ("model.safetensors", "masks.safetensors", "report.json", "report.html", SOURCE)  # what a run writes when it is done
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a run's network and images came from, and what was asked of their preparation: what the command line needs to find them again.
+
+    Attributes:
+        model, data: names, as `snows.sources` reads them.
+        crop, resize: in pixels; None is the network's own.
+        mean, std: of three channels; None is the network's own.
+    """
+
+    model: str
+    data: str
+    crop: int | None = None
+    resize: int | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+
+    def settings(self) -> tuple[int | None, int | None, tuple[float, ...] | None, tuple[float, ...] | None]:
+        """Return what replaces the preparation's own settings: crop, resize, mean and std."""
+        return self.crop, self.resize, self.mean, self.std
+
+    def save(self, folder: Path) -> None:
+        """Write it into a run's folder."""
+        write(folder / SOURCE, (json.dumps(asdict(self), indent=1) + "\n").encode())
+
+    @classmethod
+    def read(cls, folder: Path) -> Source:
+        """Read that of a run's folder.
+
+        Raises:
+            ValueError: it cannot be read, or an entry is missing, unknown or of another type.
+        """
+        path = folder / SOURCE
+        try:
+            content = json.loads(path.read_text())
+            if not isinstance(content, dict) or set(content) != {entry.name for entry in fields(cls)}:
+                raise ValueError(f"expected the entries {', '.join(entry.name for entry in fields(cls))}")
+            for name, value in content.items():
+                if name in ("model", "data"):
+                    sound = isinstance(value, str)
+                elif name in ("crop", "resize"):
+                    sound = value is None or (type(value) is int and value > 0)
+                else:
+                    sound = value is None or (isinstance(value, list) and all(type(x) in (int, float) for x in value))
+                    content[name] = tuple(value) if sound and value is not None else None
+                if not sound:
+                    raise ValueError(f"{name} is {value!r:.60}")
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{path} is damaged ({error})") from error
+        return cls(**content)
 
 
 class Run:
@@ -118,7 +171,8 @@ def write(path: Path, content: bytes) -> None:
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise ValueError(f"out: {path} cannot be written ({error.strerror})") from error
 
 

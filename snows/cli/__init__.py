@@ -1,0 +1,29 @@
+"""The command line: `snows prune`, `eval`, `report`, `deploy`, `bench`, `export`, `demo`, `info`.
+
+A command's module declares its options, and imports torch when the command runs: `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from snows.cli import machine, pruning, runs
+from snows.cli.terminal import errors
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
+                  help="One-shot pruning of vision networks by Hessian-free Newton steps.")
+app.command()(pruning.prune)
+app.command("eval")(pruning.evaluate)
+for _command in (runs.report, runs.deploy, runs.bench, runs.export, machine.demo, machine.info):
+    app.command()(_command)
+
+
+def main() -> None:
+    """Run the command line; a caller's mistake is one sentence and exit code 2."""
+    try:
+        app()
+    except ValueError as error:
+        errors.print(str(error), style="red", highlight=False, markup=False, soft_wrap=True)
+        sys.exit(2)

@@ -1,0 +1,184 @@
+"""`snows prune` and `snows eval`: from a network and pictures, by name, to a pruned network and its figures."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from snows.cli import terminal
+from snows.cli.terminal import next_command, numbers, say, show, show_scores, warn
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from snows.run import Source
+    from snows.sources import Data, Network, Preparation
+
+Rule = Literal["alps", "magnitude", "wanda", "sparsegpt", "least-squares", "least-squares:sparsegpt", "least-squares:wanda"]
+
+
+def prune(
+    model: terminal.Model,
+    data: terminal.Data,
+    out: Annotated[Path, typer.Option(help="folder for the pruned weights, masks and report; finished layers are saved at once")],
+    pattern: Annotated[str | None, typer.Option(help='"2:4" keeps two of four, "0.7" or "70%" removes that share')] = None,
+    weights: terminal.Weights = None,
+    random_weights: terminal.RandomWeights = False,
+    select: Annotated[Rule, typer.Option(help="how each layer's mask and first weights are found")] = "alps",
+    masks: Annotated[Path | None, typer.Option(help="safetensors of boolean masks by layer, instead of --select")] = None,
+    horizon: Annotated[str, typer.Option(help='operations matched after each layer, or "end"')] = "3",
+    samples: Annotated[int, typer.Option(min=1, help="calibration images")] = 1024,
+    batch_size: Annotated[int, typer.Option(min=1, help="images a batch")] = 128,
+    targets: Annotated[Literal["dense", "local"], typer.Option(help="features from the dense network's inputs, or from the pruned one's")] = "dense",
+    scaling: Annotated[Literal["output", "variance", "none"], typer.Option(help="how features are weighed")] = "output",
+    passes: Annotated[int, typer.Option(min=1, help="over the calibration images, at most")] = 1,
+    iterations: Annotated[int, typer.Option(min=1, help="conjugate-gradient iterations a step, at most")] = 5,
+    cap: Annotated[float, typer.Option(help="largest share a layer may lose under a sparsity budget")] = 0.95,
+    recalibrate: Annotated[bool, typer.Option(help="re-estimate BatchNorm statistics")] = True,
+    judge: Annotated[int, typer.Option(min=0, help="test images that the result is compared with the dense network on; 0 for none")] = 1000,
+    resume: Annotated[bool, typer.Option("--resume", help="go on with the run in --out")] = False,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    device: terminal.Device = "auto",
+    classes: terminal.Classes = None, labels: terminal.Labels = None,
+    crop: terminal.Crop = None, resize: terminal.Resize = None, mean: terminal.Mean = None, std: terminal.Std = None,
+) -> None:
+    """Prune a trained network in one shot."""
+    import numpy as np
+
+    import snows
+    from snows import sources
+    from snows.run import Source
+    from snows.sparsity import parse_pattern
+
+    if pattern is None and masks is None:
+        raise ValueError("--pattern: expected one such as 2:4 or 0.7, got none (only --masks can do without)")
+    chosen = parse_pattern(pattern) if pattern is not None else None
+    if not (horizon == "end" or (horizon.isascii() and horizon.isdigit())):
+        raise ValueError(f'--horizon: expected a number or "end", got {horizon!r}')
+    solver = snows.Newton(max_iterations=iterations, passes=passes)
+    place = terminal.device_of(device)
+    if (out / "run.json").exists() and not resume:
+        raise ValueError(f"--out: {out} already holds a run; add --resume to go on with it, or name another folder")
+    source = Source(model, data, crop, resize, numbers(mean, "mean"), numbers(std, "std"))
+    network = sources.load_model(model, weights, random_weights=random_weights)
+    preparation = network.preparation.override(*source.settings())
+    images = sources.load_data(data, network, "calibration", preparation=preparation)
+    if samples > len(images):
+        raise ValueError(f"--samples: asked for {samples} images, but {data} has {len(images)}")
+    order = np.random.default_rng(seed).permutation(len(images))[:samples]
+    batches = [x for x, _ in images.batches(batch_size, order)]
+    _note_broken(images)
+    net = network.model.to(place)
+    rule: Any = _read_masks(masks) if masks is not None else _rule(select)
+    try:
+        sparse, report = snows.prune(
+            net, batches, chosen, select=rule, solver=solver, horizon="end" if horizon == "end" else int(horizon), targets=targets,
+            scaling=scaling, cap=cap, recalibrate=recalibrate, out=out, resume=resume, seed=seed, progress=terminal.errors.is_terminal,
+        )
+    except KeyboardInterrupt:
+        warn(f"stopped; finished layers are kept in {out}. Add --resume to the same command to go on.")
+        raise typer.Exit(130) from None
+    source.save(out)
+    show(report)
+    if judge:
+        _judge(network, sparse, source, preparation, classes, labels, judge, batch_size)
+    say(f"weights, masks and report are in {out}")
+    next_command("snows", "deploy", out)
+
+
+def _judge(network: Network, sparse: nn.Module, source: Source, preparation: Preparation, classes: Path | None, labels: Path | None,
+           count: int, batch_size: int) -> None:
+    """Compare what was pruned with the dense network on test images, by class too where the data has labels."""
+    import numpy as np
+
+    from snows import evaluation, sources
+
+    try:
+        test = sources.load_data(source.data, network, "test", preparation=preparation, classes=classes, labels=labels)
+    except ValueError as error:
+        warn(f"not judged: {error}")
+        return
+    chosen = np.linspace(0, len(test) - 1, min(count, len(test))).round().astype(int)  # evenly spread: folders come class by class
+    dense, pruned = evaluation.compare(network.model, sparse, test.batches(batch_size, chosen))
+    _note_broken(test)
+    show_scores([("dense", dense), ("pruned", pruned)])
+    if count < len(test):
+        say(f"on {len(chosen)} of {len(test)} images; snows eval judges on all")
+
+
+def _rule(name: str) -> Any:
+    from snows import selectors
+
+    named = {
+        "alps": selectors.alps, "magnitude": selectors.magnitude, "wanda": selectors.wanda, "sparsegpt": selectors.sparsegpt,
+        "least-squares": selectors.least_squares, "least-squares:sparsegpt": partial(selectors.least_squares, select=selectors.sparsegpt),
+        "least-squares:wanda": partial(selectors.least_squares, select=selectors.wanda),
+    }
+    return named[name]
+
+
+def _read_masks(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if not path.is_file():
+        raise ValueError(f"--masks: there is no file {path}")
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"--masks: {path} is not a safetensors file ({error})") from error
+
+
+def _note_broken(images: Data) -> None:
+    if images.broken:
+        found = ", ".join(f"{name} ({reason})" for name, reason in images.broken[:5])
+        warn(f"{len(images.broken)} pictures were left out: {found}{' and more' if len(images.broken) > 5 else ''}")
+
+
+def evaluate(
+    model: terminal.Model,
+    data: terminal.Data,
+    weights: terminal.Weights = None,
+    random_weights: terminal.RandomWeights = False,
+    dense: Annotated[Path | None, typer.Option(help="weights of the dense network, to compare with; by default the library's own")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="images a batch")] = 250,
+    device: terminal.Device = "auto",
+    classes: terminal.Classes = None, labels: terminal.Labels = None,
+    crop: terminal.Crop = None, resize: terminal.Resize = None, mean: terminal.Mean = None, std: terminal.Std = None,
+) -> None:
+    """Measure accuracy, and agreement and divergence against the dense network."""
+    from snows import evaluation, sources
+
+    place = terminal.device_of(device)
+    network = sources.load_model(model, weights, random_weights=random_weights)
+    preparation = network.preparation.override(crop, resize, numbers(mean, "mean"), numbers(std, "std"))
+    images = sources.load_data(data, network, "test", preparation=preparation, classes=classes, labels=labels)
+    net, batches = network.model.to(place), images.batches(batch_size)
+    reference = _reference(model, weights, dense)
+    if reference is None:
+        rows = [("", evaluation.evaluate(net, batches))]
+    else:
+        first, second = evaluation.compare(reference.to(place), net, batches)
+        rows = [("dense", first), ("", second)]
+    _note_broken(images)
+    if not rows[-1][1].images:
+        raise ValueError(f"--data: none of the pictures in {data} can be read")
+    show_scores(rows)
+
+
+def _reference(model: str, weights: Path | None, dense: Path | None) -> nn.Module | None:
+    """The dense network to compare with: of the weights in `dense`, or the library's own if others are judged."""
+    from snows import sources
+
+    if dense is None and (weights is None or sources.runs_code(model)):
+        return None
+    try:
+        return sources.load_model(model, dense).model
+    except ValueError as error:
+        if dense is not None:
+            raise
+        warn(f"not compared with the dense network: {error}")
+        return None
