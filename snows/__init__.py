@@ -13,7 +13,10 @@ if TYPE_CHECKING:
     from snows.files import load, save
     from snows.layers import SparseConv2d, SparseLinear
     from snows.pruning import prune
-    from snows.selectors import alps, least_squares, magnitude, sparsegpt, wanda
+    from snows.selectors.alps import alps
+    from snows.selectors.least_squares import least_squares
+    from snows.selectors.scores import magnitude, wanda
+    from snows.selectors.sparsegpt import sparsegpt
     from snows.solvers import Newton
     from snows.sparsity import NM, Unstructured, parse_pattern
 

@@ -14,8 +14,7 @@ from snows.cli.terminal import next_command, numbers, say, show, show_scores, wa
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from snows.run import Source
-    from snows.sources import Data, Network, Preparation
+    from snows.sources import Data
 
 Rule = Literal["alps", "magnitude", "wanda", "sparsegpt", "least-squares", "least-squares:sparsegpt", "least-squares:wanda"]
 
@@ -46,8 +45,6 @@ def prune(
     crop: terminal.Crop = None, resize: terminal.Resize = None, mean: terminal.Mean = None, std: terminal.Std = None,
 ) -> None:
     """Prune a trained network in one shot."""
-    import numpy as np
-
     import snows
     from snows import sources
     from snows.run import Source
@@ -66,10 +63,7 @@ def prune(
     network = sources.load_model(model, weights, random_weights=random_weights)
     preparation = network.preparation.override(*source.settings())
     images = sources.load_data(data, network, "calibration", preparation=preparation)
-    if samples > len(images):
-        raise ValueError(f"--samples: asked for {samples} images, but {data} has {len(images)}")
-    order = np.random.default_rng(seed).permutation(len(images))[:samples]
-    batches = [x for x, _ in images.batches(batch_size, order)]
+    batches = images.draw(samples, batch_size, seed)
     _note_broken(images)
     net = network.model.to(place)
     rule: Any = _read_masks(masks) if masks is not None else _rule(select)
@@ -84,29 +78,28 @@ def prune(
     source.save(out)
     show(report)
     if judge:
-        _judge(network, sparse, source, preparation, classes, labels, judge, batch_size)
+        try:
+            test = sources.load_data(data, network, "test", preparation=preparation, classes=classes, labels=labels)
+        except ValueError as error:
+            warn(f"not judged: {error}")
+        else:
+            used = images.drawn(samples, seed) if test.origin == images.origin else []
+            _judge(net, sparse, test, used, judge, batch_size)
     say(f"weights, masks and report are in {out}")
     next_command("snows", "deploy", out)
 
 
-def _judge(network: Network, sparse: nn.Module, source: Source, preparation: Preparation, classes: Path | None, labels: Path | None,
-           count: int, batch_size: int) -> None:
+def _judge(dense: nn.Module, sparse: nn.Module, test: Data, used: list[int], count: int, batch_size: int) -> None:
     """Compare what was pruned with the dense network on test images, by class too where the data has labels."""
-    import numpy as np
+    from snows import evaluation
 
-    from snows import evaluation, sources
-
-    try:
-        test = sources.load_data(source.data, network, "test", preparation=preparation, classes=classes, labels=labels)
-    except ValueError as error:
-        warn(f"not judged: {error}")
-        return
-    chosen = np.linspace(0, len(test) - 1, min(count, len(test))).round().astype(int)  # evenly spread: folders come class by class
-    dense, pruned = evaluation.compare(network.model, sparse, test.batches(batch_size, chosen))
-    _note_broken(test)
-    show_scores([("dense", dense), ("pruned", pruned)])
-    if count < len(test):
-        say(f"on {len(chosen)} of {len(test)} images; snows eval judges on all")
+    others = len(test) - len(used)
+    first, second = evaluation.compare(dense, sparse, test.spread(count, batch_size, used if others else ()))
+    show_scores([("dense", first), ("pruned", second)])
+    if used or test.stream is not None:
+        say("of the same data as the calibration images, which has no test split" + (", but not of these images" if used and others else ""))
+    elif count < len(test):
+        say(f"on {first.images} of {len(test)} test images; snows eval judges on all")
 
 
 def _rule(name: str) -> Any:
@@ -135,7 +128,8 @@ def _read_masks(path: Path) -> dict[str, Tensor]:
 def _note_broken(images: Data) -> None:
     if images.broken:
         found = ", ".join(f"{name} ({reason})" for name, reason in images.broken[:5])
-        warn(f"{len(images.broken)} pictures were left out: {found}{' and more' if len(images.broken) > 5 else ''}")
+        many = f"{len(images.broken)} pictures were" if len(images.broken) > 1 else "1 picture was"
+        warn(f"{many} left out: {found}{' and more' if len(images.broken) > 5 else ''}")
 
 
 def evaluate(

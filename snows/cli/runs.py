@@ -64,12 +64,7 @@ def _load_run(run: Path, images: int, device: str, trust: bool, model: str | Non
     source = replace(source, model=model or source.model, data=data or source.data)
     network = sources.load_model(source.model, weights)
     found = sources.load_data(source.data, network, "calibration", preparation=network.preparation.override(*source.settings()))
-    if images > len(found):
-        raise ValueError(f"asked for a batch of {images} images, but {source.data} has {len(found)}")
-    batch = next(iter(found.batches(images)), None)
-    if batch is None:
-        raise ValueError(f"none of the pictures in {source.data} can be read")
-    return network.model.to(place), batch[0].to(place), source.model
+    return network.model.to(place), found.first(images).to(place), source.model
 
 
 def deploy(

@@ -25,8 +25,8 @@ def names() -> list[str]:
     return list(_NETWORKS)
 
 
-def load(name: str) -> nn.Module:
-    """A trained network in evaluation mode: "resnet20" or "vit", (B, 1, 28, 28) to (B, 10).
+def build(name: str) -> nn.Module:
+    """Build a network in evaluation mode with random weights: "resnet20" or "vit", (B, 1, 28, 28) to (B, 10).
 
     Raises:
         ValueError: there is no such network.
@@ -34,8 +34,18 @@ def load(name: str) -> nn.Module:
     if name not in _NETWORKS:
         raise ValueError(f"zoo: expected one of {', '.join(_NETWORKS)}, got {name!r}")
     net: nn.Module = _NETWORKS[name]()
-    net.load_state_dict(load_file(_FOLDER / f"{name}.safetensors"))
     return net.eval()
+
+
+def load(name: str) -> nn.Module:
+    """Build a trained network in evaluation mode: "resnet20" or "vit", (B, 1, 28, 28) to (B, 10).
+
+    Raises:
+        ValueError: there is no such network.
+    """
+    net = build(name)
+    net.load_state_dict(load_file(_FOLDER / f"{name}.safetensors"))
+    return net
 
 
 def images(split: Literal["calibration", "test"]) -> tuple[Tensor, Tensor | None]:

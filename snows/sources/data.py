@@ -1,0 +1,226 @@
+"""Images by name: a folder of pictures, a dataset of a library, or any iterable of batches."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from snows import zoo
+from snows.evaluation import logits_of
+from snows.network import as_inputs, first_line
+from snows.sources import classes as naming
+from snows.sources import datasets
+from snows.sources.datasets import Found
+from snows.sources.networks import Network, runs_code
+from snows.sources.pictures import Split, UnreadableError, find, open_picture, read_labels, split_folder
+from snows.sources.preparation import Plain, Preparation
+
+KINDS = "a folder, zoo:fashion-mnist, cifar10:FOLDER, cifar100:FOLDER, torchvision:NAME[:FOLDER], hf:ID, hf:FOLDER or package.module:callable"
+
+
+@dataclass
+class Data:
+    """Images that are read when they are asked for.
+
+    Attributes:
+        origin: where they come from; two splits of one origin are the same images.
+        read: an image of a number, as a float32 (C, H, W) tensor.
+        labels: class numbers, as the network counts them, int64; -1 for none.
+        stream: batches in a fixed order, instead of `read` and `labels`; everything else is empty then.
+        files: what the images are called, for messages; empty if they have no names.
+        broken: pictures that could not be read: name and reason.
+    """
+
+    origin: str
+    read: Callable[[int], Tensor] = field(repr=False, default=lambda index: torch.empty(0))
+    labels: np.ndarray = field(repr=False, default_factory=lambda: np.empty(0, np.int64))
+    stream: Iterable[Any] | None = field(repr=False, default=None)
+    files: Sequence[str] = field(repr=False, default=())
+    broken: list[tuple[str, str]] = field(repr=False, default_factory=list)
+
+    def __len__(self) -> int:
+        """Count the images; 0 for a stream, whose number only reading it tells."""
+        return len(self.labels)
+
+    def drawn(self, count: int, seed: int) -> list[int]:
+        """Draw the numbers of `count` images, the same for a seed every time; none of a stream.
+
+        Raises:
+            ValueError: there are fewer.
+        """
+        if self.stream is None and count > len(self):
+            raise ValueError(f"asked for {count} images, but {self.origin} has {len(self)}")
+        return [int(i) for i in np.random.default_rng(seed).permutation(len(self))[:count]]
+
+    def draw(self, count: int, size: int, seed: int) -> list[Any]:
+        """Take images for calibration: `count` of them, drawn by `seed`, in batches of up to `size`; of a stream the first, in its own batches.
+
+        Raises:
+            ValueError: there are fewer.
+        """
+        if self.stream is None:
+            return [x for x, _ in self.batches(size, self.drawn(count, seed))]
+        taken: list[Any] = []
+        found = 0
+        for batch in self.stream:
+            inputs = as_inputs(batch)
+            if inputs.samples() > count - found:
+                inputs = inputs.split(count - found)[0]
+            taken.append(inputs.kwargs or inputs.args[0])
+            found += inputs.samples()
+            if found >= count:
+                return taken
+        raise ValueError(f"asked for {count} images, but {self.origin} has {found}")
+
+    def first(self, count: int) -> Any:
+        """Take the first `count` images that can be read, as one batch.
+
+        Raises:
+            ValueError: there are fewer, or they are no tensors.
+        """
+        taken: list[Tensor] = []
+        found = 0
+        for batch in self.batches(count):
+            inputs = as_inputs(batch)
+            if inputs.kwargs or not isinstance(inputs.args[0], Tensor):
+                raise ValueError(f"data: expected tensors of images from {self.origin} for an example, got keyword inputs or lists")
+            taken.append(inputs.args[0][: count - found])
+            found += len(taken[-1])
+            if found == count:
+                return torch.cat(taken)
+        raise ValueError(f"asked for {count} images, but {self.origin} has {found}")
+
+    def spread(self, count: int, size: int, leave_out: Sequence[int] = ()) -> Iterator[Any]:
+        """Yield batches of about `count` images: evenly spread, for folders come class by class, none of `leave_out`; of a stream the first."""
+        if self.stream is None:
+            rest = np.setdiff1d(np.arange(len(self)), np.array(leave_out, np.int64))
+            yield from self.batches(size, rest[np.linspace(0, len(rest) - 1, min(count, len(rest))).round().astype(int)])
+            return
+        found = 0
+        for batch in self.stream:
+            yield batch
+            found += as_inputs(batch).samples()
+            if found >= count:
+                return
+
+    def batches(self, size: int, indices: Iterable[int] | None = None) -> Iterator[Any]:
+        """Yield (images, labels) pairs of up to `size`, in the order of `indices`; broken pictures are left out and noted. A stream as it comes."""
+        if self.stream is not None:
+            yield from self.stream
+            return
+        images: list[Tensor] = []
+        labels: list[int] = []
+        for index in range(len(self)) if indices is None else indices:
+            try:
+                images.append(self.read(int(index)))
+            except UnreadableError as error:
+                entry = (self.files[index] if self.files else f"image {index}", str(error))
+                self.broken += [entry] if entry not in self.broken else []
+                continue
+            labels.append(int(self.labels[int(index)]))
+            if len(images) == size:
+                yield _stacked(images), torch.tensor(labels)
+                images, labels = [], []
+        if images:
+            yield _stacked(images), torch.tensor(labels)
+
+
+def _stacked(images: list[Tensor]) -> Tensor:
+    if len({x.shape for x in images}) > 1:
+        sizes = sorted({"x".join(map(str, x.shape)) for x in images})
+        raise ValueError(f"data: expected pictures of one size, got {', '.join(sizes[:5])}; say --crop and --resize")
+    return torch.stack(images)
+
+
+def load_data(
+    name: str, network: Network, split: Split, *, preparation: Preparation | None = None, classes: Path | None = None, labels: Path | None = None
+) -> Data:
+    """Find images for a network.
+
+    Args:
+        name: a folder of pictures, with one folder a class or none; `zoo:fashion-mnist`; `cifar10:FOLDER` or `cifar100:FOLDER` (the published
+            binary files); `torchvision:NAME[:FOLDER]`; `hf:ID` or `hf:FOLDER` (the package datasets); or `package.module:callable`, which is
+            imported and called (with `split=` if it takes that) and returns an iterable of batches.
+        network: that they are for: its preparation is theirs, its classes number theirs.
+        split: "calibration" or "test": a folder's `train` or its `val`, `validation`, `valid` or `test`, if there is one; a dataset's own.
+        preparation: instead of the network's.
+        classes: a file of the network's classes in order (see `classes.read`), instead of the network's own list.
+        labels: a file of the classes of a flat folder of pictures (see `pictures.read_labels`).
+
+    Raises:
+        ValueError: there are no images, or nothing says which output of the network a class of the test images is.
+    """
+    prepare = preparation or network.preparation
+    kind, separator, rest = name.partition(":")
+    names = naming.read(classes) if classes is not None else network.classes
+    if runs_code(name):
+        return _called(name, kind, rest, split)
+    if separator and rest and kind == "zoo":
+        if rest != "fashion-mnist":
+            raise ValueError(f"data: expected zoo:fashion-mnist, got {name!r}")
+        x, found = zoo.images(split)
+        return Data(f"{name} {split}", lambda i: x[i], np.full(len(x), -1) if found is None else found.numpy())
+    if separator and rest and kind in ("cifar10", "cifar100"):
+        pictures = datasets.of_cifar(name, kind, Path(rest).expanduser(), split)
+        names = None  # they come as numbers
+    elif separator and rest and kind == "torchvision":
+        pictures = datasets.of_torchvision(name, rest, split)
+    elif separator and rest and kind == "hf":
+        pictures = datasets.of_datasets(name, rest, split)
+    else:
+        pictures = _of_folder(name, split, labels)
+        if isinstance(prepare, Plain) and prepare.crop is None:
+            prepare = prepare.override(224, 256)  # a folder's pictures are of many sizes
+    result = Data(pictures.origin, lambda i: prepare(pictures.open(i)), pictures.labels, files=pictures.files)
+    if split == "test" and pictures.classes:
+        number = naming.numbered(pictures.classes, names, lambda: _outputs(network, result), name)
+        result.labels = np.array([number[x] if x >= 0 else -1 for x in result.labels], np.int64)
+    return result
+
+
+def _outputs(network: Network, data: Data) -> int:
+    """Ask the network how many classes it tells apart, by one image."""
+    image = next((x for x, _ in data.batches(1)), None)
+    if image is None:
+        raise ValueError(f"data: none of the pictures in {data.origin} can be read")
+    device = next((x.device for x in network.model.parameters()), torch.device("cpu"))
+    return logits_of(network.model, image.to(device)).shape[1]
+
+
+def _of_folder(name: str, split: Split, labels: Path | None) -> Found:
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        raise ValueError(f"data: there is no folder {name}; expected {KINDS}")
+    folder = split_folder(folder, split)
+    files, classes, numbers = find(folder)
+    named: Sequence[Sequence[str]] = [(x,) for x in classes]
+    if labels is not None and split == "test":
+        if classes:
+            raise ValueError(f"labels: expected a flat folder of pictures, but {folder} has a folder for each class; leave --labels out")
+        named, numbers = read_labels(labels, files)
+    return Found(str(folder), lambda i: open_picture(files[i]), np.array(numbers, np.int64), named, [file.name for file in files])
+
+
+def _called(name: str, module: str, attribute: str, split: Split) -> Data:
+    """Import and call what returns batches."""
+    if not {"", str(Path.cwd())} & set(sys.path):
+        sys.path.append(str(Path.cwd()))
+    try:
+        function = getattr(importlib.import_module(module), attribute)
+        by_split = "split" in inspect.signature(function).parameters
+        found = function(split=split) if by_split else function()
+    except Exception as error:  # whatever it raises
+        raise ValueError(f"data: {name} could not be opened ({type(error).__name__}: {first_line(error)})") from error
+    if not isinstance(found, Iterable) or isinstance(found, Iterator):
+        raise ValueError(f"data: expected {name} to return something that can be iterated again and again, a DataLoader or a list of batches, got "
+                         f"{type(found).__name__}")
+    return Data(f"{name} {split}" if by_split else name, stream=found)

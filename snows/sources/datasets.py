@@ -1,0 +1,120 @@
+"""Datasets by name: torchvision's, Hugging Face's, and CIFAR's published files."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+
+from snows.network import first_line
+from snows.sources import classes as naming
+from snows.sources.pictures import Split, open_picture
+
+
+class Found(NamedTuple):
+    """Labelled pictures.
+
+    Attributes:
+        origin: where they come from; two splits of one origin are the same pictures.
+        open: a picture of Pillow, of a number.
+        labels: index of each picture's class, int64; -1 for none.
+        classes: in order, each with all that it is called; empty if there are none.
+        files: what the pictures are called; empty if they have no names.
+    """
+
+    origin: str
+    open: Callable[[int], Any]
+    labels: np.ndarray
+    classes: Sequence[Sequence[str]] = ()
+    files: Sequence[str] = ()
+
+
+def of_torchvision(name: str, rest: str, split: Split) -> Found:
+    """Open a dataset of torchvision: what lies in the folder, else fetched into it."""
+    kind, _, root = rest.partition(":")
+    try:
+        datasets: Any = importlib.import_module("torchvision.datasets")
+    except ImportError as error:
+        raise ValueError(f"data: {name} needs torchvision ({first_line(error)}); pip install '.[models]' in the clone of snows brings it") from error
+    make: Any = getattr(datasets, kind, None)
+    if kind.startswith("_") or not isinstance(make, type):
+        raise ValueError(f"data: torchvision has no dataset {kind!r}")
+    accepted = inspect.signature(make).parameters
+    if "train" in accepted:
+        choices: list[dict[str, Any]] = [{"train": split == "calibration"}]
+    elif "split" in accepted:
+        choices = [{"split": x} for x in (("train", "trainval") if split == "calibration" else ("val", "valid", "test"))]
+    else:
+        choices = [{}]
+    where = str(Path(root or "data").expanduser())
+    tries = [{**choice, **more} for more in ({}, *([{"download": True}] if "download" in accepted else [])) for choice in choices]
+    dataset: Any = None
+    errors = []
+    for arguments in tries:
+        try:
+            dataset = cast("Any", make)(where, **arguments)
+            break
+        except Exception as error:  # a split of another name, or no files
+            errors.append(first_line(error))
+    if dataset is None:
+        raise ValueError(f"data: {name} could not be opened in {where} ({errors[-1]}); expected its files there, or a connection to fetch them")
+
+    kept = next((x for x in (getattr(dataset, name, None) for name in ("targets", "labels", "_labels")) if x is not None and len(x)), None)
+    labels = [int(x) for x in kept] if kept is not None else [int(dataset[i][1]) for i in range(len(dataset))]
+    names = getattr(dataset, "classes", None) or range(max(labels, default=-1) + 1)
+    wordnet = getattr(dataset, "wnids", None) or [None] * len(names)
+    named = [((w,) if w else ()) + (tuple(map(str, x)) if isinstance(x, tuple) else (str(x),)) for w, x in zip(wordnet, names, strict=True)]
+    return Found(f"{name} {split}", lambda i: open_picture(dataset[i][0]), np.array(labels, np.int64), named)
+
+
+def of_datasets(name: str, rest: str, split: Split) -> Found:
+    """Open a dataset of Hugging Face: by its id on the hub, or a folder that it lies in."""
+    try:
+        datasets: Any = importlib.import_module("datasets")
+    except ImportError as error:
+        raise ValueError(f"data: {name} needs the package datasets ({first_line(error)}); pip install datasets") from error
+    try:
+        folder = Path(rest).expanduser()
+        found = datasets.load_from_disk(str(folder)) if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file() \
+            else datasets.load_dataset(str(folder) if folder.is_dir() else rest)
+    except Exception as error:  # whatever it raises: no such dataset, no connection
+        raise ValueError(f"data: {name} could not be opened ({first_line(error)}); expected a dataset in the cache, or a connection") from error
+    if isinstance(found, dict):
+        order = ("train", "validation", "valid", "val", "test") if split == "calibration" else ("validation", "valid", "val", "test", "train")
+        found = found[next((x for x in order if x in found), next(iter(found)))]
+    image = next((key for key, kind in found.features.items() if isinstance(kind, datasets.Image)), None)
+    label = next((key for key, kind in found.features.items() if isinstance(kind, datasets.ClassLabel)), None)
+    if image is None:
+        raise ValueError(f"data: expected {name} to have a column of images, got {', '.join(found.features)}")
+    numbers = np.array(found[label], np.int64) if label is not None else np.full(len(found), -1)
+    names = [(*naming.synonyms(x), x) for x in found.features[label].names] if label is not None else []
+    return Found(f"{name} {found.split or ''}".strip(), lambda i: open_picture(found[i][image]), numbers, names)
+
+
+def of_cifar(name: str, kind: str, folder: Path, split: Split) -> Found:
+    """Read the published binary files of CIFAR."""
+    names = {
+        ("cifar10", "calibration"): [f"data_batch_{i}.bin" for i in range(1, 6)],
+        ("cifar10", "test"): ["test_batch.bin"],
+        ("cifar100", "calibration"): ["train.bin"],
+        ("cifar100", "test"): ["test.bin"],
+    }[kind, split]
+    head = 1 if kind == "cifar10" else 2  # CIFAR-100: coarse label, then fine
+    records = []
+    for file in names:
+        found = next((p for p in (folder / file, *sorted(folder.glob(f"*/{file}"))) if p.is_file()), None)
+        if found is None:
+            raise ValueError(f"data: expected {file} in {folder} (the published binary version of {kind})")
+        raw = np.fromfile(found, np.uint8)
+        if len(raw) == 0 or len(raw) % (head + 3072):
+            raise ValueError(f"data: {found} is not a binary file of {kind}: {len(raw)} bytes are not whole records of {head + 3072}")
+        records.append(raw.reshape(-1, head + 3072))
+    table = np.concatenate(records)
+    pixels = table[:, head:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+    image: Any = importlib.import_module("PIL.Image")
+    return Found(f"{name} {split}", lambda i: image.fromarray(np.ascontiguousarray(pixels[i])), table[:, head - 1].astype(np.int64),
+                 [(str(i),) for i in range(10 if kind == "cifar10" else 100)])
