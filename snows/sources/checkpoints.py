@@ -18,7 +18,10 @@ from torch import Tensor, nn
 NESTED = ("state_dict_ema", "model_ema", "params_ema", "ema_state_dict", "state_dict", "model_state_dict", "model_state", "model", "params",
           "network", "net", "module", "ema", "weights")  # averaged weights first, as timm takes them
 PREFIXES = ("module.", "model.", "net.", "network.", "ema.", "ema_model.", "model_ema.", "student.", "encoder_q.", "_orig_mod.")
-HARMLESS = [argparse.Namespace, np.dtype, np.ndarray, *{type(np.dtype(x)) for x in ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "?", "U1")}]
+MULTIARRAY: Any = getattr(np, "_core", None) or np.core
+NUMPY = [(getattr(MULTIARRAY.multiarray, name), f"numpy.{core}.multiarray.{name}")  # where NumPy 2 and NumPy 1 have them
+         for name in ("scalar", "_reconstruct") for core in ("_core", "core")]
+HARMLESS = [*NUMPY, argparse.Namespace, np.dtype, np.ndarray, *{type(np.dtype(x)) for x in ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "?", "U1")}]
 
 
 class MismatchError(ValueError):
@@ -61,9 +64,8 @@ def _read(path: Path) -> Any:
         return load_file(path)
     except SafetensorError:
         pass
-    scalar: Any = getattr(getattr(np, "_core", None) or np.core, "multiarray").scalar  # noqa: B009 - its home depends on NumPy's version
     try:
-        with warnings.catch_warnings(), torch.serialization.safe_globals([*HARMLESS, scalar]):
+        with warnings.catch_warnings(), torch.serialization.safe_globals(HARMLESS):
             warnings.simplefilter("ignore")  # of other pickle protocols: it loads, or it does not
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a damaged file makes it raise
