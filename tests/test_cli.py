@@ -11,8 +11,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import snows
-from snows import cli, demo, deployment, zoo
+from snows import cli, demo, deployment, sources, zoo
 from snows.measuring import Race
+from snows.sources import Network, Plain
 
 
 def run(monkeypatch, capsys, *args):
@@ -264,6 +265,94 @@ def test_what_deploy_bench_and_export_refuse(monkeypatch, capsys, pruned, tmp_pa
     code, text = run(monkeypatch, capsys, "deploy", pruned, "--out", out)
     assert code == 2
     assert "source.json is damaged" in text
+
+
+def test_prune_ends_with_what_it_made_and_the_next_command(monkeypatch, capsys, tmp_path, pictures):
+    out = tmp_path / "a run"
+    options = ["--model", "test_cli:tiny", "--data", pictures, "--crop", 32, "--pattern", "2:4", "--samples", 4, "--select", "magnitude",
+               "--horizon", 0]
+    code, text = run(monkeypatch, capsys, "prune", *options, "--out", out)
+    assert code == 0, text
+    lines = text.splitlines()
+    (dense,), (pruned,) = ([re.findall(r"[\d.]+", x) for x in lines if name in x and "%" in x] for name in ("│ dense ", "│ pruned "))
+    net, images = tiny().eval(), sources.load_data(str(pictures), Network(tiny(), "", Plain().override(crop=32)), "test")
+    used = images.drawn(4, 0)
+    ((x, labels),) = images.spread(1000, 100, used)
+    after = tiny().eval()
+    after.load_state_dict(load_file(out / "model.safetensors"))
+    with torch.no_grad():
+        first, second = net(x), after(x)
+    assert dense == [str(len(x)), f"{100 * (first.argmax(1) == labels).double().mean():.2f}", "100.00"]
+    assert pruned[:3] == [str(len(x)), f"{100 * (second.argmax(1) == labels).double().mean():.2f}", "100.00"]
+    assert pruned[3] == f"{100 * (first.argmax(1) == second.argmax(1)).double().mean():.2f}"
+    assert "which has no test split, but not of these images" in text
+    assert f"next: snows deploy '{out}'" in lines
+    code, text = run(monkeypatch, capsys, "prune", *options, "--out", tmp_path / "b", "--judge", 0)
+    assert code == 0, text
+    assert "agreement" not in text
+    code, text = run(monkeypatch, capsys, "prune", *options, "--out", tmp_path / "c", "--labels", tmp_path / "none")
+    assert code == 0, text  # what was pruned is there all the same
+    assert "not judged: labels: expected a flat folder" in text
+    assert (tmp_path / "c" / "model.safetensors").exists()
+
+
+def test_code_that_somebody_else_s_folder_names_runs_only_when_told(monkeypatch, capsys, pruned, tmp_path):
+    (tmp_path / "evil.py").write_text(f"import pathlib\npathlib.Path({str(tmp_path / 'ran')!r}).touch()\ndef net():\n    pass\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    source = json.loads((pruned / "source.json").read_text())
+    out = tmp_path / "x.safetensors"
+    for entry in ("model", "data"):
+        (pruned / "source.json").write_text(json.dumps(source | {"model": "zoo:vit"} | {entry: "evil:net"}))
+        for command in (["deploy", "--out", out], ["bench"], ["export", "--dense", out]):
+            code, text = run(monkeypatch, capsys, command[0], pruned, *command[1:])
+            assert code == 2
+            assert re.search(rf"source.json names evil:net, Python code that would be imported and called; add --trust .* --{entry}", text)
+    assert not (tmp_path / "ran").exists()
+    (pruned / "source.json").write_text(json.dumps(source | {"model": "evil:net"}))
+    code, text = run(monkeypatch, capsys, "export", pruned, "--dense", out, "--model", "test_cli:tiny")
+    assert code == 0, text
+    assert not (tmp_path / "ran").exists()
+    code, text = run(monkeypatch, capsys, "export", pruned, "--dense", out, "--trust")
+    assert code == 2
+    assert "expected evil:net to return an nn.Module" in text
+    assert (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(("file", "content"), [
+    ("source.json", "[]"), ("source.json", "{"), ("source.json", '{"model": 3}'), ("source.json", {"crop": "32"}), ("source.json", {"crop": 0}),
+    ("source.json", {"mean": [1, "a", 2]}), ("source.json", {"model": None}), ("source.json", {"more": 1}), ("source.json", b"\xff\xfe"),
+    ("report.json", "[]"), ("report.json", "{"), ("report.json", '{"layers": 3}'), ("report.json", '{"layers": [{"name": 3}]}'),
+    ("report.json", '{"layers": [], "notes": [3]}'), ("report.json", b"\xff\xfe"), ("report.json", '{"layers": [], "settings": 7}'),
+])
+def test_an_edited_file_of_a_run_is_one_sentence(monkeypatch, capsys, pruned, file, content, tmp_path):
+    if isinstance(content, dict):
+        content = json.dumps(json.loads((pruned / file).read_text()) | content)
+    (pruned / file).write_bytes(content if isinstance(content, bytes) else content.encode())
+    command = ["export", pruned, "--dense", tmp_path / "x", "--trust"] if file == "source.json" else ["report", pruned]
+    code, text = run(monkeypatch, capsys, *command)
+    assert code == 2, text
+    assert f"{file} is " in text.replace("\n", " ")
+    assert len(text.strip().splitlines()) == 1
+
+
+def test_out_that_became_a_file_is_one_sentence(monkeypatch, capsys, pruned, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for command in (["deploy", pruned, "--objective", "size", "--trust", "--out", tmp_path / "file" / "x"],
+                    ["export", pruned, "--trust", "--dense", tmp_path / "file" / "x"]):
+        code, text = run(monkeypatch, capsys, *command)
+        assert code == 2
+        assert "cannot be written" in text
+        assert "Traceback" not in text
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_device_that_is_not_there_is_told_before_anything_is_done(monkeypatch, capsys, pruned, pictures, tmp_path):
+    for command in (["prune", "--model", "test_cli:tiny", "--data", pictures, "--pattern", "2:4", "--out", tmp_path / "new"], ["demo"],
+                    ["eval", "--model", "test_cli:tiny", "--data", pictures], ["deploy", pruned], ["bench", pruned]):
+        code, text = run(monkeypatch, capsys, *command, "--device", "cuda:77")
+        assert code == 2
+        assert "--device: expected one that is there, got cuda:77" in text
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize("packs", [True, False], ids=["packed", "dense is faster"])

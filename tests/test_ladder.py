@@ -41,5 +41,5 @@ def test_every_module_imports_from_its_own_floor_or_below():
 
 def test_the_public_names():
     assert sorted(snows.__all__) == [
-        "NM", "Newton", "SparseConv2d", "SparseLinear", "Unstructured", "alps", "deploy", "least_squares", "load", "magnitude",
+        "NM", "Newton", "SparseConv2d", "SparseLinear", "Unstructured", "alps", "deploy", "evaluate", "least_squares", "load", "magnitude",
         "parse_pattern", "prune", "save", "sparsegpt", "wanda"]

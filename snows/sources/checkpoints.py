@@ -21,7 +21,8 @@ PREFIXES = ("module.", "model.", "net.", "network.", "ema.", "ema_model.", "mode
 MULTIARRAY: Any = getattr(np, "_core", None) or np.core
 NUMPY = [(getattr(MULTIARRAY.multiarray, name), f"numpy.{core}.multiarray.{name}")  # where NumPy 2 and NumPy 1 have them
          for name in ("scalar", "_reconstruct") for core in ("_core", "core")]
-HARMLESS = [*NUMPY, argparse.Namespace, np.dtype, np.ndarray, *{type(np.dtype(x)) for x in ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "?", "U1")}]
+DTYPES = {type(np.dtype(x)) for x in ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "?", "U1")}
+HARMLESS: list[Any] = [*NUMPY, *DTYPES, np.dtype, np.ndarray, argparse.Namespace]
 
 
 class MismatchError(ValueError):

@@ -117,4 +117,4 @@ def of_cifar(name: str, kind: str, folder: Path, split: Split) -> Found:
     pixels = table[:, head:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
     image: Any = importlib.import_module("PIL.Image")
     return Found(f"{name} {split}", lambda i: image.fromarray(np.ascontiguousarray(pixels[i])), table[:, head - 1].astype(np.int64),
-                 [(str(i),) for i in range(10 if kind == "cifar10" else 100)])
+                 [(f"class {i}",) for i in range(10 if kind == "cifar10" else 100)])
