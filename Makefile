@@ -1,6 +1,6 @@
 # make demo | test | bench | accuracy | ablations: each sets up .venv by itself on a fresh machine and needs nothing but packages.
 # make bench RESULTS=folder: that of the machine, bench/results/cpu (Cascade Lake) or bench/results/zen5.
-# make gpu OUT=folder BUDGET=seconds: with the Python and the torch that are there, which must see a GPU; installs nothing.
+# make gpu OUT=folder PART=1|2|3 ONLY=name BUDGET=seconds: with the Python and the torch that are there, which must see a GPU; installs nothing.
 
 PYTHON ?= python3
 RESULTS ?= bench/results/cpu
@@ -57,7 +57,7 @@ ablations: .venv/.test
 	    --patterns $$(test $$network = vit && echo 2:4 || echo 1:4) --methods snows --vary $(VARY); done
 
 gpu:
-	@$(PYTHON) bench/gpu.py --out $(or $(OUT),bench/results/gpu) --budget $(or $(BUDGET),1500)
+	@$(PYTHON) bench/gpu.py --out $(or $(OUT),bench/results/gpu) --budget $(or $(BUDGET),540) --only "$(ONLY)" $(if $(PART),--part $(PART))
 
 clean:
 	rm -rf .venv build snows.egg-info snows/_native*.so
