@@ -11,20 +11,19 @@ GLIBC = sys.platform == "linux" and hasattr(ctypes.CDLL(None), "malloc_trim")
 pytestmark = pytest.mark.skipif(not GLIBC, reason="needs glibc")
 
 PASSES = """
-import resource, torch
+import ctypes, os, resource, torch
 from contextlib import nullcontext
 from snows import memory
 
-def mapped():  # the address space, which only what is asked of the system and given back changes, however busy the machine
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[0]) * resource.getpagesize()
+statm = os.open("/proc/self/statm", os.O_RDONLY)
+
+def mapped():  # the address space, which only what is asked of the system and given back changes; read without a buffer on the heap
+    return int(os.pread(statm, 100, 0).split()[0]) * resource.getpagesize()
 
 def one_pass():  # twelve tensors of 6.4 MB live at once, all freed at the end
-    asked, before, tensors = 0, mapped(), []
-    for _ in range(12):
-        tensors.append(torch.full((1_600_000,), 1.0))
-        asked, before = asked + max(mapped() - before, 0), mapped()
-    return asked
+    before = mapped()
+    tensors = [torch.full((1_600_000,), 1.0) for _ in range(12)]
+    return mapped() - before
 
 def asked(around):
     with around:
@@ -32,6 +31,7 @@ def asked(around):
         return sum(one_pass() for _ in range(5)) / 5e6
 
 torch.set_num_threads(1)
+ctypes.CDLL(None).mallopt(-3, 2**20)  # tensors are mapped one by one; left to itself, glibc goes by how the heap happens to lie
 print(asked(nullcontext()), asked(memory.kept()))
 """
 
