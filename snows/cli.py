@@ -20,8 +20,8 @@ from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 
 import snows
+from snows import build, files, ops, selectors, sources
 from snows import demo as demonstration
-from snows import files, ops, selectors, sources
 from snows.deployment import Deployment
 from snows.evaluation import evaluate, logits_of
 from snows.report import Report
@@ -312,7 +312,7 @@ def info() -> None:
     table.add_row("Python", platform.python_version())
     table.add_row("torch", f"{torch.__version__}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
     table.add_row("CUDA", torch.cuda.get_device_name() if torch.cuda.is_available() else "none")
-    table.add_row("native kernels", ops.native)
+    table.add_row("native kernels", f"{ops.native}; built for: {build.outcome()}{' ' * bool(build.complaint())}{build.complaint()}")
     table.add_row("Triton kernels", ops.triton)
     for op in ops.OPS:
         devices = ("CPU", "CUDA") if torch.cuda.is_available() else ("CPU",)
