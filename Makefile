@@ -59,8 +59,7 @@ accuracy: .venv/.test
 	  echo "set-up: $$(( $$(date +%s) - began )) s" && $(COMPLAIN) && touch $@
 
 .venv/.test: .venv/.base
-	@echo "Fetching the tests' tools and libraries (0.3 GB)"
-	@$(PIP) --quiet --no-build-isolation --editable '.[test]' && $(COMPLAIN) && touch $@
+	@$(PIP) --no-build-isolation --editable '.[test]' && $(COMPLAIN) && touch $@
 
 ablations: .venv/.test
 	@for network in resnet20 vit; do \
