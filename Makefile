@@ -5,7 +5,9 @@
 PYTHON ?= python3
 RESULTS ?= bench/results/cpu
 BIN := .venv/bin
-PIP := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check --constraint constraints.txt
+PIP := $(BIN)/python -m pip install --no-compile --disable-pip-version-check --constraint constraints.txt
+# The kernels' build is hidden by pip; setup.py leaves a sentence on what is missing.
+COMPLAIN := sed -n '2s,{log},snows/build.log,p' snows/build.txt
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*/*)
 
 VARY := horizon=0,3,10,end targets=local scaling=none preconditioner=kronecker,none samples=256,512,3000 batch=64,256 \
@@ -39,17 +41,25 @@ accuracy: .venv/.test
 	  $(BIN)/python bench/preconditioner.py --network $$network --pattern 2:4 --out bench/results/cpu/preconditioner-$$network.json; done
 
 .venv/.base: $(SOURCES)
-	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null || \
-	  { echo "snows needs Python 3.10, 3.11 or 3.12; name one with: make PYTHON=python3.11"; exit 2; }
+	@command -v $(PYTHON) >/dev/null || { echo "There is no $(PYTHON) here; name your Python with: make PYTHON=python3.12"; exit 2; }
+	@version=$$($(PYTHON) -c 'import sys; print(sys.version_info[0] * 100 + sys.version_info[1])') || \
+	  { echo "$(PYTHON) does not run; name another Python with: make PYTHON=python3.12"; exit 2; }; \
+	if test $$version -lt 310; then \
+	  echo "snows needs Python 3.10 or newer, and $(PYTHON) is older; name another with: make PYTHON=python3.12"; exit 2; fi; \
+	if test $$version -gt 314; then echo "Note: snows was tested with Python 3.10 to 3.14; this one is newer."; fi
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
 	  { echo "This Python has no venv module; on Debian or Ubuntu: apt install python3-venv"; exit 2; }
+	@test -e /proc/driver/nvidia || test "$$(uname -sm)" != "Linux x86_64" || \
+	  echo "No NVIDIA GPU was found. Unless a CPU build of torch is at hand, pip fetches the one for CUDA (3 GB, 7 GB on disk);" \
+	    "for the CPU's (0.2 GB) stop here and type: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make $(MAKECMDGOALS)"
 	@began=$$(date +%s); test -x $(BIN)/python || $(PYTHON) -m venv .venv; \
 	  $(PIP) torch numpy setuptools ninja && \
-	  $(PIP) --no-build-isolation --editable . && \
-	  echo "set-up: $$(( $$(date +%s) - began )) s" && touch $@
+	  echo "Building the native kernels, for a minute or two" && \
+	  $(PIP) --quiet --no-build-isolation --editable . && \
+	  echo "set-up: $$(( $$(date +%s) - began )) s" && $(COMPLAIN) && touch $@
 
 .venv/.test: .venv/.base
-	@$(PIP) --no-build-isolation --editable '.[test]' && touch $@
+	@$(PIP) --no-build-isolation --editable '.[test]' && $(COMPLAIN) && touch $@
 
 ablations: .venv/.test
 	@for network in resnet20 vit; do \
@@ -60,4 +70,4 @@ gpu:
 	@$(PYTHON) bench/gpu.py --out $(or $(OUT),bench/results/gpu) --budget $(or $(BUDGET),540) --only "$(ONLY)" $(if $(PART),--part $(PART))
 
 clean:
-	rm -rf .venv build snows.egg-info snows/_native*.so
+	rm -rf .venv build snows.egg-info snows/_native*.so snows/build.txt snows/build.log .headers

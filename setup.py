@@ -1,61 +1,153 @@
-"""Builds the optional native kernels where torch and a compiler are at hand; pyproject.toml holds everything else."""
+"""Builds the optional native kernels where torch and a compiler are at hand; pyproject.toml holds everything else.
+
+What came of it goes into `build.txt` beside the installed package: a line for `snows info` and, where kernels are missing, a sentence that
+the first `import snows` warns with, for pip hides what a build prints. SNOWS_BUILD=1 makes every missing kernel an error, SNOWS_BUILD=0 builds none.
+"""
 
 import os
+import re
+import shlex
 import shutil
+import subprocess
 import sys
-import warnings
+import sysconfig
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from setuptools import setup
+from setuptools.command.build_py import build_py
 
-REQUIRED = os.environ.get("SNOWS_BUILD") == "1"
+REQUIRED, UNWANTED = (os.environ.get("SNOWS_BUILD") == value for value in "10")
+OPENMP = [] if sys.platform == "darwin" else ["-fopenmp"]
+CXX = ["-std=c++20", "-O3", "-g0", "-fno-trapping-math", *OPENMP]  # torch 2.11 would say C++17 where none is named
+NVCC = ["-std=c++20", "-O3"]
 
 
-def give_up(why: str) -> dict:
-    message = f"snows: installed without native kernels ({why}); everything runs on the reference in plain PyTorch"
+def missing(what: str, why: str, remedy: str) -> str:
+    """The sentence for kernels that were not built; an error where they are required."""
+    sentence = f"snows: installed without {what} kernels, for {why}; everything runs without them, but slower. {remedy}"
     if REQUIRED:
-        raise SystemExit(message)
-    warnings.warn(message, stacklevel=2)
-    return {}
+        raise SystemExit(sentence)
+    print(sentence, file=sys.stderr)
+    return sentence
+
+
+def record(command, outcome: str, sentence: str = "", log: str = "") -> None:
+    """Write what came of the build beside the package that `command` makes."""
+    folder = Path("snows") if getattr(command, "editable_mode", False) or getattr(command, "inplace", False) else Path(command.build_lib, "snows")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "build.txt").write_text(f"{outcome}\n{sentence}\n", encoding="utf-8")
+    (folder / "build.log").write_text(log, encoding="utf-8")
+
+
+def cuda_home() -> str | None:
+    """The CUDA toolkit's folder: by the environment, by where nvcc lies, or, where that is a wrapper, by what nvcc says of itself."""
+    named, nvcc = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH"), shutil.which("nvcc")
+    if named:
+        return named
+    guesses = [Path("/usr/local/cuda")]
+    if nvcc is not None:
+        said = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True, check=False)
+        guesses = [Path(nvcc).parents[1], *map(Path, re.findall(r"TOP=(.+)", said.stdout + said.stderr)), *guesses]
+    return next((str(home.resolve()) for home in guesses if (home / "include/cuda_runtime.h").exists()), None)
+
+
+def architectures(named: str, cards: set[tuple[int, int]]) -> str:
+    """The architectures to compile for: Hopper's own instructions are in 9.0a, which neither torch nor most images name."""
+    if not named:
+        named = ";".join(f"{a}.{b}" for a, b in sorted(cards)) or "8.0+PTX;9.0"
+    return re.sub(r"\bHopper\b", "9.0a", re.sub(r"(?<![\d.])9\.0(?![\da])", "9.0a", named))
+
+
+@contextmanager
+def written_to(log: Path) -> Iterator[None]:
+    """Send what this process and the compilers print into a file."""
+    kept = [os.dup(1), os.dup(2)]
+    sys.stdout.flush(), sys.stderr.flush()
+    with log.open("wb") as file:
+        try:
+            os.dup2(file.fileno(), 1), os.dup2(file.fileno(), 2)
+            yield
+        finally:
+            sys.stdout.flush(), sys.stderr.flush()
+            for fd, old in zip((1, 2), kept, strict=True):
+                os.dup2(old, fd), os.close(old)
+
+
+def without(what: str, why: str, remedy: str) -> dict:
+    """Arguments for `setup` that build no kernels and say why."""
+    sentence = missing(what, why, remedy)
+
+    class Noted(build_py):
+        def run(self) -> None:
+            super().run()
+            record(self, "none", sentence)
+
+    return {"cmdclass": {"build_py": Noted}}
 
 
 def native() -> dict:
     """Arguments for `setup` that build `snows/_native*.so`, or none."""
+    if UNWANTED:
+        return {}
+    sys.path.append(sysconfig.get_path("purelib"))  # an isolated build does not see the torch of the environment that it installs into
     try:
         import torch
-        from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
     except ImportError:
-        return give_up("torch is not visible to the build; use pip install --no-build-isolation")
-    if shutil.which(os.environ.get("CXX", "c++")) is None:
-        return give_up("no C++ compiler")
+        return without("native", "torch was not there to build against", "Install torch, then snows again: pip install --force-reinstall --no-deps .")
+    if shutil.which(shlex.split(os.environ.get("CXX") or "c++")[0]) is None:
+        return without("native", "there is no C++ compiler", "Install one (Debian, Ubuntu: apt install g++), then snows again.")
+    home, named = cuda_home(), os.environ.get("TORCH_CUDA_ARCH_LIST", "")
+    cuda = torch.version.cuda is not None and bool(named or REQUIRED or torch.cuda.is_available())
+    sentence = ""
+    if cuda and (home is None or shutil.which("nvcc", path=f"{home}/bin") is None):
+        remedy = f"Install CUDA {torch.version.cuda} or set CUDA_HOME to it, then snows again."
+        cuda, sentence = False, missing("CUDA", "nvcc or its headers were not found", remedy)
+    if cuda:
+        os.environ["CUDA_HOME"] = str(home)  # torch would take the folder above the first nvcc, whatever lies there
+        cards = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+        os.environ["TORCH_CUDA_ARCH_LIST"] = named = architectures(named, cards)
+        print(f"snows: building the CUDA kernels for {named}")
+    from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
+
+    def extension(kind: type) -> object:
+        sources = [*Path("csrc/cpu").glob("*.cpp"), *(Path("csrc/cuda").glob("*.cu") if kind is CUDAExtension else [])]
+        depends = [*Path("csrc/cpu").glob("*.h"), *Path("csrc/cuda").glob("*.cuh")]
+        return kind("snows._native", sorted(map(str, sources)), depends=sorted(map(str, depends)), extra_link_args=[*OPENMP, "-s"],
+                    extra_compile_args={"cxx": [*CXX], "nvcc": [*NVCC]})
 
     class Build(BuildExtension):
-        def run(self) -> None:
+        def attempt(self) -> str:
+            """Build, and give what was printed where that failed."""
+            log = Path(self.build_temp, "build.log")
+            log.parent.mkdir(parents=True, exist_ok=True)
             try:
-                super().run()
+                with written_to(log):
+                    super().run()
             except Exception as error:  # the package works without it
-                log = Path("build.log").resolve()
-                log.write_text(str(error))
-                give_up(f"the build failed, see {log}")
+                text = f"{log.read_text(errors='replace')}\n{error}\n"
+                print(text)
+                return text
+            return ""
 
-        def copy_extensions_to_source(self) -> None:  # after a build that failed there is nothing to copy
-            if all(Path(self.get_ext_fullpath(e.name)).exists() or Path(self.build_lib).exists() for e in self.extensions):
-                try:
-                    super().copy_extensions_to_source()
-                except OSError:
-                    give_up("the build left no library")
+        def run(self) -> None:
+            outcome, said, log = f"CPU and CUDA ({named})" if cuda else "CPU", sentence, self.attempt()
+            if log and cuda:
+                said = missing("CUDA", "their build failed (log: {log})", "Those for the CPU were built.")
+                self.extensions = self.distribution.ext_modules = [extension(CppExtension)]
+                outcome, again = "CPU", self.attempt()
+                log, failed = log + again, bool(again)
+            else:
+                failed = bool(log)
+            if failed:
+                outcome, said = "none", missing("native", "their build failed (log: {log})", "Mend what it names, then install snows again.")
+                self.extensions = self.distribution.ext_modules = []
+            record(self, outcome, said, log)
 
-    openmp = [] if sys.platform == "darwin" else ["-fopenmp"]
-    cuda = torch.version.cuda is not None and CUDA_HOME is not None and shutil.which("nvcc", path=f"{CUDA_HOME}/bin") is not None
-    cards = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())} if cuda else set()
-    if (9, 0) in cards:  # left alone, torch builds for 9.0, which lacks Hopper's own instructions
-        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ";".join(f"{a}.{b}{'a' * ((a, b) == (9, 0))}" for a, b in sorted(cards)))
-    sources = sorted(str(p) for p in [*Path("csrc/cpu").glob("*.cpp"), *(Path("csrc/cuda").glob("*.cu") if cuda else [])])
-    depends = sorted(str(p) for p in [*Path("csrc/cpu").glob("*.h"), *Path("csrc/cuda").glob("*.cuh")])
-    extension = (CUDAExtension if cuda else CppExtension)(
-        "snows._native", sources, depends=depends, extra_link_args=[*openmp, "-s"],
-        extra_compile_args={"cxx": ["-O3", "-g0", "-fno-trapping-math", *openmp], "nvcc": ["-O3"]})
-    return {"ext_modules": [extension], "cmdclass": {"build_ext": Build.with_options(use_ninja=shutil.which("ninja") is not None)}}
+    first = extension(CUDAExtension if cuda else CppExtension)
+    return {"ext_modules": [first], "cmdclass": {"build_ext": Build.with_options(use_ninja=shutil.which("ninja") is not None)}}
 
 
-setup(**native())
+if __name__ == "__main__":
+    setup(**native())

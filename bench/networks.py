@@ -31,7 +31,7 @@ with contextlib.suppress(ImportError):  # torchvision beside a CPU build of torc
 
 
 def masked(source: str, pattern: snows.NM | snows.Unstructured, example):
-    model, _ = load_model(source)
+    model = load_model(source, random_weights=not source.startswith("zoo:")).model
     return snows.prune(model, [example], pattern, select=snows.magnitude, solver=None, recalibrate=False, progress=False)[0]
 
 

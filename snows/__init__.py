@@ -7,6 +7,8 @@ exported program of a packed network calls.
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from snows import build
+
 if TYPE_CHECKING:
     from snows.deployment import deploy
     from snows.evaluation import evaluate
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
     from snows.sparsity import NM, Unstructured, parse_pattern
 
 __version__ = "0.1.0"
+
+build.warn()
 
 _MODULES = {
     "deployment": ["deploy"], "evaluation": ["evaluate"], "files": ["load", "save"], "layers": ["SparseConv2d", "SparseLinear"], "pruning": ["prune"],

@@ -15,7 +15,7 @@ from rich.table import Table
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from snows import files, network, zoo
+from snows import build, files, network, zoo
 from snows.deployment import Deployment, deploy
 from snows.evaluation import Scores, evaluate, logits_of
 from snows.normalisation import recalibrate_statistics
@@ -122,6 +122,8 @@ def run(out: Path, console: Console, judged: int = JUDGED, device: torch.device 
     console.print(f"{SAMPLES:,} unlabelled images; accuracy in % on the first {len(images):,} test images, of snows through the packed "
                   f"layers, whose outputs differ from the masked network's by so much of the largest; times of {len(test[0][0])} images; "
                   f"{', '.join(f'{share} {seconds:.0f} s' for share, seconds in clock.items())}; weights and page in {out}", highlight=False)
+    if build.outcome() == "none":
+        console.print(f"packed layers are slower than dense ones here: {build.complaint()}", highlight=False, markup=False)
     details = []
     for title, part in [(title, r.table()) for title, r in reports] + [(f"{title}, deployed", d.table()) for title, d in deployments]:
         part.title = title

@@ -36,9 +36,10 @@ def _asked(ctx: Any, index: int) -> bool:
     node = ctx.next_functions[index][0]
     if not ctx.needs_input_grad[index] or node is None:
         return False
-    if node.name() == "torch::autograd::AccumulateGrad":  # the engine does not tell about leaves
+    try:
+        return bool(torch._C._will_engine_execute_node(node))
+    except RuntimeError:  # raised for a node that starts the graph (a leaf; under AOTAutograd any input) exactly where its gradient is wanted
         return True
-    return bool(torch._C._will_engine_execute_node(node))
 
 
 def _no_third(ctx: Any, *grads: Tensor) -> Any:

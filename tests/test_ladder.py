@@ -6,7 +6,7 @@ from pathlib import Path
 import snows
 
 FLOORS = [
-    {"kernels"}, {"reference", "derivatives", "ops", "graphs"}, {"sparsity"}, {"operators", "solvers", "packing", "layers"},
+    {"kernels", "build"}, {"reference", "derivatives", "ops", "graphs"}, {"sparsity"}, {"operators", "solvers", "packing", "layers"},
     {"network", "moments", "routes", "horizon"}, {"selectors", "report", "run", "evaluation", "intake", "normalisation", "pruning"},
     {"measuring", "rewriting", "deployment", "files"},
     {"zoo", "sources", "demo", "cli", "__main__"},

@@ -3,8 +3,10 @@ import io
 import math
 import os
 import pickle
+import shutil
 import subprocess
 import sys
+import sysconfig
 import time
 from pathlib import Path
 
@@ -256,6 +258,8 @@ def test_compile_and_export(kind, request):
         assert (loaded(images) - expected[: len(images)]).abs().max() < 2e-6
 
 
+@pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None or not Path(sysconfig.get_path("include"), "Python.h").exists(),
+                    reason="inductor needs a C++ compiler and Python's headers")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # inductor's own imports
 def test_compile_with_inductor(linear):
     _, sparse, x = linear
@@ -407,8 +411,9 @@ def test_linear_in_bfloat16_against_float64(text, activation):
         wide = copy.deepcopy(dense).double()
         exact = ACTIVATIONS[activation](wide(x.double()))
         size = x.double().abs() @ wide.weight.abs().T + (1 if dense.bias is None else wide.bias.abs())
+        rounded = 0 if kernels() else 2**-8 * wide(x.double()).abs()  # the reference rounds before its activation too
         assert found.dtype == torch.bfloat16
-        assert ((found.double() - exact).abs() <= 2**-8 * exact.abs() + 1e-6 * size).all(), (out, inputs, tokens)
+        assert ((found.double() - exact).abs() <= 2**-8 * exact.abs() + rounded + 1e-6 * size).all(), (out, inputs, tokens)
 
 
 @pytest.mark.parametrize("pattern", [NM(2, 4), NM(1, 4), Unstructured(0.9), Unstructured(0.5)], ids=str)

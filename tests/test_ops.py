@@ -139,20 +139,44 @@ def test_third_derivatives_are_refused():
         torch.autograd.grad(second.sum(), x)
 
 
-def test_a_product_by_the_cotangent_leaves_the_second_derivative_out(monkeypatch):
-    """Gauss-Newton goes through an adjoint by its cotangent: what the Hessian alone needs is not computed."""
+CURVES = ("layer_norm_curve", "attention_curve", "gelu_curve")
+
+
+@pytest.fixture
+def curves(monkeypatch):
+    """The names of the second derivatives by the point that were computed, in order."""
     called = []
-    for name in ("layer_norm_curve", "attention_curve", "gelu_curve"):
+    for name in CURVES:
         original = getattr(torch.ops.snows, name)
         monkeypatch.setattr(torch.ops.snows, name, lambda *a, name=name, original=original: (called.append(name), original(*a))[1])
+    return called
+
+
+def test_a_product_by_the_cotangent_leaves_the_second_derivative_out(curves):
+    """Gauss-Newton goes through an adjoint by its cotangent: what the Hessian alone needs is not computed."""
     w, g = double(4, 4).requires_grad_(), double(2, 3, 4).requires_grad_()
     x = double(2, 3, 4) @ w
     y = ops.attention(x, x, ops.gelu(ops.layer_norm(x, (4,))))
     (pulled,) = torch.autograd.grad(y, w, g, create_graph=True)
     torch.autograd.grad(pulled, g, double(4, 4), retain_graph=True)
-    assert called == []
+    assert curves == []
     torch.autograd.grad(pulled, w, double(4, 4))
-    assert set(called) == {"layer_norm_curve", "attention_curve", "gelu_curve"}
+    assert set(curves) == set(CURVES)
+
+
+def test_of_leaves_too_only_what_is_asked_is_computed(curves):
+    """The engine answers of a leaf as of any node, by a refusal where its gradient is wanted."""
+    x, g = double(3, 4).requires_grad_(), double(3, 4).requires_grad_()
+    (first,) = torch.autograd.grad(ops.layer_norm(x, (4,)), x, g, create_graph=True)
+    torch.autograd.grad(first, g, double(3, 4), retain_graph=True)
+    assert curves == []
+    torch.autograd.grad(first, x, double(3, 4), retain_graph=True)
+    assert curves == ["layer_norm_curve"]
+    first.sum().backward(inputs=[g], retain_graph=True)
+    assert curves == ["layer_norm_curve"]
+    first.sum().backward()
+    assert curves == ["layer_norm_curve"] * 2
+    assert x.grad is not None
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (1,), (8,), (3, 7), (2, 3, 3, 3)])

@@ -28,14 +28,14 @@ def info() -> None:
     from rich.table import Table
 
     import snows
-    from snows import ops
+    from snows import build, ops
 
     table = Table("", "", show_header=False)
     table.add_row("snows", snows.__version__)
     table.add_row("Python", platform.python_version())
     table.add_row("torch", f"{torch.__version__}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
     table.add_row("CUDA", torch.cuda.get_device_name() if torch.cuda.is_available() else "none")
-    table.add_row("native kernels", ops.native)
+    table.add_row("native kernels", f"{ops.native}; built for: {build.outcome()}{' ' * bool(build.complaint())}{build.complaint()}")
     table.add_row("Triton kernels", ops.triton)
     for op in ops.OPS:
         devices = ("CPU", "CUDA") if torch.cuda.is_available() else ("CPU",)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import sysconfig
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -80,7 +81,8 @@ def _load_native() -> str:
     """Load the compiled kernels if they were built; say in one phrase what happened."""
     if os.environ.get("SNOWS_REFERENCE") == "1":
         return "left out by SNOWS_REFERENCE=1"
-    for path in sorted(Path(__file__).parents[1].glob("_native*.so")):
+    path = Path(__file__).parents[1] / f"_native{sysconfig.get_config_var('EXT_SUFFIX')}"  # a source tree may hold other Pythons' too
+    if path.exists():
         try:
             torch.ops.load_library(str(path))
         except OSError as error:

@@ -1,0 +1,33 @@
+"""What came of building the native kernels, as setup.py wrote it down beside the package."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from pathlib import Path
+
+_FOLDER = Path(__file__).resolve().parent
+
+
+def outcome() -> str:
+    """Give the kernels that were built: "CPU", "CPU and CUDA (9.0a)", "none", or "unknown" in a source tree that was not built."""
+    return _lines()[0]
+
+
+def complaint() -> str:
+    """Give the sentence that names missing kernels, why they are missing and what to do; "" where none are."""
+    return _lines()[1].replace("{log}", str(_FOLDER / "build.log"))
+
+
+def warn() -> None:
+    """Warn of missing kernels, at the package's import; not where SNOWS_REFERENCE=1 leaves them out anyway."""
+    if complaint() and os.environ.get("SNOWS_REFERENCE") != "1":
+        warnings.warn(complaint(), stacklevel=3)
+
+
+def _lines() -> list[str]:
+    try:
+        text = (_FOLDER / "build.txt").read_text(encoding="utf-8")
+    except OSError:
+        return ["unknown", ""]
+    return [*text.splitlines(), "", ""][:2]
