@@ -1,7 +1,9 @@
 """Layers that run on packed weights: drop-in for `nn.Linear` and `nn.Conv2d`, for inference.
 
 A layer holds the packed tensors of `snows.packing`, which are its state, and the same weight in the order of the kernels
-of the device it is on, which is not: that is made when the layer is built, loaded, copied or moved.
+of the device it is on, which is not: that is made when the layer is built, loaded, copied or moved, and anew when the packed tensors were
+changed in place or exchanged since. (PyTorch does not count changes through `.data`; those are not seen.) A program of `torch.compile`
+refuses to run on a weight that was changed: call the layer itself once, or compile again.
 """
 
 from __future__ import annotations
@@ -33,10 +35,8 @@ class _Sparse(nn.Module):
         super().__init__()
         if activation not in (None, "relu", "gelu"):
             raise ValueError(f'{type(self).__name__}: expected an activation of None, "relu" or "gelu", got {activation!r}')
-        if bias is not None and (bias.shape != packed.shape[:1] or bias.dtype != packed.values.dtype):
-            raise ValueError(f"{type(self).__name__}: expected a bias of ({packed.shape[0]},) {packed.values.dtype}, "
-                             f"got {tuple(bias.shape)} {bias.dtype}")
         packing.check(packed)
+        self._check_bias(bias, packed.shape[0], packed.values)
         self.pattern = packed.pattern
         self.shape = packed.shape
         self.activation = activation
@@ -44,6 +44,18 @@ class _Sparse(nn.Module):
         self.register_buffer("codes", packed.codes)
         self.register_buffer("bias", None if bias is None else bias.detach().clone())
         self._arrange()
+
+    def _check_bias(self, bias: Any, rows: int, values: Tensor) -> None:
+        if bias is None:
+            return
+        if not isinstance(bias, Tensor) or (*bias.shape,) != (rows,) or bias.dtype != values.dtype or bias.device != values.device:
+            got = f"{tuple(bias.shape)} {bias.dtype} on {bias.device}" if isinstance(bias, Tensor) else type(bias).__name__
+            raise ValueError(f"{type(self).__name__}: expected a bias of ({rows},) {values.dtype} on {values.device}, got {got}")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "bias" and "order" in self.__dict__:
+            self._check_bias(value, self.shape[0], self.values)
+        super().__setattr__(name, value)
 
     @property
     def packed(self) -> Packed:
@@ -58,10 +70,17 @@ class _Sparse(nn.Module):
     def _arrange(self) -> None:
         # No buffer, even a non-persistent one: torch.export would write that into its file.
         self.order = ops.kernel_order(self.values, self.codes, self.shape, *self.packed.group)
+        self._arranged = self.values, self.codes, _changes(self.values), _changes(self.codes)
 
     def _kernel_order(self) -> Tensor | None:
         """An exported program carries the packed tensors alone, and runs on any machine."""
-        return None if torch.compiler.is_exporting() else self.order
+        if torch.compiler.is_compiling():
+            return None if torch.compiler.is_exporting() else self.order
+        values, codes, *changes = self._arranged
+        if values is not self.values or codes is not self.codes or changes != [_changes(values), _changes(codes)]:
+            packing.check(self.packed)
+            self._arrange()
+        return self.order
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:  # every move and every change of dtype passes here
         super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
@@ -78,7 +97,7 @@ class _Sparse(nn.Module):
         self._arrange()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key != "order"}
+        return {key: value for key, value in self.__dict__.items() if key not in ("order", "_arranged")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
@@ -176,6 +195,9 @@ class SparseConv2d(_Sparse):
         super().__init__(packed, bias, activation)
         dense = nn.Conv2d(packed.shape[1], packed.shape[0], packed.shape[2:], stride, padding, dilation,
                           padding_mode=padding_mode, device="meta")  # it validates, and writes every setting as a pair
+        for name, pair, least in (("a stride", dense.stride, 1), ("a padding", dense.padding, 0), ("a dilation", dense.dilation, 1)):
+            if not isinstance(pair, str) and not (len(pair) == 2 and all(type(x) is int and x >= least for x in pair)):
+                raise ValueError(f"SparseConv2d: expected {name} of whole numbers of at least {least}, got {pair}")
         self.out_channels, self.in_channels, *_ = packed.shape
         self.kernel_size, self.innermost = packed.shape[2:], innermost
         self.stride, self.padding, self.dilation, self.padding_mode = dense.stride, dense.padding, dense.dilation, padding_mode
@@ -229,6 +251,11 @@ class SparseConv2d(_Sparse):
     def extra_repr(self) -> str:
         return (f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, "
                 f"padding={self.padding}, dilation={self.dilation}, padding_mode={self.padding_mode}, {self._described()}")
+
+
+def _changes(x: Tensor) -> int:
+    """How often a tensor was changed in place; PyTorch does not count that of a tensor made in inference mode."""
+    return 0 if x.is_inference() else x._version
 
 
 def _pack(weight: Tensor, pattern: NM | Unstructured | None, mask: Tensor | None) -> Packed:

@@ -12,6 +12,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "checks.h"
 #include "simd.h"
 
 namespace {
@@ -135,12 +136,16 @@ void update_rows(at::Tensor& x_, at::Tensor& r_, at::Tensor& p_, at::Tensor& rz_
 }
 
 void cg_update(at::Tensor& x, at::Tensor& r, const at::Tensor& p, const at::Tensor& Ap, at::Tensor& state, double rtol) {
+  snows::check_alike("cg_update", x, {&r, &p, &Ap});
+  snows::check_like("cg_update", "the state", state, {5}, at::kDouble, x.device());
   State& s = *static_cast<State*>(state.data_ptr());
   if (s.status == RUNNING)
     AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "cg_update", [&] { update<scalar_t>(x, r, p, Ap, s, rtol); });
 }
 
 void cg_direction(at::Tensor& p, const at::Tensor& r, const at::Tensor& z, at::Tensor& state) {
+  snows::check_alike("cg_direction", p, {&r, &z});
+  snows::check_like("cg_direction", "the state", state, {5}, at::kDouble, p.device());
   State& s = *static_cast<State*>(state.data_ptr());
   if (s.status == RUNNING)
     AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, p.scalar_type(), "cg_direction", [&] { turn<scalar_t>(p, r, z, s); });
@@ -148,6 +153,7 @@ void cg_direction(at::Tensor& p, const at::Tensor& r, const at::Tensor& z, at::T
 
 void batched_cg_update(at::Tensor& x, at::Tensor& r, at::Tensor& p, at::Tensor& rz, const at::Tensor& product,
                        const at::Tensor& mask, const at::Tensor& inverse, const at::Tensor& target) {
+  snows::check_batched_cg(x, r, p, rz, product, mask, inverse, target);
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "batched_cg_update", [&] {
     update_rows<scalar_t>(x, r, p, rz, product, mask, inverse, target);
   });

@@ -77,7 +77,7 @@ Two gelu(const at::Tensor& x_, c10::string_view approximate) {
 }
 
 at::Tensor gelu_curve(const at::Tensor& x_, const at::Tensor& g_, c10::string_view approximate) {
-  if (!takes(x_, approximate) || !takes(g_, approximate) || g_.strides() != x_.strides())
+  if (!takes(x_, approximate) || !takes(g_, approximate) || g_.sizes() != x_.sizes() || g_.strides() != x_.strides())
     return snows::reference<at::Tensor(const at::Tensor&, const at::Tensor&, c10::string_view)>("snows::gelu_curve", x_, g_, approximate);
   at::Tensor out_ = at::empty_like(x_);
   const float *x = x_.const_data_ptr<float>(), *g = g_.const_data_ptr<float>();

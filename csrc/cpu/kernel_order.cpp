@@ -155,12 +155,14 @@ int64_t near_lines() {  // of the first-level cache
 
 // snows/ops/packed.py, kernel_order: the words that Order::read reads, or none.
 at::Tensor kernel_order(const at::Tensor& values_, const at::Tensor& codes_, at::IntArrayRef shape, int64_t n, int64_t m) {
+  snows::check_packed("kernel_order", values_, codes_, shape, n, m, 0);
   const int64_t rows = shape[0], columns = c10::multiply_integers(shape.slice(1));
   std::vector<std::vector<Stored>> stored;
-  const auto options = values_.options().dtype(at::kInt);
+  const at::Tensor values = values_.contiguous(), codes = codes_.contiguous();
+  const auto options = values.options().dtype(at::kInt);
   const auto kind = values_.scalar_type();
   if ((kind != at::kFloat && kind != at::kHalf && kind != at::kBFloat16) || rows * columns == 0) return at::empty({0}, options);
-  if (!decode(values_.to(at::kFloat).contiguous(), codes_.contiguous(), rows, columns, n, m, stored)) return at::empty({0}, options);
+  if (!decode(values.to(at::kFloat), codes, rows, columns, n, m, stored)) return at::empty({0}, options);
 
   // A block's part of a panel should take 24 to 28 KiB. Wide panels share a weight's broadcast; where a row has few weights in
   // a block, long blocks pay more, for sums are then loaded and stored less often: they take three quarters of the first-level cache.
@@ -197,11 +199,14 @@ at::Tensor kernel_order(const at::Tensor& values_, const at::Tensor& codes_, at:
   int32_t* p = order.mutable_data_ptr<int32_t>();
   std::fill_n(p, order.numel(), 0);
   const int32_t header[] = {int32_t(rows), int32_t(o.channels), int32_t(o.taps), int32_t(o.block), int32_t(o.vectors), int32_t(o.steps), int32_t(o.entries), pairs};
+  const snows::Origin origin = snows::Origin::of(values, codes);
   std::memcpy(p, header, sizeof header);
-  std::memcpy(p += words[0], out.starts.data(), 4 * words[1]);
-  std::memcpy(p += words[1], out.pairs.data(), 4 * words[2]);
-  std::memcpy(p += words[2], out.weights.data(), 4 * words[3]);
-  std::memcpy(p += words[3], out.lines.data(), 2 * o.steps);
+  std::memcpy(p + 8, &origin.sample, 8), std::memcpy(p + 10, &origin.place, 8), std::memcpy(p + 12, &origin.changes, 4);
+  const auto put = [&p](int64_t before, const auto& from) {
+    p += before;
+    if (!from.empty()) std::memcpy(p, from.data(), from.size() * sizeof from[0]);
+  };
+  put(words[0], out.starts), put(words[1], out.pairs), put(words[2], out.weights), put(words[3], out.lines);
   return order;
 }
 

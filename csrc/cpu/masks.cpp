@@ -17,6 +17,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "checks.h"
 #include "simd.h"
 
 namespace {
@@ -110,6 +111,7 @@ void refuse_nan(bool nan, const char* op) {
 }
 
 at::Tensor nm_mask(const at::Tensor& scores, int64_t n, int64_t m) {
+  snows::check_scores("nm_mask", scores, n, m);
   const at::Tensor x = scores.contiguous();
   at::Tensor mask = at::empty(x.sizes(), x.options().dtype(at::kBool));
   const int64_t columns = x.size(1);
@@ -162,6 +164,7 @@ __attribute__((target("avx512f,avx512bw"))) void gather_bits_avx512(const uint8_
 #endif
 
 std::tuple<at::Tensor, at::Tensor> nm_select(const at::Tensor& scores, int64_t n, int64_t m) {
+  snows::check_scores("nm_select", scores, n, m);
   const at::Tensor x = scores.contiguous();
   const int64_t rows = x.size(0), columns = x.size(1), bytes = (columns + 7) / 8;
   const bool coded = n == 2 && m == 4;
@@ -211,6 +214,9 @@ void by_width(const at::Tensor& x, const F& f) {
 }
 
 at::Tensor masked(const at::Tensor& weight, const at::Tensor& bits_) {
+  snows::check_device("masked", "the bits", bits_, weight.device());
+  TORCH_CHECK_VALUE(bits_.scalar_type() == at::kByte && bits_.dim() == 1 && bits_.numel() >= (weight.numel() + 7) / 8, "masked: expected ", (weight.numel() + 7) / 8,
+                    " bytes of bits, got ", bits_.numel(), " ", bits_.scalar_type());
   const at::Tensor x = weight.contiguous(), bits = bits_.contiguous();
   at::Tensor out = at::empty_like(x);
   const int64_t count = x.numel();
@@ -232,7 +238,7 @@ at::Tensor masked(const at::Tensor& weight, const at::Tensor& bits_) {
 class Stream {
  public:
   explicit Stream(const at::Tensor& codes) : bytes_(codes.numel() + 8) {
-    std::memcpy(bytes_.data(), codes.const_data_ptr<uint8_t>(), codes.numel());
+    std::copy_n(codes.const_data_ptr<uint8_t>(), codes.numel(), bytes_.data());
   }
   uint32_t bits(int64_t at, int64_t count) const {  // up to 32
     uint64_t word;
@@ -300,6 +306,9 @@ at::Tensor unpack(const at::Tensor& values_, const at::Tensor& codes, at::IntArr
   const bool positions = m > 0 && n * width <= m;
   const int64_t size = m > 0 ? m : 32, groups = (columns + size - 1) / size, bits = positions ? n * width : size;  // unstructured: 32 bits at a time
   const int64_t row_bits = m > 0 ? groups * bits : columns;
+  snows::check_device("unpack", "codes", codes, values.device());
+  TORCH_CHECK_VALUE(codes.dim() == 1 && codes.scalar_type() == at::kByte, "unpack: expected codes of one dimension, uint8, got ", codes.sizes(), " ",
+                    codes.scalar_type());
   const at::Tensor bytes = codes.contiguous();
   TORCH_CHECK_VALUE(bytes.numel() * 8 >= rows * row_bits, "unpack: expected at least ", (rows * row_bits + 7) / 8, " bytes of codes, got ",
                     bytes.numel());

@@ -257,9 +257,41 @@ bool multiplies_bfloat16() {
 #endif
 }
 
-Order Order::read(const at::Tensor& words) {
+Origin Origin::of(const at::Tensor& values, const at::Tensor& codes) {
+  constexpr int64_t kSamples = 16;
+  const auto mix = [](uint64_t hash, uint64_t x) { return (hash ^ x) * 0x9e3779b97f4a7c15u + (hash >> 29); };
+  uint64_t sample = 0;
+  for (const at::Tensor* x : {&values, &codes}) {
+    const auto* bytes = static_cast<const uint8_t*>(x->const_data_ptr());
+    const int64_t size = x->element_size(), count = x->numel();
+    sample = mix(sample, count * 16 + size);
+    for (int64_t i = 0; i < std::min(count, kSamples); ++i) {
+      uint64_t number = 0;
+      std::memcpy(&number, bytes + (count <= kSamples ? i : i * (count - 1) / (kSamples - 1)) * size, size);
+      sample = mix(sample, number);
+    }
+  }
+  const auto changes = [](const at::Tensor& x) { return x.is_inference() ? 0u : x.unsafeGetTensorImpl()->version_counter().current_version(); };
+  const auto place = [](const at::Tensor& x) { return reinterpret_cast<uintptr_t>(x.const_data_ptr()); };
+  return {sample, mix(place(values), place(codes)), uint32_t(changes(values)) * 0x10001u + uint32_t(changes(codes))};
+}
+
+int64_t Order::words() const {
+  return kHeader + 2 * chunks() * blocks() + (rows + 1) / 2 * blocks() * int64_t(sizeof(Pair) / 4) + entries + (steps + 1) / 2;
+}
+
+Order Order::read(const char* op, const at::Tensor& words, const at::Tensor& values, const at::Tensor& codes, at::IntArrayRef shape) {
+  check_device(op, "the order", words, values.device());
+  TORCH_CHECK_VALUE(words.scalar_type() == at::kInt && words.is_contiguous() && words.numel() >= kHeader, op, ": expected an order as kernel_order makes it, got ",
+                    words.sizes(), " ", words.scalar_type());
   const int32_t* p = words.const_data_ptr<int32_t>();
   Order o{p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7], nullptr, nullptr, nullptr, nullptr};
+  Origin origin;
+  std::memcpy(&origin.sample, p + 8, 8), std::memcpy(&origin.place, p + 10, 8), std::memcpy(&origin.changes, p + 12, 4);
+  const int64_t taps = shape.size() == 4 ? shape[2] * shape[3] : 1;
+  TORCH_CHECK_VALUE(o.rows == shape[0] && o.channels == shape[1] && o.taps == taps && o.block > 0 && o.vectors > 0 && o.steps >= 0 && o.entries >= 0 &&
+                        o.words() == words.numel() && origin.same(Origin::of(values, codes)),
+                    op, ": expected the order that kernel_order makes of this weight, got that of another, or of what it was before it changed");
   o.starts = p + kHeader;
   o.pairs = reinterpret_cast<const Pair*>(o.starts + 2 * o.chunks() * o.blocks());
   o.weights = reinterpret_cast<const float*>(o.pairs + (o.rows + 1) / 2 * o.blocks());

@@ -19,6 +19,7 @@
 #include <functional>
 #include <vector>
 
+#include "checks.h"
 #include "simd.h"
 
 namespace snows {
@@ -32,6 +33,15 @@ struct Pair {
   int32_t first, second;  // which rows of the chunk
 };
 
+// Which weight an order was made of: some of its numbers, and where they lay, how often they had been changed then. Two weights may lie in
+// copies (a compiled program's constants), so the place alone tells nothing; changes are counted at one place.
+struct Origin {
+  uint64_t sample, place;
+  uint32_t changes;
+  static Origin of(const at::Tensor& values, const at::Tensor& codes);
+  bool same(const Origin& now) const { return sample == now.sample && (place != now.place || changes == now.changes); }
+};
+
 // The weight as the kernels read it. In memory (int32 words): the fields of the header, then the four arrays.
 struct Order {
   int64_t rows, channels;
@@ -41,7 +51,7 @@ struct Order {
   int64_t steps, entries;  // numbers of lines and of words of weights
   int64_t bfloat16;        // 1 where weights and panels are
 
-  static constexpr int64_t kHeader = 8;
+  static constexpr int64_t kHeader = 16;  // eight fields, five words of the origin, the rest zero
   static constexpr int64_t kChunk = 512;  // rows among which pairs are chosen
 
   const int32_t* starts;    // (chunk, block): its first weight and its first step
@@ -53,7 +63,9 @@ struct Order {
   int64_t chunks() const { return (rows + kChunk - 1) / kChunk; }
   int64_t blocks() const { return (channels + block - 1) / block; }
   int64_t pairs_of(int64_t chunk) const { return (std::min(kChunk, rows - chunk * kChunk) + 1) / 2; }
-  static Order read(const at::Tensor& words);
+  int64_t words() const;  // in memory, the header included
+  // The order of this weight, whose arguments were checked; an error if the words are another's, or of what the weight was before it changed.
+  static Order read(const char* op, const at::Tensor& words, const at::Tensor& values, const at::Tensor& codes, at::IntArrayRef shape);
 };
 
 // Where a block's part of a strip stands; without vectors there is no such strip.

@@ -314,9 +314,15 @@ void convolve(const Shape& s, const Tiles& t, const snows::Order& o, const at::T
   });
 }
 
-at::Tensor sparse_conv2d(const at::Tensor& input, const at::Tensor& values, const at::Tensor& codes, const std::optional<at::Tensor>& bias_,
+at::Tensor sparse_conv2d(const at::Tensor& input, const at::Tensor& values_, const at::Tensor& codes_, const std::optional<at::Tensor>& bias_,
                          at::IntArrayRef shape, int64_t n, int64_t m, at::IntArrayRef stride, at::IntArrayRef padding,
                          at::IntArrayRef dilation, c10::string_view activation, const std::optional<at::Tensor>& order_) {
+  snows::check_packed("sparse_conv2d", values_, codes_, shape, n, m, 4);
+  snows::check_bias("sparse_conv2d", bias_, shape[0], values_);
+  snows::check_channels("sparse_conv2d", input, 1, 4, shape[1], values_);
+  snows::check_pairs("sparse_conv2d", input, shape, stride, padding, dilation);
+  snows::check_activation("sparse_conv2d", activation);
+  const at::Tensor values = values_.contiguous(), codes = codes_.contiguous();
   const at::Tensor bias = snows::widened(bias_);
   const at::Tensor order = order_.value_or(at::Tensor());
   const auto last = at::MemoryFormat::ChannelsLast;
@@ -335,12 +341,13 @@ at::Tensor sparse_conv2d(const at::Tensor& input, const at::Tensor& values, cons
   if (inner) s.images /= kImages, s.inner = input.size(0);
   s.out_h = (s.height + 2 * s.pad_h - (s.kernel_h - 1) * s.dilation_h - 1) / s.stride_h + 1;
   s.out_w = (s.width + 2 * s.pad_w - (s.kernel_w - 1) * s.dilation_w - 1) / s.stride_w + 1;
-  const std::optional<Tiles> tiles = takes && !lone ? choose(s, snows::Order::read(order)) : std::nullopt;
+  const std::optional<snows::Order> read = takes ? std::optional(snows::Order::read("sparse_conv2d", order, values, codes, shape)) : std::nullopt;
+  const std::optional<Tiles> tiles = takes && !lone ? choose(s, *read) : std::nullopt;
   if (!takes || !(lone || tiles))
     return laid_out(snows::activate(
         at::conv2d(input.contiguous(format), snows::unpack(values, codes, shape, n, m), bias_, stride, padding, dilation), activation));
 
-  const snows::Order o = snows::Order::read(order);
+  const snows::Order& o = *read;
   const at::Tensor x = (inner ? input : input.contiguous()).to(o.bfloat16 ? at::kBFloat16 : at::kFloat);
   at::Tensor y = inner ? at::empty({shape[0], s.out_h, s.out_w, s.inner}, x.options()).permute({3, 0, 1, 2})
                        : at::empty({x.size(0), shape[0], s.out_h, s.out_w}, x.options());

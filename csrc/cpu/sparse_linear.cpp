@@ -46,12 +46,16 @@ at::Tensor pairs_of_columns(const snows::Order& o, const at::Tensor& x, at::Tens
 
 at::Tensor sparse_linear(const at::Tensor& input, const at::Tensor& values_, const at::Tensor& codes_, const std::optional<at::Tensor>& bias_,
                          at::IntArrayRef shape, int64_t n, int64_t m, c10::string_view activation, const std::optional<at::Tensor>& order_) {
+  snows::check_packed("sparse_linear", values_, codes_, shape, n, m, 2);
+  snows::check_bias("sparse_linear", bias_, shape[0], values_);
+  snows::check_channels("sparse_linear", input, -1, 0, shape[1], values_);
+  snows::check_activation("sparse_linear", activation);
   const at::Tensor values = values_.contiguous(), codes = codes_.contiguous();
   const at::Tensor order = order_.value_or(at::Tensor());  // an exported program has none: to make one takes longer than to unpack
   if (!order.defined() || order.numel() == 0 || input.scalar_type() != values.scalar_type())
     return snows::activate(at::linear(input, snows::unpack(values, codes, shape, n, m), bias_), activation).contiguous();
 
-  const snows::Order o = snows::Order::read(order);
+  const snows::Order o = snows::Order::read("sparse_linear", order, values, codes, shape);
   const int64_t rows = shape[0], columns = shape[1], tokens = input.numel() / columns;
   auto sizes = input.sizes().vec();
   sizes.back() = rows;

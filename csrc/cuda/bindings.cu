@@ -1,5 +1,6 @@
-// The kernels as implementations of the ops for CUDA tensors. Arguments come validated and contiguous from snows/ops.
+// The kernels as implementations of the ops for CUDA tensors. Scores come contiguous from snows/ops, or are made so.
 
+#include "../cpu/checks.h"
 #include "batched_cg.cuh"
 #include "cg.cuh"
 #include "nm_select.cuh"
@@ -67,13 +68,17 @@ void select(const at::Tensor& scores, int64_t n, int64_t m, uint8_t* mask, uint8
   });
 }
 
-at::Tensor nm_mask(const at::Tensor& scores, int64_t n, int64_t m) {
+at::Tensor nm_mask(const at::Tensor& given, int64_t n, int64_t m) {
+  snows::check_scores("nm_mask", given, n, m);
+  const at::Tensor scores = given.contiguous();
   at::Tensor mask = at::empty(scores.sizes(), scores.options().dtype(at::kBool));
   select(scores, n, m, data<uint8_t>(mask), nullptr, nullptr);
   return mask;
 }
 
-std::tuple<at::Tensor, at::Tensor> nm_select(const at::Tensor& scores, int64_t n, int64_t m) {
+std::tuple<at::Tensor, at::Tensor> nm_select(const at::Tensor& given, int64_t n, int64_t m) {
+  snows::check_scores("nm_select", given, n, m);
+  const at::Tensor scores = given.contiguous();
   const bool coded = n == 2 && m == 4;
   const int64_t rows = scores.size(0), bytes = (scores.size(1) + 7) / 8;
   at::Tensor bits = at::empty({rows, bytes}, scores.options().dtype(at::kByte));
@@ -83,6 +88,8 @@ std::tuple<at::Tensor, at::Tensor> nm_select(const at::Tensor& scores, int64_t n
 }
 
 void cg_update(at::Tensor& x, at::Tensor& r, const at::Tensor& p, const at::Tensor& Ap, at::Tensor& state, double rtol) {
+  snows::check_alike("cg_update", x, {&r, &p, &Ap});
+  snows::check_like("cg_update", "the state", state, {5}, at::kDouble, x.device());
   const c10::cuda::CUDAGuard guard(x.device());
   DISPATCH(x, "cg_update", [&] {
     constexpr int V = snows::WIDTH<T>;
@@ -97,6 +104,8 @@ void cg_update(at::Tensor& x, at::Tensor& r, const at::Tensor& p, const at::Tens
 }
 
 void cg_direction(at::Tensor& p, const at::Tensor& r, const at::Tensor& z, at::Tensor& state) {
+  snows::check_alike("cg_direction", p, {&r, &z});
+  snows::check_like("cg_direction", "the state", state, {5}, at::kDouble, p.device());
   const c10::cuda::CUDAGuard guard(p.device());
   DISPATCH(p, "cg_direction", [&] {
     constexpr int V = snows::WIDTH<T>;
@@ -112,6 +121,7 @@ void cg_direction(at::Tensor& p, const at::Tensor& r, const at::Tensor& z, at::T
 
 void batched_cg_update(at::Tensor& x, at::Tensor& r, at::Tensor& p, at::Tensor& rz, const at::Tensor& product,
                        const at::Tensor& mask, const at::Tensor& inverse, const at::Tensor& target) {
+  snows::check_batched_cg(x, r, p, rz, product, mask, inverse, target);
   const c10::cuda::CUDAGuard guard(x.device());
   const int64_t rows = x.size(0) * x.size(1), columns = x.size(2);
   TORCH_CHECK_VALUE(rows <= INT32_MAX, "batched_cg_update: expected x to have at most 2^31 - 1 rows in all groups, got ", rows);

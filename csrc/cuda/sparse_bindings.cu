@@ -36,6 +36,7 @@ int attribute(cudaDeviceAttr which) {
 bool small(int64_t size) { return size < INT32_MAX - 256; }  // room for a block beyond the end
 
 at::Tensor kernel_order(const at::Tensor& values_, const at::Tensor& codes_, IntArrayRef shape, int64_t n, int64_t m) {
+  snows::check_packed("kernel_order", values_, codes_, shape, n, m, 0);
   const c10::cuda::CUDAGuard guard(values_.device());
   const at::Tensor values = values_.contiguous(), codes = codes_.contiguous();
   const int64_t rows = shape[0], columns = c10::multiply_integers(shape.slice(1)), groups = (columns + 3) / 4;
@@ -109,6 +110,10 @@ void multiply(const at::Tensor& order, const OptionalTensor& bias_, c10::string_
 
 at::Tensor sparse_linear(const at::Tensor& input, const at::Tensor& values, const at::Tensor& codes, const OptionalTensor& bias, IntArrayRef shape,
                          int64_t n, int64_t m, c10::string_view activation, const OptionalTensor& given) {
+  snows::check_packed("sparse_linear", values, codes, shape, n, m, 2);
+  snows::check_bias("sparse_linear", bias, shape[0], values);
+  snows::check_channels("sparse_linear", input, -1, 0, shape[1], values);
+  snows::check_activation("sparse_linear", activation);
   const c10::cuda::CUDAGuard guard(input.device());
   const at::Tensor order = order_of("sparse_linear", input, values, codes, shape, n, m, given);
   const int64_t tokens = shape[1] > 0 ? input.numel() / shape[1] : 0;
@@ -127,6 +132,11 @@ at::Tensor sparse_linear(const at::Tensor& input, const at::Tensor& values, cons
 at::Tensor sparse_conv2d(const at::Tensor& input, const at::Tensor& values, const at::Tensor& codes, const OptionalTensor& bias, IntArrayRef shape,
                          int64_t n, int64_t m, IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation, c10::string_view activation,
                          const OptionalTensor& given) {
+  snows::check_packed("sparse_conv2d", values, codes, shape, n, m, 4);
+  snows::check_bias("sparse_conv2d", bias, shape[0], values);
+  snows::check_channels("sparse_conv2d", input, 1, 4, shape[1], values);
+  snows::check_pairs("sparse_conv2d", input, shape, stride, padding, dilation);
+  snows::check_activation("sparse_conv2d", activation);
   const c10::cuda::CUDAGuard guard(input.device());
   const auto last = at::MemoryFormat::ChannelsLast;
   const auto format = input.is_contiguous(last) && !input.is_contiguous() ? last : at::MemoryFormat::Contiguous;

@@ -91,6 +91,9 @@ def sparse_conv2d(
     if input.ndim not in (3, 4):
         raise ValueError(f"sparse_conv2d: expected an input of 3 or 4 dimensions, got {tuple(input.shape)}")
     _check_input("sparse_conv2d", input, values, input.shape[-3], shape[1], activation)
+    for name, pair, least in (("a stride", stride, 1), ("a padding", padding, 0), ("a dilation", dilation, 1)):
+        if len(pair) != 2 or min(pair) < least:
+            raise ValueError(f"sparse_conv2d: expected {name} of two numbers of at least {least}, got {tuple(pair)}")
     for axis in (0, 1):
         extent = (shape[2 + axis] - 1) * dilation[axis] + 1
         if input.shape[axis - 2] + 2 * padding[axis] < extent:

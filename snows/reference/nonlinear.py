@@ -89,6 +89,7 @@ def layer_norm_grad(g: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, before: Te
     Returns:
         x.shape.
     """
+    _check_rows("layer_norm_grad", x, (g,), (mean, rstd), (before, after), shape)
     out: Tensor = torch.ops.aten.native_layer_norm_backward(
         widened(g).contiguous(), widened(x), list(shape), mean, rstd, _widened_or_none(before), None, [True, False, False])[0]
     if after is not None:
@@ -103,6 +104,7 @@ def layer_norm_curve(g: Tensor, v: Tensor, x: Tensor, mean: Tensor, rstd: Tensor
     With ``h = before g`` and ``u = after v`` it is ``-r (b A h + a A u + r c x̂)``, where ``a = mean(h x̂)``,
     ``b = mean(u x̂)``, ``c = mean(h u) - mean h mean u - a b``. Arguments as in `layer_norm_grad`; v and the result are x.shape.
     """
+    _check_rows("layer_norm_curve", x, (g, v), (mean, rstd), (before, after), shape)
     dims = tuple(range(-len(shape), 0))
     n = math.prod(shape)
 
@@ -118,6 +120,17 @@ def layer_norm_curve(g: Tensor, v: Tensor, x: Tensor, mean: Tensor, rstd: Tensor
     # b A h + a A u = r (b h + a u - 2 a b x̂), with h and u centred
     out = normal.mul_(c - 2 * a * b).addcmul_(h, b).addcmul_(u, a)
     return out.mul_(rstd.square().neg_()).to(x.dtype)
+
+
+def _check_rows(op: str, x: Tensor, others: Sequence[Tensor], rows: Sequence[Tensor], weights: Sequence[Tensor | None], shape: Sequence[int]) -> None:
+    """Refuse what LayerNorm did not give: PyTorch's own kernel would read past its end."""
+    last = len(shape)
+    kept = (*x.shape[: x.ndim - last], *(1 for _ in shape))
+    right = 0 < last <= x.ndim and tuple(x.shape[x.ndim - last :]) == tuple(shape)
+    right = right and all(y.shape == x.shape for y in others) and all(tuple(y.shape) == kept for y in rows)
+    if not right or not all(w is None or tuple(w.shape) == tuple(shape) for w in weights):
+        raise ValueError(f"{op}: expected tensors of x's shape, means of {kept} and weights of {tuple(shape)}, got x of {tuple(x.shape)}, "
+                         f"{[tuple(y.shape) for y in (*others, *rows, *(w for w in weights if w is not None))]}")
 
 
 def _widened_or_none(x: Tensor | None) -> Tensor | None:
