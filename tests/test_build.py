@@ -130,6 +130,33 @@ def test_a_compiler_that_fails(tree, tmp_path):
         assert "their build failed" in done.stderr
 
 
+@needs_a_compiler
+@pytest.mark.parametrize("breaks", ["compiling", "linking"])
+def test_cuda_kernels_that_cannot_be_built_leave_those_for_the_cpu(tree, tmp_path, breaks):
+    """An nvcc that fails, and a toolkit without the library that everything is linked with, beside a torch for CUDA."""
+    (tmp_path / "tree/csrc/cuda").mkdir()
+    (tmp_path / "tree/csrc/cuda/empty.cu").touch()
+    home = toolkit(tmp_path / "cuda")
+    program(home / "bin/nvcc", f"""case "$*" in *--version*) echo "Cuda compilation tools, release 13.0, V13.0.88"; exit;; esac
+test {breaks} = linking || {{ echo "error: the chip melts" >&2; exit 1; }}
+while test $# -gt 0; do test "$1" = -o && out=$2; shift; done; echo | c++ -x c++ -fPIC -c -o "$out" -""")
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site/sitecustomize.py").write_text(
+        "import torch\ntorch.version.cuda, torch.cuda._is_compiled = '13.0', lambda: True\n"
+        "torch.cuda.device_count, torch.cuda.is_available = lambda: 0, lambda: False\n")
+    environment = {"CUDA_HOME": str(home), "TORCH_CUDA_ARCH_LIST": "9.0", "PYTHONPATH": str(tmp_path / "site")}
+    done, package = tree(**environment)
+    assert done.returncode == 0, done.stderr
+    assert "snows: building the CUDA kernels for 9.0a\n" in done.stdout
+    assert said(package) == ["CPU", "snows: installed without CUDA kernels, for their build failed (log: {log}); everything runs without them, "
+                             "but slower. Those for the CPU were built."]
+    assert ("the chip melts" if breaks == "compiling" else "cudart") in (package / "build.log").read_text()
+    assert len(list(package.glob("_native*.so"))) == 1
+    done, _ = tree(**environment, SNOWS_BUILD="1")
+    assert done.returncode != 0
+    assert "snows: installed without CUDA kernels" in done.stderr
+
+
 def test_a_build_that_is_not_wanted_says_nothing(tree):
     done, package = tree(SNOWS_BUILD="0")
     assert done.returncode == 0, done.stderr
