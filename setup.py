@@ -132,11 +132,13 @@ def native() -> dict:
             return ""
 
         def run(self) -> None:
+            compiler = self.compiler  # its name; a run puts the compiler itself in its place
             outcome, said, log = f"CPU and CUDA ({named})" if cuda else "CPU", sentence, self.attempt()
             if log and cuda:
                 said = missing("CUDA", "their build failed (log: {log})", "Those for the CPU were built.")
-                self.extensions = self.distribution.ext_modules = [extension(CppExtension)]
-                outcome, again = "CPU", self.attempt()
+                vars(self.extensions[0]).update(vars(extension(CppExtension)))  # what setuptools noted in it for the build stays
+                self.compiler, outcome = compiler, "CPU"
+                again = self.attempt()
                 log, failed = log + again, bool(again)
             else:
                 failed = bool(log)

@@ -10,6 +10,7 @@ import warnings
 from pathlib import Path
 
 import pytest
+import torch
 
 from snows import build
 
@@ -80,7 +81,7 @@ def tree(tmp_path):
         shutil.rmtree(place, ignore_errors=True)
         named = {k: v for k, v in os.environ.items() if k not in ("SNOWS_BUILD", "CXX", "PYTHONPATH", "TORCH_CUDA_ARCH_LIST")}
         done = subprocess.run([sys.executable, "setup.py", "-q", "build", "--build-lib", place, "--build-temp", tmp_path / "temp"], cwd=tree,
-                              env=named | environment, capture_output=True, text=True)
+                              env=named | {"CUDA_VISIBLE_DEVICES": ""} | environment, capture_output=True, text=True)
         return done, place / "snows"
 
     return install
@@ -123,8 +124,37 @@ def test_a_compiler_that_fails(tree, tmp_path):
     assert not list(package.glob("_native*.so"))
     done, _ = tree(CXX=str(tmp_path / "broken"), SNOWS_BUILD="1")
     assert done.returncode != 0
-    assert "the disk is on fire" in done.stdout
-    assert "their build failed" in done.stderr
+    assert "snows: installed without" in done.stderr
+    if torch.version.cuda is None:  # else it is nvcc that is missed first
+        assert "the disk is on fire" in done.stdout
+        assert "their build failed" in done.stderr
+
+
+@needs_a_compiler
+@pytest.mark.parametrize("breaks", ["compiling", "linking"])
+def test_cuda_kernels_that_cannot_be_built_leave_those_for_the_cpu(tree, tmp_path, breaks):
+    """An nvcc that fails, and a toolkit without the library that everything is linked with, beside a torch for CUDA."""
+    (tmp_path / "tree/csrc/cuda").mkdir()
+    (tmp_path / "tree/csrc/cuda/empty.cu").touch()
+    home = toolkit(tmp_path / "cuda")
+    program(home / "bin/nvcc", f"""case "$*" in *--version*) echo "Cuda compilation tools, release 13.0, V13.0.88"; exit;; esac
+test {breaks} = linking || {{ echo "error: the chip melts" >&2; exit 1; }}
+while test $# -gt 0; do test "$1" = -o && out=$2; shift; done; echo | c++ -x c++ -fPIC -c -o "$out" -""")
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site/sitecustomize.py").write_text(
+        "import torch\ntorch.version.cuda, torch.cuda._is_compiled = '13.0', lambda: True\n"
+        "torch.cuda.device_count, torch.cuda.is_available = lambda: 0, lambda: False\n")
+    environment = {"CUDA_HOME": str(home), "TORCH_CUDA_ARCH_LIST": "9.0", "PYTHONPATH": str(tmp_path / "site")}
+    done, package = tree(**environment)
+    assert done.returncode == 0, done.stderr
+    assert "snows: building the CUDA kernels for 9.0a\n" in done.stdout
+    assert said(package) == ["CPU", "snows: installed without CUDA kernels, for their build failed (log: {log}); everything runs without them, "
+                             "but slower. Those for the CPU were built."]
+    assert ("the chip melts" if breaks == "compiling" else "cudart") in (package / "build.log").read_text()
+    assert len(list(package.glob("_native*.so"))) == 1
+    done, _ = tree(**environment, SNOWS_BUILD="1")
+    assert done.returncode != 0
+    assert "snows: installed without CUDA kernels" in done.stderr
 
 
 def test_a_build_that_is_not_wanted_says_nothing(tree):

@@ -144,7 +144,6 @@ def test_a_step_and_a_direction_of_cg_over_many_chunks(n, dtype, tolerance):
     assert (p - turned).abs().max() <= 2 * tolerance * turned.abs().max()
 
 
-@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="needs two cores")
 def test_threads_change_no_bit():
     found, threads = [], torch.get_num_threads()
     try:

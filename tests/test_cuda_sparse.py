@@ -123,7 +123,7 @@ def library(tmp_path_factory):
     if compiler is None or os.uname().sysname != "Linux" or os.uname().machine != "x86_64":
         pytest.skip("needs a C++ compiler with _Float16 and Linux's ucontext")
     path = tmp_path_factory.mktemp("emulation") / "sparse.so"
-    run(compiler, "-std=c++17", "-O2", "-shared", "-fPIC", "-pthread", "-Wall", "-Werror", "-Wno-unknown-pragmas", f"-I{CUDA}",
+    run(compiler, "-std=c++17", "-O2", "-shared", "-fPIC", "-pthread", "-Wall", "-Wno-unknown-pragmas", f"-I{CUDA}",
         ROOT / "tests/emulation/sparse.cpp", "-o", path)
     return ctypes.CDLL(str(path))
 

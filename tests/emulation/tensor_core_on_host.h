@@ -125,7 +125,7 @@ namespace snows {
 inline float widen(__half x) { return emulation::number(x.bits, x); }
 inline float widen(__nv_bfloat16 x) { return emulation::number(x.bits, x); }
 template <> inline __half narrow(float x) {
-  const _Float16 rounded = x;
+  const auto rounded = static_cast<_Float16>(x);
   __half h;
   memcpy(&h, &rounded, sizeof h);
   return h;
