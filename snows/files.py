@@ -1,4 +1,4 @@
-"""Deployed networks on disk, and networks for other runtimes.
+"""Deployed networks on disk.
 
 A deployed network is one safetensors file: the packed tensors as they are, and metadata that says how to build the layers.
 That is one JSON text under the key ``snows``: the format's version, each packed layer with its pattern, shape, activation
@@ -10,9 +10,8 @@ tensors. Nothing in a file is executed.
 from __future__ import annotations
 
 import json
-import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -23,7 +22,7 @@ from snows import network
 from snows.layers import SparseConv2d, SparseLinear
 from snows.network import OpenAttention
 from snows.packing import Packed
-from snows.rewriting import Remainder, difference, outputs, substitute
+from snows.rewriting import Remainder, substitute
 from snows.run import digest, state, write
 from snows.sparsity import parse_pattern
 
@@ -57,7 +56,7 @@ def save(model: nn.Module, path: Path | str) -> None:
     tensors = state(model)
     content = {"version": VERSION, "layers": packed, "identities": identities, "remainders": remainders, "opened": opened}
     text = json.dumps(content, sort_keys=True)
-    write(Path(path), to_bytes(tensors, {"snows": text, "sha256": digest(dict(sorted(tensors.items())), text)}))
+    write(Path(path), to_bytes(tensors, {"snows": text, "sha256": digest(dict(sorted(tensors.items())), text)}), "save")
 
 
 def load(path: Path | str, model: nn.Module) -> nn.Module:
@@ -95,6 +94,11 @@ def load(path: Path | str, model: nn.Module) -> nn.Module:
     return _filled(net, content["layers"], {name: x.to(device) for name, x in tensors.items()}, path)
 
 
+def _inside(name: str, key: str) -> str:
+    """Name a module's entry; of a network that is one layer the module has no name."""
+    return f"{name}.{key}" if name else key
+
+
 def is_packed(path: Path) -> bool:
     """Whether `save` wrote this file."""
     try:
@@ -102,47 +106,6 @@ def is_packed(path: Path) -> bool:
             return "snows" in (file.metadata() or {})
     except (SafetensorError, OSError, UnicodeDecodeError):
         return False
-
-
-def export_onnx(model: nn.Module, example: Any, path: Path | str) -> float:
-    """Write a network with dense weights, zeros among them, as ONNX, any number of images at a time; and run that once.
-
-    Args:
-        model: in evaluation mode, without packed layers.
-        example: one batch of at least two.
-        path: of the file.
-
-    Returns:
-        The largest difference of onnxruntime's outputs from the model's, relative to the largest output.
-
-    Raises:
-        ValueError: the packages are missing, the model cannot be exported, or the outputs differ by more than 1e-4.
-    """
-    try:
-        import onnxruntime  # type: ignore[import-not-found,import-untyped,unused-ignore]
-        import onnxscript  # type: ignore[import-not-found,import-untyped,unused-ignore] # noqa: F401
-    except ImportError as error:
-        raise ValueError(f"export: ONNX needs a package that is not installed ({error}); pip install 'snows[export]' brings it") from error
-    path, inputs = Path(path), network.as_inputs(example)
-    temporary = path.with_name(path.name + ".partial.onnx")
-    batch = torch.export.Dim("batch")
-    shapes = tuple({0: batch} if isinstance(x, Tensor) else None for x in inputs.args)
-    try:
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of PyTorch about itself
-            torch.onnx.export(model, inputs.args, str(temporary), kwargs=inputs.kwargs, dynamo=True, external_data=False, verbose=False,
-                              dynamic_shapes=None if inputs.kwargs else shapes)
-        session = onnxruntime.InferenceSession(str(temporary), providers=["CPUExecutionProvider"])
-        feed = dict(zip([x.name for x in session.get_inputs()], [x.numpy() for x in inputs.tensors()], strict=True))
-        worst = difference(outputs(model, inputs), [torch.from_numpy(x) for x in session.run(None, feed)])
-        if not worst <= 1e-4:
-            raise ValueError(f"export: onnxruntime's outputs differ by {worst:.1e} of the largest; nothing was written")
-        temporary.replace(path)
-    except (torch.onnx.OnnxExporterError, OSError) as error:
-        raise ValueError(f"export: {path} could not be written ({str(error).strip().splitlines()[0]})") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-    return worst
 
 
 def _described(module: SparseLinear | SparseConv2d) -> dict[str, Any]:
@@ -156,22 +119,51 @@ def _described(module: SparseLinear | SparseConv2d) -> dict[str, Any]:
 def _content(path: Path, text: str) -> dict[str, Any]:
     """The metadata, of this format and complete."""
     try:
-        content: dict[str, Any] = json.loads(text)
+        content = json.loads(text)
         version = content["version"]
-        if not isinstance(version, int) or version > VERSION:
-            raise ValueError(f"load: {path} has format {version}, this snows reads up to {VERSION}; install a newer one")
-        for name, entry in content["layers"].items():
-            parse_pattern(entry["pattern"])
-            sound = isinstance(name, str) and len(entry["shape"]) in (2, 4) and all(type(x) is int and x > 0 for x in entry["shape"])
-            if not sound or entry["activation"] not in (None, "relu", "gelu") or (len(entry["shape"]) == 4 and set(CONVOLUTION) - set(entry)):
-                raise KeyError(name)
-        if version == 1:
-            content["remainders"] = []
-        if not all(isinstance(name, str) for key in ("identities", "remainders", "opened") for name in content[key]):
-            raise KeyError("identities")
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"load: the metadata of {path} is damaged ({type(error).__name__}: {error})") from error
-    return content
+    if type(version) is int and version > VERSION:  # whatever is in it
+        raise ValueError(f"load: {path} has format {version}, this snows reads up to {VERSION}; install a newer one")
+    content = {"remainders": [], **content} if version == 1 else content
+    problem = "" if type(version) is int and version > 0 else f"version is {version!r:.60}"
+    for key in ("identities", "remainders", "opened"):
+        if not isinstance(content.get(key), list) or not all(isinstance(name, str) for name in content[key]):
+            problem = problem or f"{key} is {content.get(key)!r:.60}"
+    if not isinstance(content.get("layers"), dict):
+        problem = problem or f"layers is {content.get('layers')!r:.60}"
+    for name, entry in content["layers"].items() if not problem else ():
+        if field := _unsound(entry):
+            problem = f"{field} of {name} is {entry.get(field) if isinstance(entry, dict) else entry!r:.60}"
+    if problem:
+        raise ValueError(f"load: the metadata of {path} is damaged ({problem})")
+    return cast("dict[str, Any]", content)
+
+
+def _unsound(entry: Any) -> str:
+    """Which field of a packed layer is none that `save` writes; empty if all are."""
+    def whole(x: Any, least: int, count: int) -> bool:
+        return isinstance(x, list) and len(x) == count and all(type(n) is int and least <= n < 2**31 for n in x)
+
+    if not isinstance(entry, dict):
+        return "entry"
+    shape = entry.get("shape", [])
+    if not whole(shape, 1, 2) and not whole(shape, 1, 4):
+        return "shape"
+    try:
+        parse_pattern(entry["pattern"])
+    except (KeyError, ValueError, TypeError, AttributeError):
+        return "pattern"
+    if "activation" not in entry or entry["activation"] not in (None, "relu", "gelu"):
+        return "activation"
+    if len(shape) == 2:
+        return ""
+    for key, least in (("stride", 1), ("padding", 0), ("dilation", 1)):
+        if not whole(entry.get(key), least, 2) and not (key == "padding" and entry.get(key) in ("same", "valid")):
+            return key
+    if entry.get("padding_mode") not in ("zeros", "reflect", "replicate", "circular"):
+        return "padding_mode"
+    return "" if type(entry.get("innermost", False)) is bool else "innermost"
 
 
 def _shape_like(net: nn.Module, content: dict[str, Any], tensors: dict[str, Tensor], path: Path) -> None:
@@ -194,7 +186,7 @@ def _shape_like(net: nn.Module, content: dict[str, Any], tensors: dict[str, Tens
         if not isinstance(module, nn.Identity):
             substitute(net, module, nn.Identity().eval())
     for name, module in network.prunable(net).items():
-        if module.bias is None and f"{name}.bias" in tensors:  # of a normalisation that was folded
+        if module.bias is None and _inside(name, "bias") in tensors:  # of a normalisation that was folded
             module.bias = nn.Parameter(torch.empty(len(module.weight), device="meta"))
 
 
@@ -207,44 +199,56 @@ def _module(net: nn.Module, name: str, path: Path) -> nn.Module:
 
 def _compare(net: nn.Module, layers: dict[str, Any], tensors: dict[str, Tensor], path: Path) -> None:
     """Names, shapes and kinds of all tensors against the model's. What is in a packed weight, the layer itself checks."""
-    own = net.state_dict()
+    own = {name: x for name, x in net.state_dict().items() if isinstance(x, Tensor)}
     expected: dict[str, tuple[int, ...] | None] = {name: tuple(x.shape) for name, x in own.items()}
     problems = []
     for name, entry in layers.items():
         module = _module(net, name, path)
-        weight = expected.pop(f"{name}.weight", None)
+        weight = expected.pop(_inside(name, "weight"), None)
         if not isinstance(module, nn.Linear | nn.Conv2d) or weight != tuple(entry["shape"]):
             problems.append(f"{name} has a weight of {weight}, the file one of {tuple(entry['shape'])}")
         elif type(module).forward is nn.Conv2d.forward:
             problems += [f"{name} has the {key} {getattr(module, key)}, the file {entry[key]}" for key in CONVOLUTION
                          if getattr(module, key) != (entry[key] if isinstance(entry[key], str) else tuple(entry[key]))]
-        expected |= {f"{name}.values": None, f"{name}.codes": None}
+        expected |= {_inside(name, "values"): None, _inside(name, "codes"): None}
     problems += [f"missing {name}" for name in expected if name not in tensors]
     problems += [f"unexpected {name}" for name in tensors if name not in expected]
     for name, x in tensors.items():
         if expected.get(name) not in (None, tuple(x.shape)):
             problems.append(f"{name} is {expected[name]}, in the file {tuple(x.shape)}")
-        elif x.is_floating_point() != (own[name].is_floating_point() if name in own else not name.endswith(".codes")):
+        elif x.is_floating_point() != (own[name].is_floating_point() if name in own else not name.endswith("codes")):
             problems.append(f"{name} is {x.dtype} in the file")
+        elif not x.isfinite().all():
+            problems.append(f"{name} is not finite in the file")
+    dtypes: dict[torch.dtype, set[torch.dtype]] = {}  # of the model: of the file
+    for name, x in tensors.items():
+        like = own.get(name, own.get(_inside(name.rpartition(".")[0], "weight")))
+        if x.is_floating_point() and like is not None:
+            dtypes.setdefault(like.dtype, set()).add(x.dtype)
+    problems += [f"its {like} is of several types in the file: {', '.join(sorted(map(str, found)))}"
+                 for like, found in dtypes.items() if len(found) > 1]
     if problems:
         raise ValueError(f"load: {path} does not match the model: {'; '.join(problems[:5])}{' and more' if len(problems) > 5 else ''}")
 
 
 def _filled(net: nn.Module, layers: dict[str, Any], tensors: dict[str, Tensor], path: Path) -> nn.Module:
     for name, entry in layers.items():
-        packed = Packed(tensors.pop(f"{name}.values"), tensors.pop(f"{name}.codes"), parse_pattern(entry["pattern"]),
+        packed = Packed(tensors.pop(_inside(name, "values")), tensors.pop(_inside(name, "codes")), parse_pattern(entry["pattern"]),
                         tuple(entry["shape"]))
         settings: dict[str, Any] = {key: value if isinstance(value := entry[key], str) else tuple(value) for key in CONVOLUTION if key in entry}
         if "innermost" in entry:
             settings["innermost"] = entry["innermost"] is True
         kind: Any = SparseLinear if len(packed.shape) == 2 else SparseConv2d
         try:
-            layer = kind(packed, tensors.pop(f"{name}.bias", None), activation=entry["activation"], **settings)
+            layer = kind(packed, tensors.pop(_inside(name, "bias"), None), activation=entry["activation"], **settings)
         except (ValueError, RuntimeError, TypeError) as error:
             raise ValueError(f"load: {path}: {name}: {error}") from error
+        if not name:
+            return cast("nn.Module", layer.eval())
         parent, _, key = name.rpartition(".")
         net.get_submodule(parent)._modules[key] = layer.eval()
+    kept = {name for name, x in net.state_dict().items() if not isinstance(x, Tensor)}  # state of other kinds is the model's own
     missing, unexpected = net.load_state_dict(tensors, strict=False, assign=True)
-    assert not unexpected and all(name.rpartition(".")[0] in layers for name in missing)  # noqa: PT018 - `_compare` has seen to it
+    assert not unexpected and all(name.rpartition(".")[0] in layers for name in missing if name not in kept)  # noqa: PT018 - `_compare` has seen to it
     network.close_attention(net)
     return net

@@ -153,12 +153,17 @@ class Run:
 
 
 def state(net: nn.Module) -> dict[str, Tensor]:
-    """A `state_dict` that safetensors can write: on the host, contiguous, nothing shared."""
-    return {name: x.detach().cpu().clone().contiguous() for name, x in net.state_dict().items()}
+    """A `state_dict` that safetensors can write: on the host, contiguous, nothing shared; entries that are no tensors are left out."""
+    return {name: x.detach().cpu().clone().contiguous() for name, x in net.state_dict().items() if isinstance(x, Tensor)}
 
 
-def write(path: Path, content: bytes) -> None:
+def write(path: Path, content: bytes, asked: str = "out") -> None:
     """Write a file whole or not at all.
+
+    Args:
+        path: of the file.
+        content: all of it.
+        asked: the argument that named the path, or the function; the error begins with it.
 
     Raises:
         ValueError: it cannot be written; what was there before stays.
@@ -173,13 +178,15 @@ def write(path: Path, content: bytes) -> None:
     except OSError as error:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
-        raise ValueError(f"out: {path} cannot be written ({error.strerror})") from error
+        raise ValueError(f"{asked}: {path} cannot be written ({error.strerror})") from error
 
 
 def digest(tensors: Mapping[str, Tensor], *more: str) -> str:
     """SHA-256 of tensors, their names, dtypes and shapes, and of texts."""
     found = hashlib.sha256("\n".join(more).encode())
     for name, x in tensors.items():
+        if not isinstance(x, Tensor):  # of `get_extra_state`
+            continue
         found.update(f"{name} {x.dtype} {tuple(x.shape)}".encode())
         found.update(x.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()

@@ -48,7 +48,7 @@ def calls():
     yield "attention_grad", (out, *heads, out, kept, None, 0.3)
     yield "attention_tangent", (*heads, *heads, out, kept, None, 0.3)
     yield "attention_curve", (out, *heads, *heads, out, kept, None, 0.3)
-    for given, order in ((linear, orders["linear"]), (conv, orders["conv"])):
+    for given in (linear, conv):
         shape, group = list(given.shape), given.group
         yield "unpack", (given.values, given.codes, shape, *group)
         yield "kernel_order", (given.values, given.codes, shape, *group)
@@ -64,12 +64,13 @@ def wrong(value, generator):
     if isinstance(value, torch.Tensor):
         flat = value.flatten()
         return [
-            flat[: flat.numel() // 2].clone(), flat[:0].clone(), torch.cat([flat, flat]), value.double() if value.dtype != torch.float64 else value.float(),
+            flat[: flat.numel() // 2].clone(), flat[:0].clone(), torch.cat([flat, flat]),
+            value.double() if value.dtype != torch.float64 else value.float(),
             value.to(torch.uint8), value.reshape(-1)[:1].squeeze(), value[None].clone(), value.transpose(0, -1), value.to("meta"),
             torch.full_like(value, 127 if not value.is_floating_point() else torch.nan), torch.randn_like(value.float()).to(value.dtype) * 100,
             value.repeat_interleave(2, 0)[::2] if value.ndim else value,
         ][pick]
-    if isinstance(value, bool) or isinstance(value, str):
+    if isinstance(value, bool | str):
         return value if isinstance(value, bool) else "nothing"
     if isinstance(value, int):
         return [-1, 0, 1, 3, 7, 31, 32, 33, 64, 2**31 - 1, 2**31, -(2**62)][pick]
@@ -85,7 +86,14 @@ def wrong(value, generator):
 
 def same(found, wanted):
     pairs = zip(found if isinstance(found, tuple) else (found,), wanted if isinstance(wanted, tuple) else (wanted,), strict=True)
-    return all(a is None or (a.shape == b.shape and torch.allclose(a.double(), b.double(), rtol=1e-4, atol=1e-4, equal_nan=True)) for a, b in pairs)
+    return all(a is None or (a.shape == b.shape and torch.allclose(a.double(), b.double(), rtol=1e-4, atol=1e-4 * size(b), equal_nan=True))
+               for a, b in pairs)
+
+
+def size(x):
+    """Of the numbers in a tensor, at least 1."""
+    finite = x.double()[x.double().isfinite()]
+    return max(1.0, finite.abs().max().item()) if finite.numel() else 1.0
 
 
 def clones(arguments):

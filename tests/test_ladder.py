@@ -8,7 +8,7 @@ import snows
 FLOORS = [
     {"kernels", "build"}, {"reference", "derivatives", "ops", "graphs"}, {"sparsity"}, {"operators", "solvers", "packing", "layers"},
     {"network", "moments", "routes", "horizon"}, {"selectors", "report", "run", "evaluation", "intake", "normalisation", "pruning"},
-    {"measuring", "rewriting", "deployment", "files"},
+    {"measuring", "rewriting", "deployment", "files", "onnx"},
     {"zoo", "sources", "demo", "cli", "__main__"},
 ]
 PACKAGE = Path(snows.__file__).parent

@@ -133,7 +133,7 @@ def export(
     """Write a run's network for other runtimes and libraries."""
     from safetensors.torch import save
 
-    from snows import files
+    from snows.onnx import export_onnx
     from snows.run import state, write
 
     if onnx is None and dense is None:
@@ -146,5 +146,5 @@ def export(
         write(dense, save(state(net)))
         say(f"{dense}: {dense.stat().st_size / 1e6:.2f} MB")
     if onnx is not None:
-        error = files.export_onnx(net, example, onnx)
+        error = export_onnx(net, example, onnx)
         say(f"{onnx}: {onnx.stat().st_size / 1e6:.2f} MB; onnxruntime's outputs differ by {error:.1e} of the largest")
