@@ -3,7 +3,8 @@
 Forward with a running maximum and sum (Milakov & Gimelshein 2018; Dao et al. 2022); what is kept is the logarithm of each row's sum,
 from which the derivatives make the probabilities again, a block at a time. A program owns a block of queries of one head, or, for
 the adjoint's dk and dv, of keys; no atomics, so results are the same from run to run. Products of float32 run as three tf32 ones,
-those of 16-bit numbers, exact in tf32, as one.
+those of 16-bit numbers, exact in tf32, as one; what is computed in between is rounded to tf32 first, for the tensor core cuts it off,
+which would make every sum too small.
 """
 
 from __future__ import annotations
@@ -28,6 +29,14 @@ def _block(x, head, rows, columns, count, width):
     """A block of one head of x (heads, count, width), zeros outside."""
     inside = (rows[:, None] < count) & (columns[None, :] < width)
     return tl.load(x + head * count * width + rows[:, None] * width + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _rounded(x, PRECISION: tl.constexpr):
+    """A product's computed operand: to the nearest of tf32 where that is what is multiplied, whose lower 13 bits are not read."""
+    if PRECISION == "tf32":
+        x = ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+    return x
 
 
 @triton.jit
@@ -65,7 +74,7 @@ def attention_kernel(q, k, v, bias, out, kept, queries, keys, width, depth, by_h
         p = tl.exp(scores - base[:, None])
         shrink = tl.exp(top - base)
         total = total * shrink + tl.sum(p, 1)
-        result = result * shrink[:, None] + tl.dot(p, _block(v, head, j, d, keys, depth), input_precision=PRECISION)
+        result = result * shrink[:, None] + tl.dot(_rounded(p, PRECISION), _block(v, head, j, d, keys, depth), input_precision=PRECISION)
         top = higher
     none = total == 0
     result = result / tl.where(none, 1.0, total)[:, None]
@@ -93,8 +102,8 @@ def attention_tangent_kernel(dq, dk, dv, q, k, v, out, kept, bias, result, queri
         slope += tl.dot(own, tl.trans(_block(dk, head, j, w, keys, width)), input_precision=PRECISION)
         slope *= scale * p
         mean += tl.sum(slope, 1)
-        total += tl.dot(slope, _block(v, head, j, d, keys, depth), input_precision=PRECISION)
-        total += tl.dot(p, _block(dv, head, j, d, keys, depth), input_precision=PRECISION)
+        total += tl.dot(_rounded(slope, PRECISION), _block(v, head, j, d, keys, depth), input_precision=PRECISION)
+        total += tl.dot(_rounded(p, PRECISION), _block(dv, head, j, d, keys, depth), input_precision=PRECISION)
     total -= mean[:, None] * _block(out, head, i, d, queries, depth)
     _put(result, total, head, i, d, queries, depth)
 
@@ -116,7 +125,7 @@ def attention_grad_query_kernel(g, q, k, v, out, kept, bias, grad, queries, keys
         scores = _scores(own, other, bias, head, i, j, queries, keys, by_head, by_query, by_key, scale, BIAS, PRECISION)
         inner = tl.dot(pulled, tl.trans(_block(v, head, j, d, keys, depth)), input_precision=PRECISION) - mean[:, None]
         inner *= tl.exp(scores - lse[:, None])
-        total += tl.dot(inner, other, input_precision=PRECISION)
+        total += tl.dot(_rounded(inner, PRECISION), other, input_precision=PRECISION)
     _put(grad, total * scale, head, i, w, queries, width)
 
 
@@ -137,8 +146,8 @@ def attention_grad_key_kernel(g, q, k, v, out, kept, bias, grad_k, grad_v, queri
         p = tl.exp(scores - lse[:, None])
         mean = tl.sum(pulled * _block(out, head, i, d, queries, depth), 1)
         inner = p * (tl.dot(pulled, tl.trans(value), input_precision=PRECISION) - mean[:, None])
-        total_v += tl.dot(tl.trans(p), pulled, input_precision=PRECISION)
-        total_k += tl.dot(tl.trans(inner), other, input_precision=PRECISION)
+        total_v += tl.dot(tl.trans(_rounded(p, PRECISION)), pulled, input_precision=PRECISION)
+        total_k += tl.dot(tl.trans(_rounded(inner, PRECISION)), other, input_precision=PRECISION)
     _put(grad_k, total_k * scale, head, j, w, keys, width)
     _put(grad_v, total_v, head, j, d, keys, depth)
 

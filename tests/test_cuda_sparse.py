@@ -354,7 +354,7 @@ class TestOnGPU:
         weight, packed = sparse_weight(out, width, dtype=dtype)
         on = packed._replace(values=packed.values.to(device), codes=packed.codes.to(device))
         x, bias = integers(tokens, width).to(device, dtype), integers(out).to(device, dtype)
-        sums = x.cpu().double() @ weight.double().T
+        sums = (x.double() @ weight.to(device).double().T).cpu()  # whole numbers: exact
         order = ops.kernel_order(on.values, on.codes, on.shape, 2, 4)
         assert order.numel() > 0
         for given in (order, None):
@@ -375,7 +375,7 @@ class TestOnGPU:
         weight, packed = sparse_weight(out, width, dtype=dtype)
         values, codes = packed.values.to(device), packed.codes.to(device)
         x, bias = integers(tokens, width).to(device, dtype), integers(out).to(device, dtype)
-        sums = x.cpu().double() @ weight.double().T
+        sums = (x.double() @ weight.to(device).double().T).cpu()  # whole numbers: exact
         for activation, b in (("none", None), ("relu", bias), ("gelu", bias)):
             found = ops.sparse_linear(x, values, codes, b, packed.shape, 2, 4, activation)
             check(found.cpu(), sums if b is None else sums + b.cpu(), activation)
@@ -392,7 +392,7 @@ class TestOnGPU:
         weight, packed = sparse_weight(weight_shape[0], input_shape[1], *weight_shape[1:], dtype=dtype)
         x, bias = integers(*input_shape).to(device, dtype), integers(weight_shape[0]).to(device, dtype)
         x = x.contiguous(memory_format=torch.channels_last) if last else x
-        sums = F.conv2d(x.cpu().double(), weight.double(), bias.cpu().double(), *settings)
+        sums = F.conv2d(x.double(), weight.to(device).double(), bias.double(), *settings).round().cpu()  # whole numbers
         values, codes = packed.values.to(device), packed.codes.to(device)
         order = ops.kernel_order(values, codes, packed.shape, 2, 4)
         assert order.numel() > 0

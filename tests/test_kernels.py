@@ -11,6 +11,7 @@ import warnings
 from importlib import import_module
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -23,7 +24,9 @@ from snows.packing import pack
 GPU = torch.cuda.is_available()
 if not GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is first imported
-pytest.importorskip("triton", reason="Triton is not installed")
+triton = pytest.importorskip("triton", reason="Triton is not installed")
+if not GPU and tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7) and tuple(map(int, np.__version__.split(".")[:2])) >= (2, 4):
+    pytest.skip("Triton 3.6's interpreter does not run with NumPy 2.4", allow_module_level=True)
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")  # Triton 3.6's interpreter, of NumPy
 
 device = pytest.mark.parametrize("device", [
@@ -31,7 +34,8 @@ device = pytest.mark.parametrize("device", [
     pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not GPU, reason="needs a CUDA device")]),
 ])  # fmt: skip
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 6e-3, torch.float16: 8e-4}  # of the norm; half an ulp is 6e-8, 2e-3, 2.4e-4
+# Of the norm; half an ulp is 6e-8, 2e-3, 2.4e-4. A tensor core cuts its sums off, which the interpreter does not.
+TOLERANCE = {torch.float32: 1e-5 if GPU else 3e-6, torch.bfloat16: 6e-3, torch.float16: 8e-4}
 
 
 def bits(shape):
@@ -241,6 +245,8 @@ def rooms(monkeypatch):
 @pytest.mark.parametrize("pattern", [NM(2, 4), NM(1, 4), NM(2, 8), NM(4, 8), NM(1, 2), NM(3, 5), NM(1, 3), NM(6, 32), NM(31, 32),
                                      Unstructured(0.9), Unstructured(0.1)], ids=str)  # fmt: skip
 def test_unpack_gives_the_dense_weight_bit_for_bit(pattern, dtype, device, rooms):
+    if device == "cuda" and dtype in (torch.float16, torch.float64) and pattern != NM(2, 4):
+        pytest.skip("each is compiled anew, and differs from another dtype by its width alone")
     unpack = import_module("snows.kernels.unpack")
     for shape in PACKED_SHAPES:
         weight, packed = packed_weight(shape, pattern, dtype)
