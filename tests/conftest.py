@@ -1,10 +1,14 @@
+import os
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from snows import deployment, measuring
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is first imported, which timm and torchvision do where it comes with torch
+
+from snows import deployment, measuring  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parent))
 collect_ignore = ["compile_kernels.py"]  # a program of its own

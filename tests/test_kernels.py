@@ -20,9 +20,7 @@ from snows import NM, Unstructured, ops, reference
 from snows.ops import register, sdpa
 from snows.packing import pack
 
-GPU = torch.cuda.is_available()
-if not GPU:
-    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is first imported
+GPU = torch.cuda.is_available()  # without one conftest.py has asked for the interpreter
 pytest.importorskip("triton", reason="Triton is not installed")
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")  # Triton 3.6's interpreter, of NumPy
 
