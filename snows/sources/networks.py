@@ -129,9 +129,10 @@ def _zoo(name: str, rest: str, trained: bool) -> Network:
 
 def _timm(name: str, rest: str, trained: bool) -> Network:
     timm: Any = importlib.import_module("timm")
-    if not timm.is_model(rest):
+    hosted = rest.startswith(("hf-hub:", "hf_hub:"))  # timm's own name for a network on the hub
+    if not hosted and not timm.is_model(rest):
         raise ValueError(f"timm has no network {rest!r}")
-    if trained and not timm.is_model_pretrained(rest):
+    if trained and not hosted and not timm.is_model_pretrained(rest):
         raise _NotAtHandError(f"model: timm has no trained weights of {rest}; name a file with --weights, or say --random-weights")
     net = timm.create_model(rest, pretrained=trained)
     config = net.pretrained_cfg or {}
