@@ -4,7 +4,7 @@
     python bench/vit_b16.py --blocks 0,11                                       # the first and the last block only
 
 Seconds are of the wall's clock, a step's of the processor (all threads), which does not count what other processes take. The weights of
-torchvision's model are made small where it starts at zero, so that features differ. Needs `snows[models]`.
+torchvision's model are made small where it starts at zero, so that features differ. Needs torchvision.
 """
 
 from __future__ import annotations

@@ -19,6 +19,9 @@ from snows import ops, packing, reference
 from snows.packing import Packed
 from snows.sparsity import NM, Unstructured
 
+# Before 2.13 Dynamo says for torch.compile too that it exports; torch.export itself runs without Dynamo, unless it is told to be strict.
+TELLS_EXPORT = tuple(int(x) for x in torch.__version__.split(".")[:2]) >= (2, 13)
+
 PaddingMode: TypeAlias = Literal["zeros", "reflect", "replicate", "circular"]
 Activation: TypeAlias = Literal["relu", "gelu"] | None
 
@@ -75,7 +78,8 @@ class _Sparse(nn.Module):
     def _kernel_order(self) -> Tensor | None:
         """An exported program carries the packed tensors alone, and runs on any machine."""
         if torch.compiler.is_compiling():
-            return None if torch.compiler.is_exporting() else self.order
+            exporting = torch.compiler.is_exporting() and (TELLS_EXPORT or not torch.compiler.is_dynamo_compiling())
+            return None if exporting else self.order
         values, codes, *changes = self._arranged
         if values is not self.values or codes is not self.codes or changes != [_changes(values), _changes(codes)]:
             packing.check(self.packed)

@@ -128,7 +128,9 @@ def test_opcheck():
         for name, args in calls.items():
             args = [a.clone().requires_grad_() if isinstance(a, torch.Tensor) and i == 0 and not name.endswith("curve") else a
                     for i, a in enumerate(args)]
-            torch.library.opcheck(getattr(torch.ops.snows, name).default, args)
+            tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+            old = torch.__version__.startswith(("2.11", "2.12"))  # asserts in its own `bmm(out=)` of tensors of unknown size
+            torch.library.opcheck(getattr(torch.ops.snows, name).default, args, test_utils=tests[:-1] if old else tests)
 
 
 def test_third_derivatives_are_refused():
