@@ -204,6 +204,7 @@ def test_deploy_bench_export_and_eval_of_a_run(monkeypatch, capsys, pruned, pict
     code, text = run(monkeypatch, capsys, "deploy", pruned, "--out", packed, "--objective", "size", "--batch-size", 2, "--trust")
     assert code == 0, text
     assert "1 of 1 layers with zeros are packed" in text
+    assert f"next: snows eval --model test_cli:tiny --data {pictures} --weights {packed} --crop 32" in text.splitlines()
     weights = load_file(pruned / "model.safetensors")
     stored = load_file(packed)
     assert torch.equal(stored["2.values"].flatten(), weights["2.weight"].permute(0, 2, 3, 1)[weights["2.weight"].permute(0, 2, 3, 1) != 0])
@@ -286,7 +287,7 @@ def test_prune_ends_with_what_it_made_and_the_next_command(monkeypatch, capsys, 
     assert pruned[:3] == [str(len(x)), f"{100 * (second.argmax(1) == labels).double().mean():.2f}", "100.00"]
     assert pruned[3] == f"{100 * (first.argmax(1) == second.argmax(1)).double().mean():.2f}"
     assert "which has no test split, but not of these images" in text
-    assert f"next: snows deploy '{out}'" in lines
+    assert f"next: snows deploy '{out}' --trust" in lines
     code, text = run(monkeypatch, capsys, "prune", *options, "--out", tmp_path / "b", "--judge", 0)
     assert code == 0, text
     assert "agreement" not in text

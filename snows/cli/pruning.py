@@ -83,20 +83,28 @@ def prune(
         except ValueError as error:
             warn(f"not judged: {error}")
         else:
-            used = images.drawn(samples, seed) if test.origin == images.origin else []
-            _judge(net, sparse, test, used, judge, batch_size)
+            _judge(net, sparse, test, images.drawn(samples, seed) if test.origin == images.origin else None, judge, batch_size)
     say(f"weights, masks and report are in {out}")
-    next_command("snows", "deploy", out)
+    next_command("snows", "deploy", out, *(["--trust"] if sources.runs_code(model) or sources.runs_code(data) else []))
 
 
-def _judge(dense: nn.Module, sparse: nn.Module, test: Data, used: list[int], count: int, batch_size: int) -> None:
-    """Compare what was pruned with the dense network on test images, by class too where the data has labels."""
+def _judge(dense: nn.Module, sparse: nn.Module, test: Data, used: list[int] | None, count: int, batch_size: int) -> None:
+    """Compare what was pruned with the dense network on test images, by class too where the data has labels.
+
+    Args:
+        dense: the dense network.
+        sparse: the pruned one.
+        test: the test images.
+        used: numbers of the calibration images where they are of the same split, for the data has one alone; None where it has two.
+        count: images at most.
+        batch_size: images a batch.
+    """
     from snows import evaluation
 
-    others = len(test) - len(used)
-    first, second = evaluation.compare(dense, sparse, test.spread(count, batch_size, used if others else ()))
+    others = len(test) - len(used or ())
+    first, second = evaluation.compare(dense, sparse, test.spread(count, batch_size, used if used and others else ()))
     show_scores([("dense", first), ("pruned", second)])
-    if used or test.stream is not None:
+    if used is not None:
         say("of the same data as the calibration images, which has no test split" + (", but not of these images" if used and others else ""))
     elif count < len(test):
         say(f"on {first.images} of {len(test)} test images; snows eval judges on all")
@@ -153,10 +161,10 @@ def evaluate(
     net, batches = network.model.to(place), images.batches(batch_size)
     reference = _reference(model, weights, dense)
     if reference is None:
-        rows = [("", evaluation.evaluate(net, batches))]
+        rows = [("network", evaluation.evaluate(net, batches))]
     else:
         first, second = evaluation.compare(reference.to(place), net, batches)
-        rows = [("dense", first), ("", second)]
+        rows = [("dense", first), ("network", second)]
     _note_broken(images)
     if not rows[-1][1].images:
         raise ValueError(f"--data: none of the pictures in {data} can be read")

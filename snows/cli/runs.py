@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from snows.deployment import Deployment
+    from snows.run import Source
 
 Folder = Annotated[Path, typer.Argument(help="the folder of a run")]
 Trust = Annotated[bool, typer.Option("--trust", help="import and call the Python objects that the run's source.json names")]
@@ -46,8 +47,8 @@ def _not_its_own(run: Path, out: Path) -> None:
         raise ValueError(f"--out: {out} is a file of the run itself; name another")
 
 
-def _load_run(run: Path, images: int, device: str, trust: bool, model: str | None, data: str | None) -> tuple[nn.Module, Tensor, str]:
-    """Load a run's pruned network, a batch of its images, both on the device, and the name of the network."""
+def _load_run(run: Path, images: int, device: str, trust: bool, model: str | None, data: str | None) -> tuple[nn.Module, Tensor, Source]:
+    """Load a run's pruned network, a batch of its images, both on the device, and where they come from."""
     from snows import files, sources
     from snows.run import SOURCE, Source
 
@@ -64,7 +65,7 @@ def _load_run(run: Path, images: int, device: str, trust: bool, model: str | Non
     source = replace(source, model=model or source.model, data=data or source.data)
     network = sources.load_model(source.model, weights)
     found = sources.load_data(source.data, network, "calibration", preparation=network.preparation.override(*source.settings()))
-    return network.model.to(place), found.first(images).to(place), source.model
+    return network.model.to(place), found.first(images).to(place), source
 
 
 def deploy(
@@ -82,7 +83,7 @@ def deploy(
 
     path = out or run / "packed.safetensors"
     _not_its_own(run, path)
-    net, example, name = _load_run(run, batch_size, device, trust, model, data)
+    net, example, source = _load_run(run, batch_size, device, trust, model, data)
     deployed = snows.deploy(net, example, objective=objective, dtype=getattr(torch, dtype), progress=terminal.errors.is_terminal)
     found = cast("Deployment", deployed.report)
     show(found)
@@ -90,7 +91,10 @@ def deploy(
         raise ValueError("deploy: no layer is packed, so there is nothing to write; --objective size packs whatever gets smaller")
     snows.save(deployed, path)
     say(f"{path}: {path.stat().st_size / 1e6:.2f} MB")
-    next_command("snows", "eval", "--model", name, "--data", data or "DATA", "--weights", path)
+    settings = {"--crop": source.crop, "--resize": source.resize, "--mean": source.mean, "--std": source.std}
+    given = [x for name, value in settings.items() if value is not None
+             for x in (name, ",".join(map(str, value)) if isinstance(value, tuple) else value)]
+    next_command("snows", "eval", "--model", source.model, "--data", source.data, "--weights", path, *given)
 
 
 def bench(
