@@ -73,6 +73,13 @@ def test_splits_are_found_under_any_of_their_names(tmp_path, folders, calibratio
             assert len(data) == 2
 
 
+def test_a_class_may_be_called_train(tmp_path):
+    for name in ("bus", "car", "train"):
+        picture(tmp_path / name / "1.png")
+    for split in ("calibration", "test"):
+        assert load_data(str(tmp_path), network(3), split).labels.tolist() == [0, 1, 2]
+
+
 def test_hidden_folders_are_no_classes_and_empty_ones_keep_their_number(tmp_path):
     for name in (".ipynb_checkpoints", "b", "d", "__MACOSX"):
         picture(tmp_path / name / "1.png")

@@ -172,18 +172,18 @@ def _transformers(name: str, rest: str, trained: bool) -> Network:
         raise ValueError(f"expected {rest} to hold a config.json as transformers saves it, got none")
     kind = transformers.AutoModelForImageClassification
     if trained:
-        net, found = kind.from_pretrained(where, output_loading_info=True, ignore_mismatched_sizes=True)
+        net, found = kind.from_pretrained(where, output_loading_info=True, ignore_mismatched_sizes=True, trust_remote_code=False)
         missing, reshaped = list(found["missing_keys"]), [str(x[0]) for x in found["mismatched_keys"]]
         if missing or reshaped:  # transformers would leave them random
             raise MismatchError(Path(where), missing=missing, unexpected=list(found["unexpected_keys"]), of_another_shape=reshaped)
     else:
-        net = kind.from_config(transformers.AutoConfig.from_pretrained(where))
+        net = kind.from_config(transformers.AutoConfig.from_pretrained(where, trust_remote_code=False))
     labels = getattr(net.config, "id2label", None) or {}
     texts = [str(labels[key]) for key in sorted(labels, key=int)]
     named = texts and not all(text == f"LABEL_{i}" for i, text in enumerate(texts))
     names = classes.with_wordnet(tuple(classes.synonyms(text) for text in texts)) if named else None
     try:
-        prepared: Preparation = preparation.of_transformers(transformers.AutoImageProcessor.from_pretrained(where))
+        prepared: Preparation = preparation.of_transformers(transformers.AutoImageProcessor.from_pretrained(where, trust_remote_code=False))
         note = ""
     except (OSError, ValueError) as error:
         prepared = Plain()

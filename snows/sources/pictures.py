@@ -58,12 +58,16 @@ def _eight_bits(image: Any, picture: Any) -> Any:
 
 
 def split_folder(folder: Path, split: Split) -> Path:
-    """Choose the subfolder of a split, in any case: train for calibration, val, validation, valid or test for the test; else the folder."""
-    inner = {p.name.lower(): p for p in sorted(folder.iterdir()) if p.is_dir()}
+    """Choose the subfolder of a split, in any case: train for calibration, val, validation, valid or test for the test; else the folder.
+
+    One such folder of pictures beside other folders of pictures is a class of that name: a train among cars and buses.
+    """
+    inner = {p.name.lower(): p for p in sorted(folder.iterdir()) if p.is_dir() and not _hidden(p.name)}
+    found = [name for name in inner if name in (*TRAINING, *TESTING)]
+    if len(found) == 1 and len(inner) > 1 and all(any(x.suffix.lower() in SUFFIXES for x in p.iterdir()) for p in inner.values()):
+        found = []
     order = (*TRAINING, *TESTING) if split == "calibration" else (*TESTING, *TRAINING)
-    if not inner.keys() & {*TRAINING, *TESTING}:
-        return folder
-    return next(inner[name] for name in order if name in inner)
+    return next((inner[name] for name in order if name in found), folder)
 
 
 def find(folder: Path) -> tuple[list[Path], list[str], list[int]]:
