@@ -7,7 +7,7 @@ RESULTS ?= bench/results/cpu
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --no-compile --disable-pip-version-check --constraint constraints.txt
 # The kernels' build is hidden by pip; setup.py leaves a sentence on what is missing.
-COMPLAIN := sed -n '2s,{log},snows/build.log,p' snows/build.txt
+COMPLAIN := { test ! -e snows/build.txt || sed -n '2s,{log},snows/build.log,p' snows/build.txt; }
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*/*)
 
 VARY := horizon=0,3,10,end targets=local scaling=none preconditioner=kronecker,none samples=256,512,3000 batch=64,256 \

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import sysconfig
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from setuptools import setup
@@ -37,6 +37,8 @@ def record(command, outcome: str, sentence: str = "", log: str = "") -> None:
     """Write what came of the build beside the package that `command` makes."""
     folder = Path("snows") if getattr(command, "editable_mode", False) or getattr(command, "inplace", False) else Path(command.build_lib, "snows")
     folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob("_native*") if outcome == "none" else ():
+        old.unlink()
     (folder / "build.txt").write_text(f"{outcome}\n{sentence}\n", encoding="utf-8")
     (folder / "build.log").write_text(log, encoding="utf-8")
 
@@ -48,8 +50,10 @@ def cuda_home() -> str | None:
         return named
     guesses = [Path("/usr/local/cuda")]
     if nvcc is not None:
-        said = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True, check=False)
-        guesses = [Path(nvcc).parents[1], *map(Path, re.findall(r"TOP=(.+)", said.stdout + said.stderr)), *guesses]
+        with suppress(OSError):
+            said = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True, check=False)
+            guesses = [*map(Path, re.findall(r"TOP=(.+)", said.stdout + said.stderr)), *guesses]
+        guesses.insert(0, Path(nvcc).parents[1])
     return next((str(home.resolve()) for home in guesses if (home / "include/cuda_runtime.h").exists()), None)
 
 
@@ -75,9 +79,8 @@ def written_to(log: Path) -> Iterator[None]:
                 os.dup2(old, fd), os.close(old)
 
 
-def without(what: str, why: str, remedy: str) -> dict:
-    """Arguments for `setup` that build no kernels and say why."""
-    sentence = missing(what, why, remedy)
+def without(sentence: str) -> dict:
+    """Arguments for `setup` that build no kernels and say why, if there is a reason to say."""
 
     class Noted(build_py):
         def run(self) -> None:
@@ -90,17 +93,20 @@ def without(what: str, why: str, remedy: str) -> dict:
 def native() -> dict:
     """Arguments for `setup` that build `snows/_native*.so`, or none."""
     if UNWANTED:
-        return {}
+        return without("")
     sys.path.append(sysconfig.get_path("purelib"))  # an isolated build does not see the torch of the environment that it installs into
     try:
         import torch
     except ImportError:
-        return without("native", "torch was not there to build against", "Install torch, then snows again: pip install --force-reinstall --no-deps .")
+        remedy = "Install torch, then snows again: pip install --force-reinstall --no-deps ."
+        return without(missing("native", "torch was not there to build against", remedy))
     if shutil.which(shlex.split(os.environ.get("CXX") or "c++")[0]) is None:
-        return without("native", "there is no C++ compiler", "Install one (Debian, Ubuntu: apt install g++), then snows again.")
+        return without(missing("native", "there is no C++ compiler", "Install one (Debian, Ubuntu: apt install g++), then snows again."))
     home, named = cuda_home(), os.environ.get("TORCH_CUDA_ARCH_LIST", "")
     cuda = torch.version.cuda is not None and bool(named or REQUIRED or torch.cuda.is_available())
     sentence = ""
+    if named and torch.version.cuda is None:
+        sentence = missing("CUDA", "this torch was built without CUDA", "Install one that was built with it, then snows again.")
     if cuda and (home is None or shutil.which("nvcc", path=f"{home}/bin") is None):
         remedy = f"Install CUDA {torch.version.cuda} or set CUDA_HOME to it, then snows again."
         cuda, sentence = False, missing("CUDA", "nvcc or its headers were not found", remedy)

@@ -4,9 +4,10 @@
     python bench/paper.py --case resnet50 --data FOLDER --out paper.json                    # ImageNet: train and val, a folder a class
     python bench/paper.py --case vit-b16 --data FOLDER --device cuda --out paper.json
 
-SNOWS (arXiv 2411.18376) prunes ResNet-20 and ResNet-50 on CIFAR, ResNet-50 and MobileNetV1 on ImageNet, ViT-B/16 and ViT-L/16. Each case names
-a network with trained weights (`--model` and `--weights` take another's), its patterns and how many calibration images they use; the rest is
-the default of `snows.prune`. Rows are written one by one; a second call goes on with those that are missing.
+SNOWS (arXiv 2411.18376) prunes ResNet-20 and ResNet-50 on CIFAR, ResNet-50 and MobileNetV1 on ImageNet, ViT-B/16 and ViT-L/16. Each case
+names a network with trained weights (`--model` and `--weights` take another's), its patterns and how many calibration images they use; the
+rest is the default of `snows.prune`. The case `resnet20-cifar10` runs code of the repository that its weights come from. Rows are written
+one by one; a second call goes on with those that are missing.
 
 No figure of this file stands in the repository: neither dataset is free to pass on, and it was only run on small ones that its test makes.
 """
@@ -25,6 +26,7 @@ import snows
 from snows import sources
 from snows.cli.terminal import device_of
 from snows.evaluation import compare
+from snows.run import write
 
 CNN, UNSTRUCTURED = ("2:4", "1:4"), ("0.5", "0.6", "0.7", "0.8", "0.9")
 
@@ -50,9 +52,15 @@ CASES = {
 
 
 def cifar10_resnet20() -> torch.nn.Module:
-    """Fetch a trained ResNet-20 through torch.hub, which runs that repository's code."""
+    """Fetch a trained ResNet-20 of CIFAR-10 through torch.hub, which runs that repository's code."""
     net: torch.nn.Module = torch.hub.load("chenyaofo/pytorch-cifar-models", "cifar10_resnet20", pretrained=True, trust_repo=True)
     return net.eval()
+
+
+def settings_of(case: Case, args: argparse.Namespace) -> dict[str, object]:
+    """What a row was measured with; one with others is another row."""
+    return {"model": args.model or case.model, "weights": str(args.weights) if args.weights else None, "data": args.data,
+            "calibration": args.samples or case.samples, "batch": args.batch, "seed": args.seed, "judged": args.judge}
 
 
 def measure(case: Case, data: str, pattern: str, args: argparse.Namespace) -> dict[str, object]:
@@ -63,7 +71,7 @@ def measure(case: Case, data: str, pattern: str, args: argparse.Namespace) -> di
     batches = sources.load_data(data, network, "calibration", preparation=preparation).draw(args.samples or case.samples, args.batch, args.seed)
     test = sources.load_data(data, network, "test", preparation=preparation, classes=args.classes)
     net, asked = network.model.to(device), snows.parse_pattern(pattern)
-    row: dict[str, object] = {"pattern": pattern, "model": network.name, "calibration": args.samples or case.samples}
+    row: dict[str, object] = {"pattern": pattern, **settings_of(case, args)}
     for method, settings in (("magnitude", {"select": snows.magnitude, "solver": None}), ("snows", {})):
         began = time.perf_counter()
         pruned, _ = snows.prune(net, batches, asked, seed=args.seed, **settings)
@@ -93,11 +101,12 @@ def main() -> None:
     content = json.loads(args.out.read_text()) if args.out.exists() else {}
     rows = content.setdefault(args.case, [])
     for pattern in args.patterns.split(",") if args.patterns else case.patterns:
-        if any(row["pattern"] == pattern for row in rows):
+        wanted = {"pattern": pattern, **settings_of(case, args)}
+        if any(all(row.get(key) == value for key, value in wanted.items()) for row in rows):
             continue
         rows.append(measure(case, args.data, pattern, args))
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(content, indent=1) + "\n")
+        write(args.out, (json.dumps(content, indent=1) + "\n").encode())
         print(json.dumps(rows[-1]), flush=True)
 
 

@@ -143,10 +143,10 @@ def attention_grad_key_kernel(g, q, k, v, out, kept, bias, grad_k, grad_v, queri
         other, pulled = _block(q, head, i, w, queries, width), _block(g, head, i, d, queries, depth)
         lse = tl.load(kept + head * queries + i, mask=i < queries, other=float("inf"))  # no query: no probability
         scores = _scores(other, own, bias, head, i, j, queries, keys, by_head, by_query, by_key, scale, BIAS, PRECISION)
-        p = tl.exp(scores - lse[:, None])
+        p = _rounded(tl.exp(scores - lse[:, None]), PRECISION)  # for both products: a second block of them would spill
         mean = tl.sum(pulled * _block(out, head, i, d, queries, depth), 1)
         inner = p * (tl.dot(pulled, tl.trans(value), input_precision=PRECISION) - mean[:, None])
-        total_v += tl.dot(tl.trans(_rounded(p, PRECISION)), pulled, input_precision=PRECISION)
+        total_v += tl.dot(tl.trans(p), pulled, input_precision=PRECISION)
         total_k += tl.dot(tl.trans(_rounded(inner, PRECISION)), other, input_precision=PRECISION)
     _put(grad_k, total_k * scale, head, j, w, keys, width)
     _put(grad_v, total_v, head, j, d, keys, depth)

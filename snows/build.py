@@ -9,6 +9,10 @@ from pathlib import Path
 _FOLDER = Path(__file__).resolve().parent
 
 
+class MissingKernelWarning(UserWarning):
+    """Warns of native kernels that were not built."""
+
+
 def outcome() -> str:
     """Give the kernels that were built: "CPU", "CPU and CUDA (9.0a)", "none", or "unknown" in a source tree that was not built."""
     return _lines()[0]
@@ -22,7 +26,7 @@ def complaint() -> str:
 def warn() -> None:
     """Warn of missing kernels, at the package's import; not where SNOWS_REFERENCE=1 leaves them out anyway."""
     if complaint() and os.environ.get("SNOWS_REFERENCE") != "1":
-        warnings.warn(complaint(), stacklevel=3)
+        warnings.warn(complaint(), MissingKernelWarning, stacklevel=3)
 
 
 def _lines() -> list[str]:

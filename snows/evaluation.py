@@ -59,7 +59,7 @@ class Tally:
             reference: the other network's logits, (B, classes), on any device.
 
         Raises:
-            ValueError: there are not as many labels, or not as many reference logits.
+            ValueError: there are not as many labels, or not as many reference logits, or a class number is that of no output.
         """
         self.images += len(logits)
         if labels is not None:
@@ -67,6 +67,8 @@ class Tally:
             if labels.shape != logits.shape[:1]:
                 raise ValueError(f"evaluate: expected a class number for each of {len(logits)} images, got labels of {tuple(labels.shape)}")
             known = labels >= 0
+            if known.any() and int(labels.max()) >= logits.shape[1]:
+                raise ValueError(f"evaluate: expected class numbers below {logits.shape[1]}, the model's outputs, got {int(labels.max())}")
             ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
             self.labelled += int(known.sum())
             self.hits += int(ranked[known, 0].sum())

@@ -1,4 +1,4 @@
-"""The stopwatch: how long each of several calls takes, measured in turns, and whether that tells them apart."""
+"""Times calls in alternation, so that interference affects all of them alike, and says whether the times tell them apart."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class Race(NamedTuple):
     def scatters(self, slow: int, fast: int, margin: float = 1.0) -> bool:
         """Say whether the times do not tell if call `fast` is `margin` times as fast as call `slow`.
 
-        So it is where the quartiles of the rounds' quotients lie on both sides of `margin`, further apart than `SCATTER`: two calls
-        that take the same time within a few per cent do no harm, whichever is chosen.
+        That is where the quartiles of the rounds' quotients lie on both sides of `margin`, further apart than `SCATTER`. Calls within a few
+        per cent of each other are not reported, because either choice costs little.
         """
         quotients = [times[slow] / times[fast] for times in self.rounds]
         low, median, high = statistics.quantiles(quotients, n=4)
@@ -40,7 +40,7 @@ class Race(NamedTuple):
 
 
 def race(runs: Sequence[Callable[[], object]], seconds: float, undecided: Callable[[Race], bool] = lambda race: False) -> Race:
-    """Time calls in turns, so that a noisy moment meets all.
+    """Time calls in alternation.
 
     Args:
         runs: what to call.

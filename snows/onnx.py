@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tempfile
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -43,26 +44,24 @@ def export_onnx(model: nn.Module, example: Any, path: Path | str) -> float:
         raise ValueError(f"export: expected a network without packed layers, but {packed[0] or 'it'} is one; ONNX has no operation for it: export "
                          "the pruned network as it was before deploy")
     path, inputs = Path(path), network.as_inputs(example)
-    temporary = path.with_name(path.name + ".partial.onnx")
     batch = torch.export.Dim("batch")
     shapes: Any = [{0: batch} if isinstance(x, Tensor) else None for x in (*inputs.args, *inputs.kwargs.values())]
     shapes = dict(zip(inputs.kwargs, shapes, strict=True)) if inputs.kwargs else tuple(shapes)
     try:
-        with torch.no_grad(), warnings.catch_warnings():
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder, torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of PyTorch about itself
+            temporary = Path(folder) / "network.onnx"
             output = model(*inputs.args, **inputs.kwargs)
             torch.onnx.export(model, inputs.args, str(temporary), kwargs=inputs.kwargs, dynamo=True, external_data=False, verbose=False,
                               dynamic_shapes=shapes)
-        session = onnxruntime.InferenceSession(str(temporary), providers=["CPUExecutionProvider"])
-        feed = dict(zip([x.name for x in session.get_inputs()], [x.numpy() for x in inputs.tensors()], strict=True))
-        worst = _compared([torch.from_numpy(x) for x in session.run(None, feed)], output)
-        temporary.replace(path)
+            session = onnxruntime.InferenceSession(str(temporary), providers=["CPUExecutionProvider"])
+            feed = dict(zip([x.name for x in session.get_inputs()], [x.numpy() for x in inputs.tensors()], strict=True))
+            worst = _compared([torch.from_numpy(x) for x in session.run(None, feed)], output)
+            temporary.replace(path)
     except OSError as error:
         raise ValueError(f"export: {path} could not be written ({error.strerror or error})") from error
     except torch.onnx.OnnxExporterError as error:
         raise ValueError(f"export: {path} could not be written ({_cause(error)})") from error
-    finally:
-        temporary.unlink(missing_ok=True)
     return worst
 
 

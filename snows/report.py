@@ -192,7 +192,12 @@ def named_table(left: Sequence[str], right: Sequence[str]) -> Table:
 
 def add_row(table: Table, *cells: str) -> None:
     """Add cells as they are: a name like `[/red]` is no markup."""
-    table.add_row(*(Text(cell) for cell in cells))
+    table.add_row(*(Text(printable(cell)) for cell in cells))
+
+
+def printable(text: str) -> str:
+    """Replace what a terminal would obey: names and notes are data, from a file that somebody sent too."""
+    return "".join(x if x.isprintable() or x == "\n" else "\ufffd" for x in text)
 
 
 def plot(report: Report) -> str:

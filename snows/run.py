@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
@@ -31,12 +32,19 @@ class Source:
 
     Attributes:
         model, data: names, as `snows.sources` reads them.
+        weights: file of the dense network's weights; None is the library's own.
+        random_weights: whether the dense network had random ones.
+        classes, labels: files that say what the data's classes are; None where there was none.
         crop, resize: in pixels; None is the network's own.
         mean, std: of three channels; None is the network's own.
     """
 
     model: str
     data: str
+    weights: str | None = None
+    random_weights: bool = False
+    classes: str | None = None
+    labels: str | None = None
     crop: int | None = None
     resize: int | None = None
     mean: tuple[float, ...] | None = None
@@ -65,6 +73,10 @@ class Source:
             for name, value in content.items():
                 if name in ("model", "data"):
                     sound = isinstance(value, str)
+                elif name in ("weights", "classes", "labels"):
+                    sound = value is None or isinstance(value, str)
+                elif name == "random_weights":
+                    sound = isinstance(value, bool)
                 elif name in ("crop", "resize"):
                     sound = value is None or (type(value) is int and value > 0)
                 else:
@@ -168,17 +180,29 @@ def write(path: Path, content: bytes, asked: str = "out") -> None:
     Raises:
         ValueError: it cannot be written; what was there before stays.
     """
-    temporary = path.with_name(path.name + ".partial")
+    temporary: Path | None = None
     try:
-        with temporary.open("wb") as file:
+        # A name that nobody knows before: somebody else's folder may hold a link of any other, to a file that is not to be written.
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        temporary = Path(name)
+        with open(handle, "wb") as file:
             file.write(content)
             file.flush()
-            os.fsync(file.fileno())
+            os.fsync(handle)
+            os.fchmod(handle, 0o666 & ~_umask())
         temporary.replace(path)
     except OSError as error:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
+        if temporary is not None:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
         raise ValueError(f"{asked}: {path} cannot be written ({error.strerror})") from error
+
+
+def _umask() -> int:
+    """Read what new files may not be for others; there is no way to read it but to set it."""
+    found = os.umask(0o022)
+    os.umask(found)
+    return found
 
 
 def digest(tensors: Mapping[str, Tensor], *more: str) -> str:

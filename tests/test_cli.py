@@ -1,6 +1,8 @@
 import json
 import pickle
 import re
+import shlex
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -309,6 +311,18 @@ def test_code_that_somebody_else_s_folder_names_runs_only_when_told(monkeypatch,
             assert code == 2
             assert re.search(rf"source.json names evil:net, Python code that would be imported and called; add --trust .* --{entry}", text)
     assert not (tmp_path / "ran").exists()
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "evil:net").touch()  # a file of that name makes it no folder of pictures
+    (pruned / "source.json").write_text(json.dumps(source | {"model": "evil:net", "data": "evil:net"}))
+    for options in ((), ("--model", "zoo:vit")):
+        code, text = run(monkeypatch, capsys, "export", pruned, "--dense", out, *options)
+        assert code == 2
+        assert "add --trust" in text
+    assert not (tmp_path / "ran").exists()
+    (pruned / "source.json").write_text(json.dumps(source | {"model": "zoo:vit", "data": f"torchvision:MNIST:{tmp_path / 'theirs'}"}))
+    code, text = run(monkeypatch, capsys, "bench", pruned)
+    assert code == 2
+    assert not (tmp_path / "theirs").exists()  # nor is anything fetched to where it says
     (pruned / "source.json").write_text(json.dumps(source | {"model": "evil:net"}))
     code, text = run(monkeypatch, capsys, "export", pruned, "--dense", out, "--model", "test_cli:tiny")
     assert code == 0, text
@@ -319,9 +333,28 @@ def test_code_that_somebody_else_s_folder_names_runs_only_when_told(monkeypatch,
     assert (tmp_path / "ran").exists()
 
 
+def test_weights_and_what_is_to_say_of_a_network_go_on_into_the_next_command(monkeypatch, capsys, tmp_path, pictures):
+    state = {k: v + 0.01 for k, v in tiny().state_dict().items()}
+    save_file(state, tmp_path / "mine.safetensors")
+    monkeypatch.setattr(sources, "load_model", lambda *a, load=sources.load_model, **k: replace(load(*a, **k), note="a [b]note[/b]"))
+    out = tmp_path / "run"
+    code, text = run(monkeypatch, capsys, "prune", "--model", "test_cli:tiny", "--weights", tmp_path / "mine.safetensors", "--data", pictures,
+                     "--crop", 32, "--pattern", "2:4", "--samples", 4, "--select", "magnitude", "--horizon", 0, "--out", out)
+    assert code == 0, text
+    assert "a [b]note[/b]" in text
+    code, text = run(monkeypatch, capsys, "deploy", out, "--trust", "--objective", "size", "--batch-size", 2)
+    assert code == 0, text
+    (following,) = (x for x in text.splitlines() if x.startswith("next: snows "))
+    assert f"--dense {tmp_path / 'mine.safetensors'}" in following
+    code, text = run(monkeypatch, capsys, *shlex.split(following)[2:])
+    assert code == 0, text
+    assert "│ dense " in text
+
+
 @pytest.mark.parametrize(("file", "content"), [
     ("source.json", "[]"), ("source.json", "{"), ("source.json", '{"model": 3}'), ("source.json", {"crop": "32"}), ("source.json", {"crop": 0}),
-    ("source.json", {"mean": [1, "a", 2]}), ("source.json", {"model": None}), ("source.json", {"more": 1}), ("source.json", b"\xff\xfe"),
+    ("source.json", {"mean": [1, "a", 2]}), ("source.json", {"model": None}), ("source.json", {"more": 1}), ("source.json", {"weights": 3}),
+    ("source.json", {"random_weights": None}), ("source.json", b"\xff\xfe"),
     ("report.json", "[]"), ("report.json", "{"), ("report.json", '{"layers": 3}'), ("report.json", '{"layers": [{"name": 3}]}'),
     ("report.json", '{"layers": [], "notes": [3]}'), ("report.json", b"\xff\xfe"), ("report.json", '{"layers": [], "settings": 7}'),
 ])
@@ -334,6 +367,42 @@ def test_an_edited_file_of_a_run_is_one_sentence(monkeypatch, capsys, pruned, fi
     assert code == 2, text
     assert f"{file} is " in text.replace("\n", " ")
     assert len(text.strip().splitlines()) == 1
+
+
+def test_no_link_in_a_run_s_folder_leads_to_a_file_that_is_written(monkeypatch, capsys, pruned, tmp_path):
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    for name in ("report.html.partial", "report.html", "bench.json.partial", "bench.json", ".report.html.x"):
+        (pruned / name).unlink(missing_ok=True)
+        (pruned / name).symlink_to(victim)
+    code, text = run(monkeypatch, capsys, "report", pruned)
+    assert code == 0, text
+    code, text = run(monkeypatch, capsys, "bench", pruned, "--trust", "--batch-sizes", 1)
+    assert code == 0, text
+    assert victim.read_text() == "precious"
+    assert not (pruned / "report.html").is_symlink()
+    assert "<svg" in (pruned / "report.html").read_text()
+
+
+def test_a_finished_layer_is_a_file_of_the_run(monkeypatch, capsys, pruned):
+    layer = next((pruned / "layers").iterdir())
+    code, text = run(monkeypatch, capsys, "bench", pruned, "--trust", "--out", layer)
+    assert code == 2
+    assert "is a file of the run itself" in text
+
+
+def test_what_a_terminal_would_obey_is_not_printed(monkeypatch, capsys, pruned):
+    content = json.loads((pruned / "report.json").read_text())
+    content["notes"] = ["a \x1b]0;title\x07 note"]
+    content["layers"][0]["name"] = "layer\x1b[2J"
+    (pruned / "report.json").write_text(json.dumps(content))
+    monkeypatch.setattr("sys.argv", ["snows", "report", str(pruned)])
+    with pytest.raises(SystemExit):
+        cli.main()
+    text = capsys.readouterr().out
+    assert "a \ufffd]0;title\ufffd note" in text
+    assert "\x1b]" not in text
+    assert "\x1b[2J" not in text
 
 
 def test_out_that_became_a_file_is_one_sentence(monkeypatch, capsys, pruned, tmp_path):

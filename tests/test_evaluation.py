@@ -76,6 +76,7 @@ def test_batches_and_labels_travel_to_the_network():
     (Given(), [LOGITS[None]], None, r"logits of \(images, classes\), got a tensor of \(1, 4, 7\)"),
     (nn.Linear(3, 2), [LOGITS], None, "cannot run a batch"),
     (Given(), [LOGITS], [LOGITS[:, :3]], r"reference logits of \(4, 7\), got \(4, 3\)"),
+    (Given(), [(LOGITS, LABELS + 2)], None, "class numbers below 7, the model's outputs, got 7"),
     (Given(), [LOGITS], [], "reference logits for every batch, got fewer"),
 ])
 def test_what_cannot_be_judged_is_one_sentence(net, batches, reference, sentence):

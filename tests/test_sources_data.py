@@ -175,7 +175,9 @@ def test_some_of_the_network_s_classes_are_judged_by_its_list(tmp_path):
 @pytest.mark.parametrize(("found", "names", "outputs", "wanted"), [
     (["tench", "cassette_player"], NAMES, 5, [0, 3]), (["Tinca-Tinca", "ENGLISH SPRINGER"], NAMES, 5, [0, 2]), (["b", "a"], None, 2, [0, 1]),
     (["0", "10", "2"], None, 11, [0, 10, 2]), (["1", "10", "2", "3", "4", "5", "6", "7", "8", "9"], None, 10, [0, 9, 1, 2, 3, 4, 5, 6, 7, 8]),
-    (["x", "y"], (("a",), ("b",)), 2, [0, 1]), (["7"], None, 1000, [7]),
+    (["x", "y"], (("a",), ("b",)), 2, [0, 1]), (["7"], None, 1000, [7]), (["0", "1", "5"], None, 3, "numbers 0 to 5, the network 3 outputs"),
+    (["cat", "Cat"], None, 2, "two classes of one name"), (["1", "01"], None, 3, "numbers 1 to 1"),
+    (["tench", "Tinca tinca"], NAMES, 5, "tench and Tinca tinca of here are the same class"),
     (["crane", "tench"], NAMES, 5, "crane of here may be any of several classes"), (["tench", "ship"], NAMES, 5, "ship of here are no classes"),
     (["a", "b", "c"], None, 2, "has 3 classes, the network 2 outputs"), (["a"], None, 2, "has 1 classes, the network 2 outputs"),
 ])
@@ -185,7 +187,12 @@ def test_which_output_a_class_is(found, names, outputs, wanted):
         with pytest.raises(ValueError, match=wanted):
             numbered(classes, names, lambda: outputs, "here")
     else:
-        assert numbered(classes, names, lambda: outputs, "here") == wanted
+        found, note = numbered(classes, names, lambda: outputs, "here")
+        assert found == wanted
+        assert bool(note) == (names == (("a",), ("b",)))  # that the names were known, and none fits
+        if note:
+            with pytest.raises(ValueError, match="are no classes of the network"):
+                numbered(classes, names, lambda: outputs, "here", asked=True)
 
 
 def test_names_of_classes():
@@ -217,7 +224,8 @@ def test_a_flat_folder_with_a_file_of_labels(tmp_path):
     for text, wanted in cases.items():
         path.write_text(text)
         assert load_data(folder, network(5, NAMES), "test", labels=path).labels.tolist() == wanted
-    for text, sentence in {"1\n2\n5\n3": "begin at 1", "0\n1": "a line for each of 4 pictures, got 2", "0\n1\n2\n9": "has 10 classes, the network 5",
+    for text, sentence in {"1\n2\n1000\n3": "go from 1 to 1000", "0\n1": "a line for each of 4 pictures, got 2",
+                           "0\n1\n2\n9": "numbers 0 to 9, the network 5 outputs",
                            "ILSVRC2012_val_1.JPEG 4\nb.JPEG 1": "says nothing of ILSVRC2012_val_0.JPEG"}.items():
         path.write_text(text)
         with pytest.raises(ValueError, match=sentence):
@@ -309,6 +317,37 @@ def test_a_dataset_of_torchvision_with_class_names_meets_the_network_s():
         assert shades(load_data("torchvision:Few", network(5, NAMES), "calibration")) == [0, 1, 2]
 
 
+def test_a_dataset_without_splits_is_one_and_the_same(tmp_path):
+    define_torchvision_schemas()
+    pytest.importorskip("torchvision", exc_type=ImportError)
+    for name in ("a", "b"):
+        picture(tmp_path / name / "1.png")
+    calibration, test = (load_data(f"torchvision:ImageFolder:{tmp_path}", network(2), split) for split in ("calibration", "test"))
+    assert calibration.origin == test.origin
+    assert test.labels.tolist() == [0, 1]
+
+
+def test_nothing_is_fetched_where_that_is_not_allowed(tmp_path):
+    define_torchvision_schemas()
+    torchvision = pytest.importorskip("torchvision", exc_type=ImportError)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torchvision.datasets.MNIST, "download", lambda self: pytest.fail("fetched"))
+        with pytest.raises(ValueError, match=r"could not be opened in .*; expected its files there$"):
+            load_data(f"torchvision:MNIST:{tmp_path}", network(10), "test", fetch=False)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("name", "options", "sentence"), [
+    ("zoo:fashion-mnist", {"preparation": Plain(8, 8)}, "takes no --crop, --resize, --mean or --std"),
+    ("zoo:fashion-mnist", {"labels": True}, "takes no --labels"), ("cifar10:nowhere", {"classes": True}, "takes no --classes"),
+    ("of_ones_own:both", {"labels": True}, "takes no --labels"), ("of_ones_own:both", {"preparation": Plain(8, 8)}, "takes no --crop"),
+])
+def test_what_data_has_no_use_for_is_refused(module, tmp_path, name, options, sentence):
+    (tmp_path / "file").write_text("a\nb")
+    with pytest.raises(ValueError, match=sentence):
+        load_data(name, network(), "test", **{k: tmp_path / "file" if v is True else v for k, v in options.items()})
+
+
 def test_a_dataset_of_hugging_face(tmp_path):
     datasets = pytest.importorskip("datasets")
     features = datasets.Features({"picture": datasets.Image(), "kind": datasets.ClassLabel(names=["English springer", "tench"])})
@@ -325,7 +364,7 @@ def test_a_dataset_of_hugging_face(tmp_path):
 
 def test_datasets_need_their_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ValueError, match=r"needs the package datasets .*; pip install datasets"):
+    with pytest.raises(ValueError, match=r"needs the package datasets .*; pip install '.\[data\]'"):
         load_data("hf:somebody/data", network(), "test")
 
 

@@ -75,7 +75,10 @@ def test_auto_is_cuda_where_there_is_one(monkeypatch):
     assert terminal.device_of("cpu") == torch.device("cpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    current = []
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
     assert terminal.device_of("auto") == torch.device("cuda")
     assert terminal.device_of("cuda:1") == torch.device("cuda:1")
+    assert current == [1]  # what waits for the device waits for this one
     with pytest.raises(ValueError, match="sees 2 CUDA devices"):
         terminal.device_of("cuda:2")

@@ -14,7 +14,7 @@ from snows.cli.terminal import next_command, numbers, say, show, show_scores, wa
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from snows.sources import Data
+    from snows.sources import Data, Network
 
 Rule = Literal["alps", "magnitude", "wanda", "sparsegpt", "least-squares", "least-squares:sparsegpt", "least-squares:wanda"]
 
@@ -32,7 +32,7 @@ def prune(
     samples: Annotated[int, typer.Option(min=1, help="calibration images")] = 1024,
     batch_size: Annotated[int, typer.Option(min=1, help="images a batch")] = 128,
     targets: Annotated[Literal["dense", "local"], typer.Option(help="features from the dense network's inputs, or from the pruned one's")] = "dense",
-    scaling: Annotated[Literal["output", "variance", "none"], typer.Option(help="how features are weighed")] = "output",
+    scaling: Annotated[Literal["output", "variance", "none"], typer.Option(help="how features are weighted")] = "output",
     passes: Annotated[int, typer.Option(min=1, help="over the calibration images, at most")] = 1,
     iterations: Annotated[int, typer.Option(min=1, help="conjugate-gradient iterations a step, at most")] = 5,
     cap: Annotated[float, typer.Option(help="largest share a layer may lose under a sparsity budget")] = 0.95,
@@ -59,12 +59,14 @@ def prune(
     place = terminal.device_of(device)
     if (out / "run.json").exists() and not resume:
         raise ValueError(f"--out: {out} already holds a run; add --resume to go on with it, or name another folder")
-    source = Source(model, data, crop, resize, numbers(mean, "mean"), numbers(std, "std"))
-    network = sources.load_model(model, weights, random_weights=random_weights)
+    files = {"weights": weights, "classes": classes, "labels": labels}
+    source = Source(model, data, **{name: str(path) if path else None for name, path in files.items()}, random_weights=random_weights, crop=crop,
+                    resize=resize, mean=numbers(mean, "mean"), std=numbers(std, "std"))
+    network = _network(model, weights, random_weights)
     preparation = network.preparation.override(*source.settings())
     images = sources.load_data(data, network, "calibration", preparation=preparation)
     batches = images.draw(samples, batch_size, seed)
-    _note_broken(images)
+    _note(images)
     net = network.model.to(place)
     rule: Any = _read_masks(masks) if masks is not None else _rule(select)
     try:
@@ -77,15 +79,14 @@ def prune(
         raise typer.Exit(130) from None
     source.save(out)
     show(report)
+    say(f"weights, masks and report are in {out}")
     if judge:
         try:
             test = sources.load_data(data, network, "test", preparation=preparation, classes=classes, labels=labels)
-        except ValueError as error:
-            warn(f"not judged: {error}")
-        else:
             _judge(net, sparse, test, images.drawn(samples, seed) if test.origin == images.origin else None, judge, batch_size)
-    say(f"weights, masks and report are in {out}")
-    next_command("snows", "deploy", out, *(["--trust"] if sources.runs_code(model) or sources.runs_code(data) else []))
+        except ValueError as error:  # what was pruned is there all the same
+            warn(f"not judged: {error}")
+    next_command("snows", "deploy", out, *(["--trust"] if sources.runs_code(model) or (sources.runs_code(data) and not Path(data).is_dir()) else []))
 
 
 def _judge(dense: nn.Module, sparse: nn.Module, test: Data, used: list[int] | None, count: int, batch_size: int) -> None:
@@ -103,6 +104,9 @@ def _judge(dense: nn.Module, sparse: nn.Module, test: Data, used: list[int] | No
 
     others = len(test) - len(used or ())
     first, second = evaluation.compare(dense, sparse, test.spread(count, batch_size, used if used and others else ()))
+    _note(test)
+    if not first.images:
+        raise ValueError(f"none of the pictures in {test.origin} can be read")
     show_scores([("dense", first), ("pruned", second)])
     if used is not None:
         say("of the same data as the calibration images, which has no test split" + (", but not of these images" if used and others else ""))
@@ -110,7 +114,18 @@ def _judge(dense: nn.Module, sparse: nn.Module, test: Data, used: list[int] | No
         say(f"on {first.images} of {len(test)} test images; snows eval judges on all")
 
 
+def _network(name: str, weights: Path | None, random_weights: bool) -> Network:
+    """Load a network, and say what the user should know of it."""
+    from snows import sources
+
+    network = sources.load_model(name, weights, random_weights=random_weights)
+    if network.note:
+        warn(network.note)
+    return network
+
+
 def _rule(name: str) -> Any:
+    """Find the selector of a name of `Rule`."""
     from snows import selectors
 
     named = {
@@ -133,7 +148,11 @@ def _read_masks(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"--masks: {path} is not a safetensors file ({error})") from error
 
 
-def _note_broken(images: Data) -> None:
+def _note(images: Data) -> None:
+    """Say which pictures were left out, and what else the user should know of the data."""
+    if images.note:
+        warn(images.note)
+        images.note = ""
     if images.broken:
         found = ", ".join(f"{name} ({reason})" for name, reason in images.broken[:5])
         many = f"{len(images.broken)} pictures were" if len(images.broken) > 1 else "1 picture was"
@@ -155,7 +174,7 @@ def evaluate(
     from snows import evaluation, sources
 
     place = terminal.device_of(device)
-    network = sources.load_model(model, weights, random_weights=random_weights)
+    network = _network(model, weights, random_weights)
     preparation = network.preparation.override(crop, resize, numbers(mean, "mean"), numbers(std, "std"))
     images = sources.load_data(data, network, "test", preparation=preparation, classes=classes, labels=labels)
     net, batches = network.model.to(place), images.batches(batch_size)
@@ -164,15 +183,15 @@ def evaluate(
         rows = [("network", evaluation.evaluate(net, batches))]
     else:
         first, second = evaluation.compare(reference.to(place), net, batches)
-        rows = [("dense", first), ("network", second)]
-    _note_broken(images)
+        rows = [("dense" if dense else "the library's weights", first), ("network", second)]
+    _note(images)
     if not rows[-1][1].images:
         raise ValueError(f"--data: none of the pictures in {data} can be read")
     show_scores(rows)
 
 
 def _reference(model: str, weights: Path | None, dense: Path | None) -> nn.Module | None:
-    """The dense network to compare with: of the weights in `dense`, or the library's own if others are judged."""
+    """Load the dense network to compare with: of the weights in `dense`, or the library's own if others are judged."""
     from snows import sources
 
     if dense is None and (weights is None or sources.runs_code(model)):

@@ -43,7 +43,7 @@ def _not_its_own(run: Path, out: Path) -> None:
     """Refuse to write over what a run made."""
     from snows.run import RESULTS
 
-    if out.resolve() in {(run / name).resolve() for name in ("run.json", *RESULTS)}:
+    if out.resolve() in {(run / name).resolve() for name in ("run.json", *RESULTS)} or (run / "layers").resolve() in out.resolve().parents:
         raise ValueError(f"--out: {out} is a file of the run itself; name another")
 
 
@@ -59,12 +59,14 @@ def _load_run(run: Path, images: int, device: str, trust: bool, model: str | Non
         raise ValueError(f"{weights} is packed; expected the pruned weights as snows prune wrote them there")
     source = Source.read(run)
     for option, given, named in (("--model", model, source.model), ("--data", data, source.data)):
-        if given is None and sources.runs_code(named) and not trust:
+        is_folder = option == "--data" and Path(named).is_dir()
+        if given is None and sources.runs_code(named) and not is_folder and not trust:
             raise ValueError(f"{run / SOURCE} names {named}, Python code that would be imported and called; add --trust if you trust whoever made "
                              f"this folder, or say what to use instead with {option}")
     source = replace(source, model=model or source.model, data=data or source.data)
     network = sources.load_model(source.model, weights)
-    found = sources.load_data(source.data, network, "calibration", preparation=network.preparation.override(*source.settings()))
+    found = sources.load_data(source.data, network, "calibration", preparation=network.preparation.override(*source.settings()),
+                              fetch=trust or data is not None)
     return network.model.to(place), found.first(images).to(place), source
 
 
@@ -91,7 +93,8 @@ def deploy(
         raise ValueError("deploy: no layer is packed, so there is nothing to write; --objective size packs whatever gets smaller")
     snows.save(deployed, path)
     say(f"{path}: {path.stat().st_size / 1e6:.2f} MB")
-    settings = {"--crop": source.crop, "--resize": source.resize, "--mean": source.mean, "--std": source.std}
+    settings = {"--dense": source.weights, "--classes": source.classes, "--labels": source.labels, "--crop": source.crop, "--resize": source.resize,
+                "--mean": source.mean, "--std": source.std}
     given = [x for name, value in settings.items() if value is not None
              for x in (name, ",".join(map(str, value)) if isinstance(value, tuple) else value)]
     next_command("snows", "eval", "--model", source.model, "--data", source.data, "--weights", path, *given)

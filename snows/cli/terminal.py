@@ -67,6 +67,8 @@ def device_of(text: str) -> torch.device:
     if int(index or 0) >= count:
         seen = f"{count} CUDA device{'s' if count > 1 else ''}" if count else "no CUDA device"
         raise ValueError(f"--device: expected one that is there, got {text}, but this torch ({torch.__version__}) sees {seen}")
+    if index and kind == "cuda":
+        torch.cuda.set_device(int(index))  # what waits for the device, or launches a kernel, takes the current one
     return torch.device(text)
 
 
@@ -89,12 +91,16 @@ def show(report: Shown, title: str = "") -> None:
 
 def say(*sentences: str) -> None:
     """Print sentences as they are, without markup."""
-    console.print(*sentences, sep="\n", highlight=False, markup=False, soft_wrap=True)
+    from snows.report import printable
+
+    console.print(*map(printable, sentences), sep="\n", highlight=False, markup=False, soft_wrap=True)
 
 
 def warn(sentence: str) -> None:
     """Print a sentence on the error stream."""
-    errors.print(sentence, highlight=False, markup=False, soft_wrap=True)
+    from snows.report import printable
+
+    errors.print(printable(sentence), highlight=False, markup=False, soft_wrap=True)
 
 
 def next_command(*words: object) -> None:
@@ -103,7 +109,7 @@ def next_command(*words: object) -> None:
 
 
 def show_scores(rows: Iterable[tuple[str, Scores]]) -> None:
-    """Print a line of scores a network."""
+    """Print one row of scores per network."""
     from rich.table import Table
 
     table = Table("", "images", "top-1", "top-5", "agreement", "divergence")

@@ -43,6 +43,9 @@ def gelu_curve(x: Tensor, g: Tensor, approximate: str) -> Tensor:
 
 def affine_relu(x: Tensor, affine: Tensor, scale: Tensor) -> Tensor:
     """See `ops.affine_relu`."""
+    if affine.shape != x.shape or scale.ndim != 1 or x.ndim < 2 or scale.shape[0] != x.shape[1]:
+        raise ValueError(f"affine_relu: expected affine of {tuple(x.shape)} and a scale a channel, got {tuple(affine.shape)} and "
+                         f"{tuple(scale.shape)}")
     return affine.relu()
 
 
@@ -57,6 +60,8 @@ def affine_relu_grad(g: Tensor, y: Tensor, scale: Tensor) -> Tensor:
     Returns:
         g.shape.
     """
+    if y.shape != g.shape or scale.ndim != 1 or g.ndim < 2 or scale.shape[0] != g.shape[1]:
+        raise ValueError(f"affine_relu_grad: expected y of {tuple(g.shape)} and a scale a channel, got {tuple(y.shape)} and {tuple(scale.shape)}")
     out: Tensor = torch.ops.aten.threshold_backward(g, y, 0).mul_(scale.view((1, -1) + (1,) * (g.ndim - 2)))
     return out
 

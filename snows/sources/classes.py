@@ -70,7 +70,9 @@ def read(path: Path) -> Names:
     return tuple(tuple(str(y) for y in x) if isinstance(x, list) else synonyms(str(x)) for x in content)
 
 
-def numbered(found: Sequence[Sequence[str]], names: Names | None, outputs: Callable[[], int], where: str) -> list[int]:
+def numbered(
+    found: Sequence[Sequence[str]], names: Names | None, outputs: Callable[[], int], where: str, asked: bool = False
+) -> tuple[list[int], str]:
     """Find the output that each class of the data is.
 
     Args:
@@ -78,14 +80,18 @@ def numbered(found: Sequence[Sequence[str]], names: Names | None, outputs: Calla
         names: the network's, or those of a file; None if nobody knows them.
         outputs: finds how many the network has; asked only if names do not tell.
         where: the data's name.
+        asked: whether the user gave the names, so that they must fit.
 
     Returns:
         The number of each of `found`: by name where the network's names are known and fit, by their own numbers if they are numbers, else in
-        alphabetical order, which must then be as many as there are outputs.
+        alphabetical order, which must then be as many as there are outputs. And a sentence where the names were known and none fits.
 
     Raises:
         ValueError: a name stands for no output or for several, or there are fewer classes than outputs and nothing says which they are.
     """
+    called_alike = {plain(x[0]) for x in found}
+    if len(called_alike) < len(found):
+        raise ValueError(f"data: {where} has two classes of one name, {len(found)} in {len(called_alike)} names; rename one")
     if names is not None:
         by_name: dict[str, set[int]] = {}
         for number, own in enumerate(names):
@@ -95,19 +101,27 @@ def numbered(found: Sequence[Sequence[str]], names: Names | None, outputs: Calla
         unknown = [called[0] for called, numbers in zip(found, chosen, strict=True) if not numbers]
         several = [called[0] for called, numbers in zip(found, chosen, strict=True) if len(numbers) > 1]
         if not unknown and not several:
-            return [numbers.pop() for numbers in chosen]
+            result = [numbers.pop() for numbers in chosen]
+            if len(set(result)) < len(result):
+                twice = next(i for i, number in enumerate(result) if number in result[:i])
+                raise ValueError(f"data: {found[result.index(result[twice])][0]} and {found[twice][0]} of {where} are the same class of the network; "
+                                 "merge them")
+            return result, ""
         if several:
             raise ValueError(f"data: {several[0]} of {where} may be any of several classes of the network; name folders by WordNet ids")
-        if len(unknown) < len(found):
+        if asked or len(unknown) < len(found):
             raise ValueError(f"data: {', '.join(unknown[:5])}{' and more' if len(unknown) > 5 else ''} of {where} are no classes of the network; "
                              "rename them, or give the network's classes with --classes FILE")
     if all(called[0].isascii() and called[0].isdigit() for called in found):
         numbers = [int(called[0]) for called in found]
-        if max(numbers) < outputs():
-            return numbers
-        if len(found) == outputs():  # from 1 on, say
-            return [sorted(numbers).index(number) for number in numbers]
+        if len(set(numbers)) == len(numbers) and max(numbers) < outputs():
+            return numbers, ""
+        if sorted(numbers) == list(range(1, outputs() + 1)):
+            return [number - 1 for number in numbers], ""
+        raise ValueError(f"data: {where} has classes with the numbers {min(numbers)} to {max(numbers)}, the network {outputs()} outputs, from 0 on; "
+                         "rename the folders, or give the network's classes in order with --classes FILE")
     if len(found) != outputs():
         raise ValueError(f"data: {where} has {len(found)} classes, the network {outputs()} outputs, and nothing says which they are; give the "
                          "network's classes in order with --classes FILE, or name the folders as the network names its classes")
-    return list(range(len(found)))
+    note = f"none of the classes of {where} is called as the network calls its own; they are taken in alphabetical order" if names is not None else ""
+    return list(range(len(found))), note

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
-import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,7 @@ from snows.network import as_inputs, first_line
 from snows.sources import classes as naming
 from snows.sources import datasets
 from snows.sources.datasets import Found
-from snows.sources.networks import Network, runs_code
+from snows.sources.networks import Network, find_object, runs_code
 from snows.sources.pictures import Split, UnreadableError, find, open_picture, read_labels, split_folder
 from snows.sources.preparation import Plain, Preparation
 
@@ -33,11 +31,12 @@ class Data:
 
     Attributes:
         origin: where they come from; two splits of one origin are the same images.
-        read: an image of a number, as a float32 (C, H, W) tensor.
+        read: returns the image with the given index, as a float32 (C, H, W) tensor.
         labels: class numbers, as the network counts them, int64; -1 for none.
         stream: batches in a fixed order, instead of `read` and `labels`; everything else is empty then.
         files: what the images are called, for messages; empty if they have no names.
         broken: pictures that could not be read: name and reason.
+        note: a sentence for the user; empty if there is nothing to say.
     """
 
     origin: str
@@ -46,6 +45,7 @@ class Data:
     stream: Iterable[Any] | None = field(repr=False, default=None)
     files: Sequence[str] = field(repr=False, default=())
     broken: list[tuple[str, str]] = field(repr=False, default_factory=list)
+    note: str = ""
 
     def __len__(self) -> int:
         """Count the images; 0 for a stream, whose number only reading it tells."""
@@ -142,7 +142,8 @@ def _stacked(images: list[Tensor]) -> Tensor:
 
 
 def load_data(
-    name: str, network: Network, split: Split, *, preparation: Preparation | None = None, classes: Path | None = None, labels: Path | None = None
+    name: str, network: Network, split: Split, *, preparation: Preparation | None = None, classes: Path | None = None, labels: Path | None = None,
+    fetch: bool = True,
 ) -> Data:
     """Find images for a network.
 
@@ -155,14 +156,24 @@ def load_data(
         preparation: instead of the network's.
         classes: a file of the network's classes in order (see `classes.read`), instead of the network's own list.
         labels: a file of the classes of a flat folder of pictures (see `pictures.read_labels`).
+        fetch: whether a dataset that is not on this machine may be fetched.
 
     Raises:
-        ValueError: there are no images, or nothing says which output of the network a class of the test images is.
+        ValueError: there are no images, an argument is none that this kind of data takes, or nothing says which output of the network a class
+            of the test images is.
     """
     prepare = preparation or network.preparation
     kind, separator, rest = name.partition(":")
     names = naming.read(classes) if classes is not None else network.classes
-    if runs_code(name):
+    is_folder = Path(name).is_dir()
+    kind, calls = "" if is_folder else kind, runs_code(name) and not is_folder
+    known = kind in ("zoo", "cifar10", "cifar100", "torchvision", "hf")
+    _check_taken(name, {
+        "--labels": labels is not None and (known or calls),
+        "--classes": classes is not None and (kind in ("zoo", "cifar10", "cifar100") or calls),
+        "--crop, --resize, --mean or --std": preparation not in (None, network.preparation) and (kind == "zoo" or calls),
+    })
+    if calls:
         return _called(name, kind, rest, split)
     if separator and rest and kind == "zoo":
         if rest != "fashion-mnist":
@@ -173,18 +184,28 @@ def load_data(
         pictures = datasets.of_cifar(name, kind, Path(rest).expanduser(), split)
         names = None  # they come as numbers
     elif separator and rest and kind == "torchvision":
-        pictures = datasets.of_torchvision(name, rest, split)
+        pictures = datasets.of_torchvision(name, rest, split, fetch)
     elif separator and rest and kind == "hf":
-        pictures = datasets.of_datasets(name, rest, split)
+        pictures = datasets.of_datasets(name, rest, split, fetch)
     else:
         pictures = _of_folder(name, split, labels)
         if isinstance(prepare, Plain) and prepare.crop is None:
             prepare = prepare.override(224, 256)  # a folder's pictures are of many sizes
     result = Data(pictures.origin, lambda i: prepare(pictures.open(i)), pictures.labels, files=pictures.files)
     if split == "test" and pictures.classes:
-        number = naming.numbered(pictures.classes, names, lambda: _outputs(network, result), name)
+        number, result.note = naming.numbered(pictures.classes, names, lambda: _outputs(network, result), name, classes is not None)
         result.labels = np.array([number[x] if x >= 0 else -1 for x in result.labels], np.int64)
     return result
+
+
+def _check_taken(name: str, given: Mapping[str, bool]) -> None:
+    """Refuse what this kind of data has no use for, rather than leave it unheard.
+
+    Raises:
+        ValueError: something was given in vain.
+    """
+    if vain := [option for option, is_given in given.items() if is_given]:
+        raise ValueError(f"data: {name} takes no {vain[0]}; leave it out")
 
 
 def _outputs(network: Network, data: Data) -> int:
@@ -212,10 +233,8 @@ def _of_folder(name: str, split: Split, labels: Path | None) -> Found:
 
 def _called(name: str, module: str, attribute: str, split: Split) -> Data:
     """Import and call what returns batches."""
-    if not {"", str(Path.cwd())} & set(sys.path):
-        sys.path.append(str(Path.cwd()))
     try:
-        function = getattr(importlib.import_module(module), attribute)
+        function = find_object(module, attribute)
         by_split = "split" in inspect.signature(function).parameters
         found = function(split=split) if by_split else function()
     except Exception as error:  # whatever it raises

@@ -12,7 +12,7 @@ import numpy as np
 
 from snows.network import first_line
 from snows.sources import classes as naming
-from snows.sources.pictures import Split, open_picture
+from snows.sources.pictures import TESTING, TRAINING, Split, open_picture
 
 
 class Found(NamedTuple):
@@ -20,7 +20,7 @@ class Found(NamedTuple):
 
     Attributes:
         origin: where they come from; two splits of one origin are the same pictures.
-        open: a picture of Pillow, of a number.
+        open: returns the picture with the given index, as Pillow's.
         labels: index of each picture's class, int64; -1 for none.
         classes: in order, each with all that it is called; empty if there are none.
         files: what the pictures are called; empty if they have no names.
@@ -33,8 +33,8 @@ class Found(NamedTuple):
     files: Sequence[str] = ()
 
 
-def of_torchvision(name: str, rest: str, split: Split) -> Found:
-    """Open a dataset of torchvision: what lies in the folder, else fetched into it."""
+def of_torchvision(name: str, rest: str, split: Split, fetch: bool) -> Found:
+    """Open a dataset of torchvision: what lies in the folder, else, if that is allowed, fetched into it."""
     kind, _, root = rest.partition(":")
     try:
         datasets: Any = importlib.import_module("torchvision.datasets")
@@ -47,52 +47,59 @@ def of_torchvision(name: str, rest: str, split: Split) -> Found:
     if "train" in accepted:
         choices: list[dict[str, Any]] = [{"train": split == "calibration"}]
     elif "split" in accepted:
-        choices = [{"split": x} for x in (("train", "trainval") if split == "calibration" else ("val", "valid", "test"))]
+        choices = [{"split": x} for x in ((*TRAINING, "trainval") if split == "calibration" else TESTING)]
     else:
         choices = [{}]
     where = str(Path(root or "data").expanduser())
-    tries = [{**choice, **more} for more in ({}, *([{"download": True}] if "download" in accepted else [])) for choice in choices]
+    tries = [{**choice, **more} for more in ({}, *([{"download": True}] if "download" in accepted and fetch else [])) for choice in choices]
     dataset: Any = None
     errors = []
+    opened: dict[str, Any] = {}
     for arguments in tries:
         try:
-            dataset = cast("Any", make)(where, **arguments)
+            dataset, opened = cast("Any", make)(where, **arguments), arguments
             break
         except Exception as error:  # a split of another name, or no files
             errors.append(first_line(error))
     if dataset is None:
-        raise ValueError(f"data: {name} could not be opened in {where} ({errors[-1]}); expected its files there, or a connection to fetch them")
+        cause = errors[-len(choices)]  # of the first split, the last time
+        raise ValueError(f"data: {name} could not be opened in {where} ({cause}); expected its files there"
+                         f"{', or a connection to fetch them' if fetch else ''}")
 
     kept = next((x for x in (getattr(dataset, name, None) for name in ("targets", "labels", "_labels")) if x is not None and len(x)), None)
     labels = [int(x) for x in kept] if kept is not None else [int(dataset[i][1]) for i in range(len(dataset))]
     names = getattr(dataset, "classes", None) or range(max(labels, default=-1) + 1)
     wordnet = getattr(dataset, "wnids", None) or [None] * len(names)
     named = [((w,) if w else ()) + (tuple(map(str, x)) if isinstance(x, tuple) else (str(x),)) for w, x in zip(wordnet, names, strict=True)]
-    return Found(f"{name} {split}", lambda i: open_picture(dataset[i][0]), np.array(labels, np.int64), named)
+    part = next((f" {opened[key]}" for key in ("split", "train") if key in opened), "")  # without one, both splits are the same pictures
+    return Found(f"{name}{part}", lambda i: open_picture(dataset[i][0]), np.array(labels, np.int64), named)
 
 
-def of_datasets(name: str, rest: str, split: Split) -> Found:
+def of_datasets(name: str, rest: str, split: Split, fetch: bool) -> Found:
     """Open a dataset of Hugging Face: by its id on the hub, or a folder that it lies in."""
     try:
         datasets: Any = importlib.import_module("datasets")
     except ImportError as error:
-        raise ValueError(f"data: {name} needs the package datasets ({first_line(error)}); pip install datasets") from error
+        raise ValueError(f"data: {name} needs the package datasets ({first_line(error)}); pip install '.[data]' in the clone of snows brings "
+                         "it") from error
     try:
         folder = Path(rest).expanduser()
         found = datasets.load_from_disk(str(folder)) if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file() \
-            else datasets.load_dataset(str(folder) if folder.is_dir() else rest)
+            else datasets.load_dataset(str(folder) if folder.is_dir() else rest, download_config=datasets.DownloadConfig(local_files_only=not fetch))
     except Exception as error:  # whatever it raises: no such dataset, no connection
         raise ValueError(f"data: {name} could not be opened ({first_line(error)}); expected a dataset in the cache, or a connection") from error
+    part = ""
     if isinstance(found, dict):
-        order = ("train", "validation", "valid", "val", "test") if split == "calibration" else ("validation", "valid", "val", "test", "train")
-        found = found[next((x for x in order if x in found), next(iter(found)))]
+        order = (*TRAINING, *TESTING) if split == "calibration" else (*TESTING, *TRAINING)
+        part = next((x for x in order if x in found), next(iter(found)))
+        found = found[part]
     image = next((key for key, kind in found.features.items() if isinstance(kind, datasets.Image)), None)
     label = next((key for key, kind in found.features.items() if isinstance(kind, datasets.ClassLabel)), None)
     if image is None:
         raise ValueError(f"data: expected {name} to have a column of images, got {', '.join(found.features)}")
     numbers = np.array(found[label], np.int64) if label is not None else np.full(len(found), -1)
     names = [(*naming.synonyms(x), x) for x in found.features[label].names] if label is not None else []
-    return Found(f"{name} {found.split or ''}".strip(), lambda i: open_picture(found[i][image]), numbers, names)
+    return Found(f"{name} {part}".strip(), lambda i: open_picture(found[i][image]), numbers, names)
 
 
 def of_cifar(name: str, kind: str, folder: Path, split: Split) -> Found:

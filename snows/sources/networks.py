@@ -34,7 +34,7 @@ class Network:
         model: in evaluation mode, on the CPU.
         name: that it was asked for by.
         preparation: of its pictures.
-        classes: of each output, all that it may be called; None if nobody knows.
+        classes: of each output, all that it may be called; None if unknown.
         note: a sentence for the user; empty if there is nothing to say.
     """
 
@@ -46,9 +46,9 @@ class Network:
 
 
 def runs_code(name: str) -> bool:
-    """Whether opening a network or data of this name imports and calls a Python object."""
+    """Say whether opening a network of this name, or data that is no folder, imports and calls a Python object."""
     kind, separator, rest = name.partition(":")
-    return bool(separator and rest) and kind not in ("zoo", "timm", "torchvision", "hf", "cifar10", "cifar100") and not Path(name).exists()
+    return bool(separator and rest) and kind not in ("zoo", "timm", "torchvision", "hf", "cifar10", "cifar100")
 
 
 def load_model(name: str, weights: Path | None = None, *, random_weights: bool = False) -> Network:
@@ -103,7 +103,7 @@ class _NotAtHandError(ValueError):
 
 
 def _offline(error: BaseException | None) -> bool:
-    """Whether something could not be fetched: by the names that urllib, requests, httpx and Hugging Face's hub give it."""
+    """Say whether something could not be fetched: by the names that urllib, requests, httpx and Hugging Face's hub give it."""
     while error is not None:
         names = {kind.__name__ for kind in type(error).__mro__}
         if names & {"URLError", "ConnectionError", "TransportError", "RequestException", "LocalEntryNotFoundError", "OfflineModeIsEnabled",
@@ -118,9 +118,14 @@ def _offline(error: BaseException | None) -> bool:
 def _build(name: str, kind: str, rest: str, trained: bool) -> Network:
     if kind in BUILDERS:
         return BUILDERS[kind](name, rest, trained)
-    if not {"", str(Path.cwd())} & set(sys.path):  # as `python -m snows` has it
+    return Network(find_object(kind, rest)(), name)
+
+
+def find_object(module: str, attribute: str) -> Any:
+    """Import an object; modules of the current folder are found too, as `python -m snows` finds them."""
+    if not {"", str(Path.cwd())} & set(sys.path):
         sys.path.append(str(Path.cwd()))
-    return Network(getattr(importlib.import_module(kind), rest)(), name)
+    return getattr(importlib.import_module(module), attribute)
 
 
 def _zoo(name: str, rest: str, trained: bool) -> Network:

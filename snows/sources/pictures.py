@@ -114,7 +114,7 @@ def read_labels(path: Path, files: Sequence[Path]) -> tuple[list[tuple[str, ...]
         The classes, each with what it is called (a number, a WordNet id or a name), and the index of each file's class.
 
     Raises:
-        ValueError: the file cannot be read, its lines are not those of the pictures, or its numbers begin at 1.
+        ValueError: the file cannot be read, its lines are not those of the pictures, or its numbers are ImageNet's from 1 to 1,000.
     """
     try:
         lines = [line.split() for line in path.read_text().splitlines() if line.strip()]
@@ -133,7 +133,7 @@ def read_labels(path: Path, files: Sequence[Path]) -> tuple[list[tuple[str, ...]
         order = sorted(set(called))
         return [(x,) for x in order], [order.index(x) for x in called]
     numbers = [int(x) for x in called]
-    if min(numbers) == 1:
-        raise ValueError(f"labels: the numbers in {path} begin at 1 (ImageNet's ground truth counts in another order than networks do); expected "
-                         "numbers from 0 on as the network counts, WordNet ids or names")
+    if min(numbers) == 1 and max(numbers) == 1000:
+        raise ValueError(f"labels: the numbers in {path} go from 1 to 1000 (ImageNet's ground truth counts in another order than networks do); "
+                         "expected numbers from 0 on as the network counts, WordNet ids or names")
     return [(str(i),) for i in range(max(numbers) + 1)], numbers

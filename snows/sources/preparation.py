@@ -94,7 +94,8 @@ class Library:
     Attributes:
         make: from settings to the library's transform of a picture.
         settings: of the library, by its own names.
-        named: how a crop, a resize (None for none), means and deviations are said in these names, given the present settings.
+        named: maps the present settings, a crop and a resize (None for none) to the library's settings that say so.
+        means: the library's names of means and deviations.
     """
 
     make: Callable[..., Callable[[Any], Tensor]]
