@@ -39,7 +39,7 @@ def calls():
     yield "batched_cg_update", (*grid[:3], rz, grid[3], torch.rand(2, 3, 8) < 0.5, torch.rand(2, 8) + 1, target)
     yield "gelu", (scores, "none")
     yield "gelu_curve", (scores, torch.randn(6, 32), "none")
-    yield "affine_relu", (torch.randn(2, 4, 3, 3), torch.randn(2, 4), torch.randn(4))
+    yield "affine_relu", (torch.randn(2, 4, 3, 3), torch.randn(2, 4, 3, 3), torch.randn(4))
     yield "affine_relu_grad", (torch.randn(2, 4, 3, 3), torch.randn(2, 4, 3, 3), torch.randn(4))
     yield "layer_norm", (x, torch.randn(16), torch.randn(16), [16], 1e-5)
     yield "layer_norm_grad", (x, x, *normal[1:], torch.randn(16), None, [16])
