@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from snows import zoo
@@ -41,7 +42,7 @@ class Data:
 
     origin: str
     read: Callable[[int], Tensor] = field(repr=False, default=lambda index: torch.empty(0))
-    labels: np.ndarray = field(repr=False, default_factory=lambda: np.empty(0, np.int64))
+    labels: NDArray[np.int64] = field(repr=False, default_factory=lambda: np.empty(0, np.int64))
     stream: Iterable[Any] | None = field(repr=False, default=None)
     files: Sequence[str] = field(repr=False, default=())
     broken: list[tuple[str, str]] = field(repr=False, default_factory=list)

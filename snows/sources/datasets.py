@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import numpy as np
+from numpy.typing import NDArray
 
 from snows.network import first_line
 from snows.sources import classes as naming
@@ -28,7 +29,7 @@ class Found(NamedTuple):
 
     origin: str
     open: Callable[[int], Any]
-    labels: np.ndarray
+    labels: NDArray[np.int64]
     classes: Sequence[Sequence[str]] = ()
     files: Sequence[str] = ()
 

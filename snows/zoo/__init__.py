@@ -10,6 +10,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -59,6 +60,6 @@ def images(split: Literal["calibration", "test"]) -> tuple[Tensor, Tensor | None
         return x, torch.from_numpy(file["test_labels"].astype(np.int64)) if split == "test" else None
 
 
-def normalise(pixels: np.ndarray) -> Tensor:
+def normalise(pixels: NDArray[np.uint8]) -> Tensor:
     """Grey bytes (n, 28, 28) as the networks take them: float32 (n, 1, 28, 28)."""
     return torch.from_numpy(pixels.astype(np.float32)).div_(255).sub_(MEAN).div_(STD).unsqueeze(1)
