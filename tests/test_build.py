@@ -150,7 +150,8 @@ while test $# -gt 0; do test "$1" = -o && out=$2; shift; done; echo | c++ -x c++
     assert "snows: building the CUDA kernels for 9.0a\n" in done.stdout
     assert said(package) == ["CPU", "snows: installed without CUDA kernels, for their build failed (log: {log}); everything runs without them, "
                              "but slower. Those for the CPU were built."]
-    assert ("the chip melts" if breaks == "compiling" else "cudart") in (package / "build.log").read_text()
+    log = (package / "build.log").read_text()
+    assert ("the chip melts" if breaks == "compiling" else "cudart") in log or "greater than the maximum required version by CUDA" in log  # g++ 16
     assert len(list(package.glob("_native*.so"))) == 1
     done, _ = tree(**environment, SNOWS_BUILD="1")
     assert done.returncode != 0
