@@ -3,12 +3,13 @@
 import inspect
 import subprocess
 import sys
+from typing import get_args
 
 import pytest
 
 import snows
 from snows import cli, demo
-from snows.cli import terminal
+from snows.cli import pruning, terminal
 
 
 def python(code):
@@ -56,6 +57,12 @@ def test_the_options_start_from_the_library_s_own_numbers():
                 for command in cli.app.registered_commands}
     assert (defaults["prune"]["iterations"], defaults["prune"]["passes"]) == (snows.Newton().max_iterations, snows.Newton().passes)
     assert defaults["demo"]["images"] == demo.JUDGED
+
+
+def test_every_rule_that_the_command_line_offers_is_a_selector():
+    assert all(callable(pruning._rule(name)) for name in get_args(pruning.Rule))
+    with pytest.raises(KeyError):
+        pruning._rule("best")
 
 
 @pytest.mark.parametrize(("text", "sentence"), [

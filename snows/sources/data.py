@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -194,7 +195,7 @@ def load_data(
             prepare = prepare.override(224, 256)  # a folder's pictures are of many sizes
     result = Data(pictures.origin, lambda i: prepare(pictures.open(i)), pictures.labels, files=pictures.files)
     if split == "test" and pictures.classes:
-        number, result.note = naming.numbered(pictures.classes, names, lambda: _outputs(network, result), name, classes is not None)
+        number, result.note = naming.numbered(pictures.classes, names, cache(lambda: _outputs(network, result)), name, classes is not None)
         result.labels = np.array([number[x] if x >= 0 else -1 for x in result.labels], np.int64)
     return result
 
