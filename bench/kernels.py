@@ -4,7 +4,7 @@
     python -m pytest bench/kernels.py --benchmark-json=bench/results/cpu/kernels.json -k "not compile"
 
 A case is right (against float64, or bit for bit where it selects) before it is timed. `bytes` are those that cannot be avoided: each
-input read once, each output written once. Inputs rotate, so that no run finds its own in the cache; on a GPU a run ends when the device
+input read once, each output written once. Batch rotate, so that no run finds its own in the cache; on a GPU a run ends when the device
 has finished.
 """
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from snows import NM, zoo
-from snows.solvers import batched_cg
+from snows.solving.cg import batched_cg
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ROWS, WIDTH = 3072 if DEVICE == "cuda" else 768, 768

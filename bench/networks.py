@@ -19,8 +19,7 @@ from report import race
 from turns import in_turns, keep
 
 import snows
-from snows.network import as_inputs
-from snows.rewriting import difference, outputs
+from snows.networks.batches import Batch, difference, outputs
 from snows.sources import load_model
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
@@ -64,11 +63,11 @@ def main() -> None:
         x_last = x.contiguous(memory_format=torch.channels_last) if source != "zoo:vit" else x
         runs = {"eager": (net, x), "eager channels last": (last, x_last), "torch.compile frozen": (frozen(net, x), x),
                 "snows": (deployed, x), "snows, torch.compile frozen": (frozen(deployed, x), x)}
-        wanted = outputs(net, as_inputs(x))
+        wanted = outputs(net, Batch.of(x))
         case = f"{source} {text}, {images} images, {sum(not r.reason for r in deployed.report.layers)} of {len(deployed.report.layers)} packed"
         with torch.no_grad():
             for name, (run, example) in runs.items():
-                assert difference(wanted, outputs(run, as_inputs(example))) < 1e-3, name  # random weights grow from layer to layer
+                assert difference(wanted, outputs(run, Batch.of(example))) < 1e-3, name  # random weights grow from layer to layer
             rows += in_turns(case, {name: (lambda pair=pair: pair[0](pair[1])) for name, pair in runs.items()}, args.rounds)
         keep(args.out, rows)
     print(race(rows))

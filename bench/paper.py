@@ -26,7 +26,7 @@ import snows
 from snows import sources
 from snows.cli.terminal import device_of
 from snows.evaluation import compare
-from snows.run import write
+from snows.results.storage import write
 
 CNN, UNSTRUCTURED = ("2:4", "1:4"), ("0.5", "0.6", "0.7", "0.8", "0.9")
 

@@ -17,18 +17,24 @@ from pathlib import Path
 
 import torch
 
-from snows import alps, network, parse_pattern, zoo
+from snows import alps, parse_pattern, zoo
 from snows.demo import calibration
-from snows.horizon import Horizon, Reconstruction, Sensitivities
-from snows.operators import Factors, GaussNewton, Kronecker, Restricted, RowBlocks, trace
+from snows.matching.horizon import Horizon
+from snows.matching.losses import Reconstruction
+from snows.matching.metrics import OutputSensitivity
+from snows.networks.batches import Batch
+from snows.networks.stream import Schedule, Stream
+from snows.networks.trace import Trace
 from snows.selectors import LayerStatistics
-from snows.solvers import cg
+from snows.solving.cg import cg
+from snows.solving.operators import GaussNewton, Restricted, trace
+from snows.solving.preconditioners import Factors, Kronecker, RowBlocks
 
 
 def layer_counts(net, layer, streams, sensitivities, pattern, damping=1e-3):
     calls = [stream.advance(layer) for stream in streams]
     weight = net.get_submodule(layer).weight.detach().clone()
-    if not pattern.fits(weight.shape):
+    if pattern.fits(weight.shape):
         return None
     horizon = Horizon(net, layer, 3, streams[0])
     generator = torch.Generator().manual_seed(0)
@@ -58,11 +64,11 @@ def main():
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     net = zoo.load(args.network).to(memory_format=torch.channels_last)
-    inputs = [network.as_inputs(x) for x in calibration(256, 64)]
-    order = network.learn_order(net, inputs[0])
-    plan = network.Plan(net, order)
-    streams = [network.Stream(plan, x) for x in inputs]
-    sensitivities = Sensitivities(net, inputs[-1], torch.Generator().manual_seed(0))
+    inputs = [Batch.of(x) for x in calibration(256, 64)]
+    order = Trace.of(net, inputs[0])
+    plan = Schedule(net, order)
+    streams = [Stream(plan, x) for x in inputs]
+    sensitivities = OutputSensitivity(net, inputs[-1], torch.Generator().manual_seed(0))
     rows = [row for layer in order.layers[1:-1] if (row := layer_counts(net, layer, streams, sensitivities, parse_pattern(args.pattern)))]
     medians = {name: statistics.median(row[name] for row in rows) for name in ("none", "kronecker", "rows")}
     ratio = statistics.median(row["rows"] / row["none"] for row in rows)

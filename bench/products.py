@@ -29,9 +29,12 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 from turns import in_turns, keep, large_product
 
-from snows import graphs, horizon, network
-from snows.horizon import Horizon, Reconstruction
-from snows.operators import GaussNewton
+from snows.matching import horizon
+from snows.matching.horizon import Horizon
+from snows.matching.losses import Reconstruction
+from snows.networks.batches import Batch
+from snows.ops import graphs
+from snows.solving.operators import GaussNewton
 from snows.zoo.models import EncoderBlock
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -67,8 +70,8 @@ def product(name: str, implementation: str) -> GaussNewton:
     net, x = make().eval().to(DEVICE), torch.randn(shape, device=DEVICE)
     if len(shape) == 4:
         net, x = net.to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last)
-    window = Horizon(net, layer, k, network.as_inputs(x))
-    stream = window.stream(network.as_inputs(x))
+    window = Horizon(net, layer, k, Batch.of(x))
+    stream = window.stream(Batch.of(x))
     weight = net.get_submodule(layer).weight.detach()
     with contextlib.ExitStack() as stack:
         if implementation == "eager":

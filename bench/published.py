@@ -39,9 +39,9 @@ import snows
 from snows import zoo
 from snows.demo import calibration
 from snows.evaluation import evaluate, logits_of
-from snows.network import as_inputs
-from snows.normalisation import recalibrate_statistics
-from snows.solvers import Newton
+from snows.matching.normalisation import recalibrate_statistics
+from snows.networks.batches import Batch
+from snows.solving.newton import Newton
 
 PATTERN = snows.NM(1, 4)
 SETTINGS = {"equal": dict(k_step=5, max_CG_iterations=10, newton_steps=1), "own": dict(k_step=40, max_CG_iterations=1000, newton_steps=3)}
@@ -196,7 +196,7 @@ def main():
                 row = result["details"][name] = {"runs": []} | counts
                 row["magnitude masks"] = all(((net.get_submodule(x).weight != 0) <= mask).all().item() for x, mask in masks.items())
                 for kind, correct in (("as pruned", lambda net: None),
-                                      ("corrected", lambda net: recalibrate_statistics(net, dense, [as_inputs(x) for x in batches[256]])),
+                                      ("corrected", lambda net: recalibrate_statistics(net, dense, [Batch.of(x) for x in batches[256]])),
                                       ("re-estimated", lambda net: reestimate(net, batches[256]))):
                     copied = zoo.load("resnet20")
                     copied.load_state_dict(net.state_dict())

@@ -20,7 +20,7 @@ import torch
 from torchvision.models import vit_b_16
 
 import snows
-from snows.solvers import Newton
+from snows.solving.newton import Newton
 
 
 def main():

@@ -10,16 +10,18 @@ from typing import TYPE_CHECKING, Any
 from snows import build
 
 if TYPE_CHECKING:
-    from snows.deployment import deploy
+    from snows.deployment import Deployed, deploy
     from snows.evaluation import evaluate
-    from snows.files import load, save
     from snows.layers import SparseConv2d, SparseLinear
-    from snows.pruning import prune
+    from snows.matching.losses import Matching
+    from snows.networks.masks import mask_of
+    from snows.pruning import Pruned, prune
+    from snows.results.files import load, save
     from snows.selectors.alps import alps
     from snows.selectors.least_squares import least_squares
     from snows.selectors.scores import magnitude, wanda
     from snows.selectors.sparsegpt import sparsegpt
-    from snows.solvers import Newton
+    from snows.solving.newton import Newton
     from snows.sparsity import NM, Unstructured, parse_pattern
 
 __version__ = "0.1.0"
@@ -27,15 +29,16 @@ __version__ = "0.1.0"
 build.warn()
 
 _MODULES = {
-    "deployment": ["deploy"], "evaluation": ["evaluate"], "files": ["load", "save"], "layers": ["SparseConv2d", "SparseLinear"], "pruning": ["prune"],
-    "selectors": ["alps", "least_squares", "magnitude", "sparsegpt", "wanda"], "solvers": ["Newton"],
-    "sparsity": ["NM", "Unstructured", "parse_pattern"],
+    "deployment": ["Deployed", "deploy"], "evaluation": ["evaluate"], "layers": ["SparseConv2d", "SparseLinear"],
+    "matching.losses": ["Matching"], "networks.masks": ["mask_of"], "pruning": ["Pruned", "prune"],
+    "results.files": ["load", "save"], "selectors": ["alps", "least_squares", "magnitude", "sparsegpt", "wanda"],
+    "solving.newton": ["Newton"], "sparsity": ["NM", "Unstructured", "parse_pattern"],
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
-    "NM", "Newton", "SparseConv2d", "SparseLinear", "Unstructured", "alps", "deploy", "evaluate", "least_squares", "load", "magnitude",
-    "parse_pattern", "prune", "save", "sparsegpt", "wanda",
+    "NM", "Deployed", "Matching", "Newton", "Pruned", "SparseConv2d", "SparseLinear", "Unstructured", "alps", "deploy", "evaluate",
+    "least_squares", "load", "magnitude", "mask_of", "parse_pattern", "prune", "save", "sparsegpt", "wanda",
 ]
 
 

@@ -6,7 +6,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import cast
 
 import torch
 from rich.console import Console
@@ -15,14 +14,19 @@ from rich.table import Table
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from snows import build, files, network, zoo
-from snows.deployment import Deployment, deploy
+from snows import build, memory, zoo
+from snows.deployment import deploy
 from snows.evaluation import Scores, evaluate, logits_of
-from snows.normalisation import recalibrate_statistics
+from snows.matching.normalisation import recalibrate_statistics
+from snows.networks.batches import Batch
+from snows.networks.folding import fold_normalisations
+from snows.networks.layers import copied
+from snows.networks.trace import Trace
 from snows.pruning import prune
-from snows.report import Report, page, plot
-from snows.rewriting import Trace, fold_normalisations
-from snows.run import state, write
+from snows.results import files
+from snows.results.page import page, plot
+from snows.results.report import Deployment, Report
+from snows.results.storage import state, write
 from snows.selectors import magnitude
 from snows.sparsity import NM, Pattern, Unstructured
 
@@ -40,6 +44,7 @@ def calibration(samples: int = SAMPLES, batch: int = BATCH, seed: int = 0) -> li
     return list(images[order].split(batch))
 
 
+@memory.kept()
 def run(out: Path, console: Console, judged: int = JUDGED, device: torch.device | None = None) -> list[dict[str, object]]:
     """Prune each case at the default settings, next to magnitude pruning, deploy it, and leave weights and a page in `out`.
 
@@ -70,9 +75,9 @@ def run(out: Path, console: Console, judged: int = JUDGED, device: torch.device 
 
     def fast(net: nn.Module) -> nn.Module:
         """A copy that computes the same a little sooner: channels last, normalisation in the convolutions."""
-        net = network.copied(net).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        example = network.as_inputs(test[0]).to(device)
-        fold_normalisations(net, example, Trace(net, example))
+        net = copied(net).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        example = Batch.of(test[0]).to(device)
+        fold_normalisations(net, example, Trace.of(net, example))
         return net
 
     def measure(net: nn.Module, name: str) -> Scores:
@@ -94,7 +99,7 @@ def run(out: Path, console: Console, judged: int = JUDGED, device: torch.device 
             row["magnitude"] = row["magnitude + statistics"] = measure(fast(net), name).top1
             if any(isinstance(m, nn.BatchNorm2d) for m in net.modules()):
                 with timed("pruning"):
-                    recalibrate_statistics(net, dense, [network.as_inputs(x) for x in batches])
+                    recalibrate_statistics(net, dense, [Batch.of(x) for x in batches])
                 row["magnitude + statistics"] = measure(fast(net), name).top1
             began = time.perf_counter()
             with timed("pruning"):
@@ -103,8 +108,8 @@ def run(out: Path, console: Console, judged: int = JUDGED, device: torch.device 
             path = out / f"{name}-{str(pattern).replace(':', '-')}.safetensors"
             write(path, save(state(net)))
             with timed("deployment"):
-                packed = deploy(net, test[0][0].to(device), progress=False)
-            found, packed_path = cast(Deployment, packed.report), path.with_suffix(".packed.safetensors")
+                packed, found = deploy(net, test[0][0].to(device), progress=False)
+            packed_path = path.with_suffix(".packed.safetensors")
             count = sum(not x.reason for x in found.layers)
             if count:
                 files.save(packed, packed_path)

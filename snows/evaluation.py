@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from snows.network import as_inputs, labels_of, output_of, output_tensors
+from snows.networks.batches import Batch, labels_of, output_of, output_tensors
 
 
 class Scores(NamedTuple):
@@ -36,7 +36,7 @@ def logits_of(net: nn.Module, batch: Any) -> Tensor:
         ValueError: the network cannot run the batch, or returns no such tensor.
     """
     device = next((x.device for x in (*net.parameters(), *net.buffers())), torch.device("cpu"))
-    found = output_tensors(output_of(net, as_inputs(batch).to(device)))
+    found = output_tensors(output_of(net, Batch.of(batch).to(device)))
     if not found or found[0].ndim != 2:
         got = f"a tensor of {tuple(found[0].shape)}" if found else "no floating-point tensor"
         raise ValueError(f"evaluate: expected the model to return logits of (images, classes), got {got}")

@@ -105,7 +105,7 @@ def find_pattern(weight: Tensor, mask: Tensor | None = None) -> NM | Unstructure
     kept, density = rows(mask), float(mask.sum()) / mask.numel()
     for pattern in CANDIDATES:
         mostly_used = density >= pattern.density / 2  # else the places that hold no kept weight cost more than they help
-        if mostly_used and pattern.fits(weight.shape) and int(kept.unflatten(1, (-1, pattern.m)).sum(-1).max()) <= pattern.n:
+        if mostly_used and not pattern.fits(weight.shape) and int(kept.unflatten(1, (-1, pattern.m)).sum(-1).max()) <= pattern.n:
             return pattern
     return Unstructured(min(1 - density, math.nextafter(1, 0)))  # nothing kept at all is a pattern too
 

@@ -5,9 +5,7 @@ N always counts what is *kept*: 1:4 keeps one weight of four and is 75 % sparse.
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -42,7 +40,7 @@ def unrows(matrix: Tensor, shape: torch.Size) -> Tensor:
 
 
 class MaskedWeight(NamedTuple):
-    """A weight that is zero wherever its mask is False; the mask is never re-derived from `weight != 0`."""
+    """Hold a weight that is zero wherever its mask is False; the mask is never re-derived from `weight != 0`."""
 
     weight: Tensor
     mask: Tensor
@@ -56,8 +54,8 @@ class Pattern(Protocol):
         """Choose by `scores` (weight.shape, higher stays); bool, weight.shape."""
         ...
 
-    def fits(self, shape: torch.Size) -> bool:
-        """Whether a weight of this shape can follow the pattern."""
+    def fits(self, shape: torch.Size) -> str:
+        """Say why a weight of this shape cannot follow the pattern; empty if it can."""
         ...
 
     @property
@@ -65,8 +63,14 @@ class Pattern(Protocol):
         """The share of weights that stay."""
         ...
 
+    @property
+    def group(self) -> int | None:
+        """How many consecutive columns of the row view are decided together; None for the whole weight."""
+        ...
 
-def _refuse_nan(scores: Tensor) -> None:
+
+def refuse_nan(scores: Tensor) -> None:
+    """Raise a ValueError for scores that cannot be ranked."""
     if scores.isnan().any():
         raise ValueError("mask: expected scores without NaN, got NaN; check the weights and the calibration images")
 
@@ -91,13 +95,23 @@ class NM:
 
     @property
     def density(self) -> float:
+        """The share of weights that stay."""
         return self.n / self.m
 
-    def fits(self, shape: torch.Size) -> bool:
-        return len(shape) in (2, 4) and shape[1] % self.m == 0
+    @property
+    def group(self) -> int:
+        """The columns that are decided together."""
+        return self.m
+
+    def fits(self, shape: torch.Size) -> str:
+        """Say why a weight of this shape cannot follow the pattern; empty if it can."""
+        if len(shape) not in (2, 4):
+            return f"a weight of {len(shape)} dimensions is none of a Linear or Conv2d"
+        return f"{shape[1]} input channels do not divide into groups of {self.m}" if shape[1] % self.m else ""
 
     def mask(self, scores: Tensor) -> Tensor:
-        if not self.fits(scores.shape):
+        """Keep the `n` highest scores of every group; bool, scores.shape."""
+        if self.fits(scores.shape):
             raise ValueError(f"NM: expected input channels divisible by {self.m}, got a weight of {tuple(scores.shape)}")
         return unrows(ops.nm_mask(rows(scores), self.n, self.m), scores.shape)
 
@@ -106,7 +120,7 @@ class NM:
 class Unstructured:
     """Keep the share `1 - sparsity` of a tensor's weights, to the nearest whole weight.
 
-    Given to `prune` it is one exact budget over all prunable weights; see `allocate`.
+    Given to `prune` alone it is one exact budget over all prunable weights; see `choosing.budgets`.
 
     Raises:
         ValueError: not 0 < sparsity < 1.
@@ -123,13 +137,21 @@ class Unstructured:
 
     @property
     def density(self) -> float:
+        """The share of weights that stay."""
         return 1 - self.sparsity
 
-    def fits(self, shape: torch.Size) -> bool:
-        return True
+    @property
+    def group(self) -> None:
+        """None: all weights are decided together."""
+        return None
+
+    def fits(self, shape: torch.Size) -> str:
+        """Say nothing: every weight can follow the pattern."""
+        return ""
 
     def mask(self, scores: Tensor) -> Tensor:
-        _refuse_nan(scores)
+        """Keep the highest scores; of equal ones the first; bool, scores.shape."""
+        refuse_nan(scores)
         drop = round(self.sparsity * scores.numel())
         if drop == 0:
             return torch.ones_like(scores, dtype=torch.bool)
@@ -156,37 +178,3 @@ def parse_pattern(text: str) -> NM | Unstructured:
     if match := re.fullmatch(r"(\d*\.?\d+(?:[eE]-?\d+)?)(%?)", text):
         return Unstructured(float(match[1]) / (100 if match[2] else 1))
     raise ValueError(f'parse_pattern: expected N:M like "2:4" or a sparsity like "0.7" or "70%", got {text!r}')
-
-
-def allocate(scores: Mapping[str, Tensor], sparsity: float, cap: float = 0.95) -> dict[str, int]:
-    """Spend one exact sparsity budget over several layers: how many weights each layer loses.
-
-    The lowest scores of all layers go first; no layer loses more than the share `cap` of its own, nor its last weight, and
-    what a layer may not lose is taken from the others. The denominator is the number of weights in `scores`.
-
-    Args:
-        scores: by layer, comparable between layers; higher stays.
-        sparsity: share of all the weights to remove, between 0 and 1.
-        cap: largest share that one layer may lose.
-
-    Raises:
-        ValueError: the caps leave less to remove than the budget asks for, or a score is NaN.
-    """
-    if not 0 < cap <= 1:
-        raise ValueError(f"allocate: expected a cap above 0 and of at most 1, got {cap}")
-    total = sum(s.numel() for s in scores.values())
-    budget = round(sparsity * total)
-    limits = {name: min(math.floor(cap * s.numel() + 1e-9), s.numel() - 1) for name, s in scores.items()}
-    if budget > sum(limits.values()):
-        raise ValueError(
-            f"allocate: a sparsity of {sparsity:g} needs {budget} of {total} weights removed, but with a cap of {cap:g} "
-            f"per layer, and one weight of each kept, at most {sum(limits.values())} can go; lower the sparsity or raise the cap"
-        )
-    candidates, owner = [], []
-    for index, (name, score) in enumerate(scores.items()):
-        _refuse_nan(score)
-        candidates.append(score.flatten().float().sort(stable=True).values[: limits[name]])
-        owner.append(torch.full((limits[name],), index))
-    order = torch.cat(candidates).argsort(stable=True)[:budget].cpu()
-    counts = torch.bincount(torch.cat(owner)[order], minlength=len(scores))
-    return dict(zip(scores, counts.tolist(), strict=True))

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from snows.solving.operators import LinearOperator
+
 
 def dense_hessian(f: Callable[[Tensor], Tensor], at: Tensor) -> Tensor:
     """The (n, n) Hessian of a scalar function, by PyTorch's functional API, entry by entry of the gradient."""
@@ -92,3 +94,17 @@ def best_masks(W: Tensor, A: Tensor, G: Tensor, pattern: Any) -> dict[tuple[bool
         schur = torch.linalg.inv(torch.linalg.inv(metric)[gone][:, gone])
         values[bits] = (w[gone] @ schur @ w[gone]).item()
     return values
+
+
+class Dense(LinearOperator):
+    """Apply an explicit (n, n) matrix to tensors of n elements.
+
+    Args:
+        matrix: (n, n), symmetric.
+    """
+
+    def __init__(self, matrix: Tensor) -> None:
+        self.matrix = matrix
+
+    def __matmul__(self, v: Tensor) -> Tensor:
+        return (self.matrix @ v.flatten()).view_as(v)

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import snows
-from snows import cli, demo, deployment, sources, zoo
-from snows.measuring import Race
+from snows import cli, demo, sources, zoo
+from snows.choosing.measuring import Race
 from snows.sources import Network, Plain
 
 

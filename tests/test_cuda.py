@@ -13,11 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from snows.operators import Dense  # TODO
 from torch import Tensor
 
-from snows import ops, reference, solvers
-from snows.operators import Dense, LinearOperator
-from snows.solvers import Stop, batched_cg, cg
+from snows import ops, reference
+from snows.solving.cg import Stop, batched_cg, cg
+from snows.solving.operators import LinearOperator
 
 ROOT = Path(__file__).parents[1]
 CUDA = ROOT / "csrc/cuda"

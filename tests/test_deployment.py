@@ -12,19 +12,20 @@ from torch import nn
 from torch.nn.utils import prune as torch_prune
 
 import snows
-from snows import deployment, ops, rewriting, zoo
-from snows.deployment import Deployment
+from snows import ops, zoo
+from snows.choosing.measuring import Race
 from snows.layers import SparseConv2d, SparseLinear
-from snows.measuring import Race
-from snows.network import OpenAttention, as_inputs
+from snows.networks.attention import OpenAttention
+from snows.networks.batches import Batch, difference, outputs
+from snows.results.report import Deployment
 
 
 def same(net, deployed, x):
     """Largest difference from the masked network in float64, relative."""
     oracle = copy.deepcopy(net).double()
     with torch.no_grad():
-        want = rewriting.outputs(oracle, as_inputs(x.double() if torch.is_tensor(x) else {k: v.double() for k, v in x.items()}))
-        return rewriting.difference(want, rewriting.outputs(deployed, as_inputs(x)))
+        want = outputs(oracle, Batch.of(x.double() if torch.is_tensor(x) else {k: v.double() for k, v in x.items()}))
+        return difference(want, outputs(deployed, Batch.of(x)))
 
 
 @pytest.mark.parametrize(("tap", "folded"), [
@@ -330,7 +331,7 @@ def test_half_precision():
     deployed = small(net, x, dtype=torch.bfloat16)
     assert {p.dtype for p in deployed.state_dict().values() if p.is_floating_point()} == {torch.bfloat16}
     with torch.no_grad():
-        assert rewriting.difference([net(x)], [deployed(x.bfloat16())]) < 2e-2
+        assert difference([net(x)], [deployed(x.bfloat16())]) < 2e-2
     if deployed.report.device.startswith("CPU") and ops.implementation("sparse_linear") == "native":
         assert {row.kernel for row in deployed.report.layers} == {"native"}
         fast = snows.deploy(net.double(), x.double(), progress=False)

@@ -9,7 +9,9 @@ from models import settle
 from torch import nn
 
 import snows
-from snows import NM, Newton, Unstructured, network
+from snows import NM, Newton, Unstructured
+from snows.networks.attention import open_attention
+from snows.networks.layers import prunable
 from snows.sparsity import rows
 
 define_torchvision_schemas()
@@ -55,7 +57,7 @@ def test_a_family_prunes(name):
     if name.startswith("transformers"):
         batches = [{"pixel_values": x} for x in batches]
     if isinstance(wanted, int):  # the middle of all that run
-        layers = list(network.prunable(net))
+        layers = list(prunable(net))
         wanted = layers[len(layers) // 3 : len(layers) // 3 + wanted]
     sparse, report = snows.prune(net, batches, NM(2, 4), only=lambda n, m: n in wanted, horizon=5, progress=False,
                                  solver=Newton(max_iterations=4), select=snows.magnitude, recalibrate=False)
@@ -67,7 +69,7 @@ def test_a_family_prunes(name):
     assert all(x.after <= x.before for x in pruned)
     assert sum(x.after for x in pruned) < 0.97 * sum(x.before for x in pruned), [(x.name, x.before, x.after, x.stop) for x in pruned]
     opened = copy.deepcopy(sparse)
-    network.open_attention(opened)
+    open_attention(opened)
     for layer in wanted:
         weight = opened.get_submodule(layer).weight
         assert (rows(weight).unflatten(1, (-1, 4)) != 0).sum(-1).le(2).all()

@@ -29,7 +29,7 @@ def chain(tmp_path):
 
 def rewritten(path, metadata=None, tensors=None):
     """The file with its metadata or tensors changed, and the right checksum."""
-    from snows.run import digest
+    from snows.results.storage import digest
 
     with safe_open(path, "pt") as file:
         content = json.loads(file.metadata()["snows"])

@@ -10,9 +10,13 @@ from oracles import dense_gauss_newton, dense_hessian, matrix_of
 from test_operators import case
 from torch import nn
 
-from snows import graphs, network, zoo
-from snows.horizon import Horizon, Reconstruction
-from snows.operators import GaussNewton, Hessian
+from snows import zoo
+from snows.matching.horizon import Horizon
+from snows.matching.losses import Reconstruction
+from snows.networks.attention import open_attention
+from snows.networks.batches import Batch
+from snows.ops import graphs
+from snows.solving.operators import GaussNewton, Hessian
 
 curvatures = pytest.mark.parametrize(("curvature", "oracle"), [(GaussNewton, dense_gauss_newton), (Hessian, dense_hessian)])
 
@@ -121,8 +125,8 @@ def test_on_a_cpu_nothing_is_captured():
 def reconstruction(name, layer):
     """A loss of a trained network in float64 on the device, and a weight to look at it from."""
     net = zoo.load(name).double().cuda()
-    network.open_attention(net)
-    inputs = network.as_inputs(zoo.images("calibration")[0][:8].double().cuda())
+    open_attention(net)
+    inputs = Batch.of(zoo.images("calibration")[0][:8].double().cuda())
     horizon = Horizon(net, layer, 4, inputs)
     stream, weight = horizon.stream(inputs), net.get_submodule(layer).weight.detach()
     with torch.no_grad():

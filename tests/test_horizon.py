@@ -7,23 +7,29 @@ from test_network import nets
 from torch import nn
 from torch.func import functional_call
 
-from snows import Newton, moments, network
-from snows.horizon import Horizon, Metric, Reconstruction, Sensitivities
-from snows.network import Plan, Stream, as_inputs, learn_order
-from snows.operators import GaussNewton, Hessian
+from snows import Newton
+from snows.matching import moments
+from snows.matching.horizon import Horizon
+from snows.matching.losses import Reconstruction
+from snows.matching.metrics import Metric, OutputSensitivity
+from snows.networks.attention import open_attention, plain_forward
+from snows.networks.batches import Batch, output_tensors
+from snows.networks.stream import Schedule, Stream
+from snows.networks.trace import Trace
+from snows.solving.operators import GaussNewton, Hessian
 from snows.sparsity import MaskedWeight, rows
 from snows.zoo.models import ResNet20
 
 
 def stream_to(net, inputs, layer):
-    stream = Stream(Plan(net, learn_order(net, inputs)), inputs)
+    stream = Stream(Schedule(net, Trace.of(net, inputs)), inputs)
     stream.advance(layer)
     return stream
 
 
 def test_operations_are_counted_by_what_depends_on_the_weight():
     net = settle(Branches()).double()
-    inputs = as_inputs(torch.randn(2, 3, 9, 10).double())
+    inputs = Batch.of(torch.randn(2, 3, 9, 10).double())
 
     def counts(layer):
         return [len(Horizon(net, layer, k, inputs).outputs(net.get_submodule(layer).weight.detach(), stream_to(net, inputs, layer)))
@@ -47,14 +53,14 @@ def test_a_shared_activation_counts_every_time():
             return self.relu(self.c(self.relu(self.b(self.relu(self.a(x))))) + x)
 
     net = Bottleneck().eval()
-    inputs = as_inputs(torch.randn(1, 4, 3, 3))
+    inputs = Batch.of(torch.randn(1, 4, 3, 3))
     horizon = Horizon(net, "a", 100, inputs)
     assert len(horizon.outputs(net.a.weight.detach(), stream_to(net, inputs, "a"))) == 6
 
 
 def test_matched_outputs_are_as_they_were_before_anything_changed_them_in_place():
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(inplace=True), nn.Conv2d(4, 2, 1)).double().eval()
-    inputs = as_inputs(torch.randn(2, 3, 5, 5).double())
+    inputs = Batch.of(torch.randn(2, 3, 5, 5).double())
     weight = net[0].weight.detach()
     found = Horizon(net, "0", 2, inputs).outputs(weight, stream_to(net, inputs, "0"))
     a = F.conv2d(inputs.args[0], weight, net[0].bias)
@@ -65,9 +71,9 @@ def test_matched_outputs_are_as_they_were_before_anything_changed_them_in_place(
 @pytest.mark.parametrize("name", nets())
 def test_a_late_start_gives_the_outputs_of_the_whole_pass(name):
     net, inputs = nets()[name]
-    network.open_attention(net)
-    order = learn_order(net, inputs)
-    plan = Plan(net, order)
+    open_attention(net)
+    order = Trace.of(net, inputs)
+    plan = Schedule(net, order)
     late = Stream(plan, inputs)
     for layer in order.layers:
         late.advance(layer)
@@ -79,9 +85,9 @@ def test_a_late_start_gives_the_outputs_of_the_whole_pass(name):
             assert len(found) == len(whole) >= 1
             for a, b in zip(found, whole, strict=True):
                 assert torch.allclose(a, b, rtol=1e-12, atol=1e-12)
-        with torch.no_grad(), network.plain_forward():
-            end = network.output_tensors(functional_call(net, {f"{layer}.weight": weight}, inputs.args, inputs.kwargs))
-            own = network.output_tensors(net(*inputs.args, **inputs.kwargs))
+        with torch.no_grad(), plain_forward():
+            end = output_tensors(functional_call(net, {f"{layer}.weight": weight}, inputs.args, inputs.kwargs))
+            own = output_tensors(net(*inputs.args, **inputs.kwargs))
         matched = horizon.outputs(weight, late)
         depends = [x for x, y in zip(end, own, strict=True) if not torch.equal(x, y)]
         assert depends
@@ -93,7 +99,7 @@ def test_a_late_start_gives_the_outputs_of_the_whole_pass(name):
 @pytest.mark.parametrize("k", [0, 3, "end"])
 def test_curvature_through_a_horizon_against_dense_matrices(name, k):
     net, inputs = nets()[name]
-    network.open_attention(net)
+    open_attention(net)
     for layer in ("right.0", "point", "depthwise") if name == "branches" else ("attention.in_proj", "mlp.0"):
         stream = stream_to(net, inputs, layer)
         horizon = Horizon(net, layer, k, stream)
@@ -109,7 +115,7 @@ def test_curvature_through_a_horizon_against_dense_matrices(name, k):
 
 def test_gauss_newton_is_the_hessian_of_a_relu_network():
     net = settle(ResNet20()).double()
-    inputs = as_inputs(torch.randn(2, 1, 28, 28).double())
+    inputs = Batch.of(torch.randn(2, 1, 28, 28).double())
     stream = stream_to(net, inputs, "layer2.0.conv1")
     horizon = Horizon(net, "layer2.0.conv1", 8, stream)
     at = net.get_submodule("layer2.0.conv1").weight.detach()
@@ -121,7 +127,7 @@ def test_gauss_newton_is_the_hessian_of_a_relu_network():
 
 def test_the_loss_divides_each_term_by_its_targets_variance():
     net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).double().eval()
-    inputs = as_inputs(torch.randn(6, 3).double())
+    inputs = Batch.of(torch.randn(6, 3).double())
     stream = stream_to(net, inputs, "0")
     horizon = Horizon(net, "0", "end", stream)
     weight = torch.randn(4, 3).double()
@@ -142,7 +148,7 @@ def test_the_loss_divides_each_term_by_its_targets_variance():
 @pytest.mark.parametrize("groups", [1, 2])
 def test_one_newton_step_at_k_0_is_masked_least_squares_for_a_convolution(groups):
     net = nn.Sequential(nn.Conv2d(4, 6, 3, padding=1, groups=groups, bias=False)).double().eval()
-    inputs = as_inputs(torch.randn(5, 4, 6, 6).double())
+    inputs = Batch.of(torch.randn(5, 4, 6, 6).double())
     stream = stream_to(net, inputs, "0")
     horizon = Horizon(net, "0", 0, stream)
     weight = net[0].weight.detach()
@@ -161,7 +167,7 @@ def test_one_newton_step_at_k_0_is_masked_least_squares_for_a_convolution(groups
 def test_sensitivities_are_metrics_of_noise_pulled_back_from_the_output(activation):
     net = nn.Sequential(nn.Linear(3, 4), activation, nn.Linear(4, 2)).double().eval()
     x = torch.randn(5, 3).double()
-    found = Sensitivities(net, as_inputs(x), torch.Generator().manual_seed(0)).of("0", [0, 1, 2])
+    found = OutputSensitivity(net, Batch.of(x), torch.Generator().manual_seed(0)).of("0", [0, 1, 2])
     first = net[0](x).detach().requires_grad_()
     second = activation(first.clone()).detach().requires_grad_()
     output = net[2](second).detach()
@@ -190,7 +196,7 @@ def test_sensitivities_tell_the_channels_of_any_layout():
             return self.head(x.tanh())
 
     net = Net().eval()
-    found = Sensitivities(net, as_inputs(torch.randn(2, 3, 6, 6)), torch.Generator().manual_seed(0)).of("conv", range(7))
+    found = OutputSensitivity(net, Batch.of(torch.randn(2, 3, 6, 6)), torch.Generator().manual_seed(0)).of("conv", range(7))
     assert [(m.channel, m.basis.shape[0]) for m in found] == [(1, 5), (1, 5), (-1, 5), (-1, 18), (-1, 3), (-1, 6), (-1, 4)]
     assert all(p.requires_grad for p in net.parameters())
 
@@ -206,7 +212,7 @@ def test_an_operation_that_the_output_does_not_feel_has_no_weight():
             self.b(x)
             return self.c(x)
 
-    found = Sensitivities(Net().eval(), as_inputs(torch.randn(6, 3)), torch.Generator().manual_seed(0))
+    found = OutputSensitivity(Net().eval(), Batch.of(torch.randn(6, 3)), torch.Generator().manual_seed(0))
     assert [m.nothing for m in found.of("a", [0, 1, 2])] == [False, True, False]
     assert found.of("b", [0]) == []
 
@@ -214,7 +220,7 @@ def test_an_operation_that_the_output_does_not_feel_has_no_weight():
 def test_an_output_that_is_constant_feels_nothing():
     net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).eval()
     nn.init.zeros_(net[2].weight)
-    assert Sensitivities(net, as_inputs(torch.randn(6, 3)), torch.Generator().manual_seed(0)).of("0", [0, 1]) == []
+    assert OutputSensitivity(net, Batch.of(torch.randn(6, 3)), torch.Generator().manual_seed(0)).of("0", [0, 1]) == []
 
 
 @pytest.mark.parametrize("rows", [200, 7], ids=["more rows than channels", "fewer"])
@@ -242,7 +248,7 @@ def test_a_wide_metric_finds_the_directions_that_count():
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_the_loss_measures_each_term_by_its_metric(rank, layout):
     net = nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Conv2d(4, 3, 1)).double().eval().to(memory_format=layout)
-    stream = stream_to(net, as_inputs(torch.randn(3, 2, 6, 6).double().to(memory_format=layout)), "0")
+    stream = stream_to(net, Batch.of(torch.randn(3, 2, 6, 6).double().to(memory_format=layout)), "0")
     horizon = Horizon(net, "0", "end", stream)
     weight = torch.randn(4, 2, 3, 3).double()
     with torch.no_grad():
@@ -266,8 +272,8 @@ def test_the_loss_measures_each_term_by_its_metric(rank, layout):
 
 def test_a_network_is_left_as_it_was():
     net = settle(Mapped())
-    network.open_attention(net)
-    inputs = as_inputs({"pixel_values": torch.randn(2, 3, 12, 12)})
+    open_attention(net)
+    inputs = Batch.of({"pixel_values": torch.randn(2, 3, 12, 12)})
     before = {k: v.clone() for k, v in net.state_dict().items()}
     grads = [p.requires_grad for p in net.parameters()]
     stream = stream_to(net, inputs, "mlp.0")

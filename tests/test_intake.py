@@ -13,8 +13,9 @@ from torch import nn
 from torch.nn.utils import prune as torch_prune
 
 import snows
-from snows import NM, network
-from snows.network import Inputs, as_inputs
+from snows import NM
+from snows.networks.batches import Batch
+from snows.networks.layers import copied
 
 quiet = partial(snows.prune, select=snows.magnitude, progress=False, solver=snows.Newton(max_iterations=3))
 
@@ -56,18 +57,18 @@ def test_a_list_of_pictures_is_one_input_whose_samples_are_the_pictures(wrap):
 
 def test_samples_of_lists_and_tensors_are_split_alike():
     pictures = [torch.full((3, 4 + i, 4), float(i)) for i in range(5)]
-    inputs = Inputs((pictures,), {"weights": torch.arange(5.0), "scale": torch.tensor(2.0)})
+    inputs = Batch((pictures,), {"weights": torch.arange(5.0), "scale": torch.tensor(2.0)})
     assert inputs.samples() == 5
     parts = inputs.split(2)
     assert [[int(p[0, 0, 0]) for p in x.args[0]] for x in parts] == [[0, 1], [2, 3], [4]]
     assert [x.kwargs["weights"].tolist() for x in parts] == [[0, 1], [2, 3], [4]]
     assert all(x.kwargs["scale"].item() == 2 for x in parts)
-    assert Inputs((torch.ones(4, 1), torch.ones(3, 1)), {}).split(2)[0].samples() == 4  # they do not agree: whole
+    assert Batch((torch.ones(4, 1), torch.ones(3, 1)), {}).split(2)[0].samples() == 4  # they do not agree: whole
 
 
 def test_images_and_labels_in_a_list_are_a_pair():
     x = torch.randn(4, 3, 5, 5)
-    assert as_inputs([x, torch.zeros(4, dtype=torch.long)]).args[0] is x
+    assert Batch.of([x, torch.zeros(4, dtype=torch.long)]).args[0] is x
 
 
 def test_batches_stay_on_the_host_and_travel_when_they_are_used(monkeypatch):
@@ -82,10 +83,10 @@ def test_batches_stay_on_the_host_and_travel_when_they_are_used(monkeypatch):
         copies = [x.clone().as_subclass(Here) for x in self.args]
         alive.update(copies)
         most = max(most, len(alive))
-        return Inputs(tuple(copies), self.kwargs)
+        return Batch(tuple(copies), self.kwargs)
 
     wanted, _ = quiet(small(), images(*[4] * 12), NM(2, 4))
-    monkeypatch.setattr(Inputs, "to", travel)
+    monkeypatch.setattr(Batch, "to", travel)
     sparse, _ = quiet(small(), images(*[4] * 12), NM(2, 4))
     assert 0 < most <= 5
     for a, b in zip(wanted.parameters(), sparse.parameters(), strict=True):
@@ -406,4 +407,4 @@ def test_a_network_whose_eps_is_zero_and_a_channel_constant():
 def test_copied_names_what_cannot_be_copied():
     net = nn.Sequential(nn.Linear(2, 2), Held(threading.Lock()))
     with pytest.raises(ValueError, match=r"1\.kept is a lock"):
-        network.copied(net)
+        copied(net)

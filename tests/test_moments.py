@@ -4,8 +4,8 @@ import torch.nn.functional as F
 from oracles import unfold_rows
 from torch import nn
 
-from snows import moments
-from snows.network import Call
+from snows.matching import moments
+from snows.networks.watching import Call
 from snows.sparsity import rows
 
 CASES = [

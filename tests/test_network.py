@@ -6,20 +6,23 @@ import torch.nn.functional as F
 from models import Branches, Mapped, PaddedConv, settle
 from torch import nn
 
-from snows import network
-from snows.network import Plan, Stream, as_inputs, learn_order
+from snows.networks.attention import close_attention, open_attention, plain_forward
+from snows.networks.batches import Batch
+from snows.networks.layers import prunable
+from snows.networks.stream import Schedule, Stream
+from snows.networks.trace import Trace
 from snows.zoo.models import ResNet20, ViT
 
 
 def nets():
     torch.manual_seed(0)
     return {
-        "branches": (settle(Branches()).double(), as_inputs(torch.randn(3, 3, 9, 10).double())),
-        "mapped": (settle(Mapped()).double(), as_inputs({"pixel_values": torch.randn(2, 3, 12, 12).double(), "labels": 1})),
-        "resnet": (settle(ResNet20()).double(), as_inputs((torch.randn(2, 1, 28, 28).double(), torch.zeros(2)))),
-        "vit": (settle(ViT(depth=2)).double(), as_inputs(torch.randn(2, 1, 28, 28).double())),
+        "branches": (settle(Branches()).double(), Batch.of(torch.randn(3, 3, 9, 10).double())),
+        "mapped": (settle(Mapped()).double(), Batch.of({"pixel_values": torch.randn(2, 3, 12, 12).double(), "labels": 1})),
+        "resnet": (settle(ResNet20()).double(), Batch.of((torch.randn(2, 1, 28, 28).double(), torch.zeros(2)))),
+        "vit": (settle(ViT(depth=2)).double(), Batch.of(torch.randn(2, 1, 28, 28).double())),
         "encoder": (settle(nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2)).double(),
-                    as_inputs(torch.randn(2, 5, 8).double())),
+                    Batch.of(torch.randn(2, 5, 8).double())),
     }
 
 
@@ -33,7 +36,7 @@ def outputs_by_hook(net, inputs):
 
         return keep
 
-    handles = [module.register_forward_hook(hook(name)) for name, module in network.prunable(net).items()]
+    handles = [module.register_forward_hook(hook(name)) for name, module in prunable(net).items()]
     with torch.no_grad():
         net(*inputs.args, **inputs.kwargs)
     for handle in handles:
@@ -44,12 +47,12 @@ def outputs_by_hook(net, inputs):
 @pytest.mark.parametrize("name", nets())
 def test_a_stream_reaches_every_layer_with_its_real_call(name):
     net, inputs = nets()[name]
-    network.open_attention(net)
-    order = learn_order(net, inputs)
-    with network.plain_forward():
+    open_attention(net)
+    order = Trace.of(net, inputs)
+    with plain_forward():
         seen = outputs_by_hook(net, inputs)
-    stream = Stream(Plan(net, order), inputs)
-    assert set(order.layers) == set(seen) == set(network.prunable(net))
+    stream = Stream(Schedule(net, order), inputs)
+    assert set(order.layers) == set(seen) == set(prunable(net))
     for layer in order.layers:
         call = stream.advance(layer)
         module = net.get_submodule(layer)
@@ -61,7 +64,7 @@ def test_a_stream_reaches_every_layer_with_its_real_call(name):
 
 def test_a_stream_drops_what_nobody_reads_again():
     net, inputs = nets()["resnet"]
-    stream = Stream(Plan(net, learn_order(net, inputs)), inputs)
+    stream = Stream(Schedule(net, Trace.of(net, inputs)), inputs)
     stream.advance("layer3.1.conv2")
     alive = {name for name, outputs in stream.memory.items() if not outputs[0].isnan().any()}
     # the residual of the block, and what the convolution reads
@@ -70,8 +73,8 @@ def test_a_stream_drops_what_nobody_reads_again():
 
 def test_a_convolution_that_pads_itself_is_seen_as_it_acts():
     net = nn.Sequential(PaddedConv(3, 4, 3, stride=2))
-    inputs = as_inputs(torch.randn(1, 3, 6, 6))
-    call = Stream(Plan(net, learn_order(net, inputs)), inputs).advance("0")
+    inputs = Batch.of(torch.randn(1, 3, 6, 6))
+    call = Stream(Schedule(net, Trace.of(net, inputs)), inputs).advance("0")
     assert call.x.shape == (1, 3, 7, 7)
     assert call.settings["padding"] == 0
 
@@ -100,13 +103,13 @@ def test_open_attention_computes_what_the_closed_one_does(options, need_weights)
     holder = nn.ModuleDict({"a": closed})
     expected = [closed(*args, need_weights=need_weights, **kwargs) for args, kwargs in calls]
     keys = list(holder.state_dict())
-    network.open_attention(holder)
+    open_attention(holder)
     for (args, kwargs), (out, weights) in zip(calls, expected, strict=True):
         found, found_weights = holder["a"](*args, need_weights=need_weights, **kwargs)
         assert torch.allclose(found, out, atol=1e-12)
         assert (weights is None) == (found_weights is None)
         assert weights is None or torch.allclose(found_weights, weights, atol=1e-12)
-    network.close_attention(holder)
+    close_attention(holder)
     assert holder["a"] is closed
     assert list(holder.state_dict()) == keys
 
@@ -114,11 +117,11 @@ def test_open_attention_computes_what_the_closed_one_does(options, need_weights)
 def test_writing_into_open_attention_reaches_the_closed_one():
     holder = nn.ModuleDict({"a": nn.MultiheadAttention(8, 2).eval()})
     copied = copy.deepcopy(holder)
-    network.open_attention(copied)
+    open_attention(copied)
     with torch.no_grad():
         copied.get_submodule("a.in_proj").weight.zero_()
         copied.get_submodule("a.out_proj").weight.zero_()
-    network.close_attention(copied)
+    close_attention(copied)
     assert not copied["a"].in_proj_weight.any()
     assert not copied["a"].out_proj.weight.any()
     assert holder["a"].in_proj_weight.any()
@@ -126,8 +129,8 @@ def test_writing_into_open_attention_reaches_the_closed_one():
 
 def test_batches_of_every_kind():
     x = torch.ones(2)
-    assert as_inputs(x).args == (x,)
-    assert as_inputs((x, torch.zeros(2))).args == (x,)
-    assert as_inputs({"pixel_values": x, "labels": x}).kwargs == {"pixel_values": x}
+    assert Batch.of(x).args == (x,)
+    assert Batch.of((x, torch.zeros(2))).args == (x,)
+    assert Batch.of({"pixel_values": x, "labels": x}).kwargs == {"pixel_values": x}
     with pytest.raises(TypeError, match="batches: expected"):
-        as_inputs("images")
+        Batch.of("images")

@@ -6,7 +6,7 @@ from models import Mapped, settle
 from torch import nn
 
 import snows
-from snows.onnx import export_onnx
+from snows.results.onnx import export_onnx
 
 onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")

@@ -3,10 +3,12 @@ import math
 import pytest
 import torch
 from oracles import dense_gauss_newton, dense_hessian, matrix_of
+from snows.operators import Dense  # TODO
 from torch import nn
 from torch.func import functional_call
 
-from snows.operators import Dense, Factors, GaussNewton, Hessian, Kronecker, Restricted, RowBlocks, trace
+from snows.solving.operators import GaussNewton, Hessian, Restricted, trace
+from snows.solving.preconditioners import Factors, Kronecker, RowBlocks
 from snows.sparsity import rows
 
 

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch.autograd import gradcheck, gradgradcheck
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from snows import derivatives, ops, reference
+from snows import ops, reference
+from snows.ops import derivatives
 from snows.reference import sdpa
 
 

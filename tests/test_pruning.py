@@ -15,11 +15,12 @@ from torch import nn
 from torch.nn.utils import prune as torch_prune
 
 import snows
-from snows import NM, Newton, Unstructured, network, zoo
+from snows import NM, Newton, Unstructured, zoo
 from snows.demo import calibration
 from snows.evaluation import evaluate, logits_of
-from snows.horizon import Horizon
-from snows.normalisation import recalibrate_statistics
+from snows.matching.horizon import Horizon
+from snows.matching.normalisation import recalibrate_statistics
+from snows.networks.batches import Batch
 from snows.pruning import _hold_back
 from snows.sparsity import rows
 
@@ -153,7 +154,7 @@ def test_the_settings_of_the_published_method():
     after, before = loss_of(report)
     assert after < 0.8 * before
     first = done[0].name
-    stream = [network.as_inputs(batches[-1])]
+    stream = [Batch.of(batches[-1])]
     horizon = Horizon(net, first, 5, stream[0])
     own = net.get_submodule(first).weight.detach()
     masked = own * NM(2, 4).mask(own.abs())
@@ -165,7 +166,7 @@ def test_the_settings_of_the_published_method():
 
 def test_the_last_of_the_largest_batches_is_held_back():
     sizes = [8, 8, 8, 8, 1]
-    training, held = _hold_back([network.as_inputs(torch.full((n, 2), float(i))) for i, n in enumerate(sizes)])
+    training, held = _hold_back([Batch.of(torch.full((n, 2), float(i))) for i, n in enumerate(sizes)])
     assert held.args[0].tolist() == [[3.0, 3.0]] * 8
     assert [x.args[0][0, 0].item() for x in training] == [0, 1, 2, 4]
 
@@ -196,7 +197,7 @@ def test_the_same_seed_gives_the_same_bits():
 def test_recalibration_moves_statistics_by_what_pruning_moved():
     dense = settle(nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)))
     batches = [torch.randn(n, 2, 6, 6) + 0.5 for n in (5, 2, 9)]
-    inputs = [network.as_inputs(x) for x in batches]
+    inputs = [Batch.of(x) for x in batches]
     same = copy.deepcopy(dense)
     recalibrate_statistics(same, dense, inputs)
     assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in zip(same.state_dict().values(), dense.state_dict().values(), strict=True))
@@ -220,7 +221,7 @@ def test_recalibration_of_a_channel_that_is_dead():
     with torch.no_grad():
         dense[0].weight[1] = 0
     sparse = copy.deepcopy(dense)
-    recalibrate_statistics(sparse, dense, [network.as_inputs(torch.randn(4, 2, 6, 6))])
+    recalibrate_statistics(sparse, dense, [Batch.of(torch.randn(4, 2, 6, 6))])
     assert sparse[1].running_var[1].item() == pytest.approx(dense[1].running_var[1].item(), rel=1e-6)
     assert sparse[1].running_mean[1].item() == pytest.approx(dense[1].running_mean[1].item(), abs=1e-6)
 
@@ -486,7 +487,7 @@ def test_a_batchnorm_whose_input_is_constant_keeps_a_variance(layout):
     sparse = copy.deepcopy(net)
     with torch.no_grad():
         sparse[0].bias.mul_(1.1)
-    batches = [network.as_inputs(torch.randn(7, 1, 311, 301).contiguous(memory_format=layout)) for _ in range(3)]
+    batches = [Batch.of(torch.randn(7, 1, 311, 301).contiguous(memory_format=layout)) for _ in range(3)]
     recalibrate_statistics(sparse, net, batches)
     assert torch.allclose(sparse[1].running_var, torch.ones(3))
     assert torch.allclose(sparse[1].running_mean, 0.1 * net[0].bias, rtol=1e-4)

@@ -10,10 +10,8 @@ from rich.console import Console
 from torch import nn
 
 import snows
-from snows import deployment
-from snows.deployment import DeployedLayer, Deployment
-from snows.measuring import Race
-from snows.report import LayerReport, Report
+from snows.choosing.measuring import Race
+from snows.results.report import DeployedLayer, Deployment, LayerReport, Report
 
 NAMES = ("[/red]", "a[relu]", "[bold]x[/bold]", r"back\[slash")
 

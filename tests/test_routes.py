@@ -8,10 +8,15 @@ import torch.nn.functional as F
 from oracles import dense_gauss_newton, dense_hessian
 from torch import nn
 
-from snows import network, ops, routes
-from snows.horizon import Horizon, Reconstruction
-from snows.network import Plan, Stream, as_inputs, learn_order
-from snows.operators import GaussNewton, Hessian
+from snows import ops
+from snows.matching.horizon import Horizon
+from snows.matching.losses import Reconstruction
+from snows.networks.attention import open_attention
+from snows.networks.batches import Batch
+from snows.networks.stream import Schedule, Stream
+from snows.networks.trace import Trace
+from snows.ops import routes
+from snows.solving.operators import GaussNewton, Hessian
 
 PLAIN = {func: func for func in routes.ROUTES}
 
@@ -98,9 +103,9 @@ def horizon(name, k="end"):
     net = make().double().eval()
     for p in net.parameters():
         nn.init.normal_(p, 0, 0.5)
-    network.open_attention(net)
-    inputs = as_inputs(sample())
-    stream = Stream(Plan(net, learn_order(net, inputs)), inputs)
+    open_attention(net)
+    inputs = Batch.of(sample())
+    stream = Stream(Schedule(net, Trace.of(net, inputs)), inputs)
     stream.advance(layer)
     return Horizon(net, layer, k, stream), stream, net.get_submodule(layer).weight.detach()
 

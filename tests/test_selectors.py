@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from oracles import best_masks, masked_least_squares, unfold_rows
 
 from snows import NM, Unstructured, alps, least_squares, magnitude, sparsegpt, wanda
-from snows.network import Call
+from snows.networks.watching import Call
 from snows.selectors import LayerStatistics
 from snows.sparsity import rows
 

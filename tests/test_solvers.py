@@ -3,10 +3,13 @@ import math
 import pytest
 import torch
 from oracles import masked_least_squares
+from snows.operators import Dense  # TODO
 
 from snows import Newton
-from snows.operators import Dense, Factors, Kronecker, Restricted
-from snows.solvers import Stop, armijo, batched_cg, cg
+from snows.solving.cg import Stop, batched_cg, cg
+from snows.solving.operators import Restricted
+from snows.solving.preconditioners import Factors, Kronecker
+from snows.solving.search import armijo
 from snows.sparsity import MaskedWeight
 
 

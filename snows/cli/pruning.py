@@ -32,7 +32,7 @@ def prune(
     samples: Annotated[int, typer.Option(min=1, help="calibration images")] = 1024,
     batch_size: Annotated[int, typer.Option(min=1, help="images a batch")] = 128,
     targets: Annotated[Literal["dense", "local"], typer.Option(help="features from the dense network's inputs, or from the pruned one's")] = "dense",
-    scaling: Annotated[Literal["output", "variance", "none"], typer.Option(help="how features are weighted")] = "output",
+    metric: Annotated[Literal["output", "variance", "none"], typer.Option(help="how a mismatch of features is measured")] = "output",
     passes: Annotated[int, typer.Option(min=1, help="over the calibration images, at most")] = 1,
     iterations: Annotated[int, typer.Option(min=1, help="conjugate-gradient iterations a step, at most")] = 5,
     cap: Annotated[float, typer.Option(help="largest share a layer may lose under a sparsity budget")] = 0.95,
@@ -46,8 +46,8 @@ def prune(
 ) -> None:
     """Prune a trained network in one shot."""
     import snows
-    from snows import sources
-    from snows.run import Source
+    from snows import memory, sources
+    from snows.sources.source import Source
     from snows.sparsity import parse_pattern
 
     if pattern is None and masks is None:
@@ -70,10 +70,11 @@ def prune(
     net = network.model.to(place)
     rule: Any = _read_masks(masks) if masks is not None else _rule(select)
     try:
-        sparse, report = snows.prune(
-            net, batches, chosen, select=rule, solver=solver, horizon="end" if horizon == "end" else int(horizon), targets=targets,
-            scaling=scaling, cap=cap, recalibrate=recalibrate, out=out, resume=resume, seed=seed, progress=terminal.errors.is_terminal,
-        )
+        matching = snows.Matching("end" if horizon == "end" else int(horizon), targets, metric)
+        with memory.kept():
+            sparse, report = snows.prune(
+                net, batches, chosen, select=rule, solver=solver, matching=matching, cap=cap, recalibrate=recalibrate, out=out,
+                resume=resume, seed=seed)
     except KeyboardInterrupt:
         warn(f"stopped; finished layers are kept in {out}. Add --resume to the same command to go on.")
         raise typer.Exit(130) from None

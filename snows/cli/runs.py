@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -14,8 +14,7 @@ from snows.cli.terminal import next_command, say, show
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from snows.deployment import Deployment
-    from snows.run import Source
+    from snows.sources.source import Source
 
 Folder = Annotated[Path, typer.Argument(help="the folder of a run")]
 Trust = Annotated[bool, typer.Option("--trust", help="import and call the Python objects that the run's source.json names")]
@@ -25,8 +24,9 @@ Data = Annotated[str | None, typer.Option("--data", help="where the example come
 
 def report(run: Folder) -> None:
     """Print a run's report again, and write it as a page."""
-    from snows.report import Report
-    from snows.run import write
+    from snows.results.page import run_page
+    from snows.results.report import Report
+    from snows.results.storage import write
 
     path = run / "report.json"
     if not path.is_file():
@@ -36,12 +36,12 @@ def report(run: Folder) -> None:
     except (ValueError, OSError) as error:
         raise ValueError(f"report: {path} is not a report ({error})") from error
     show(found)
-    write(run / "report.html", found.to_html().encode())
+    write(run / "report.html", run_page(found).encode())
 
 
 def _not_its_own(run: Path, out: Path) -> None:
     """Refuse to write over what a run made."""
-    from snows.run import RESULTS
+    from snows.results.run import RESULTS
 
     if out.resolve() in {(run / name).resolve() for name in ("run.json", *RESULTS)} or (run / "layers").resolve() in out.resolve().parents:
         raise ValueError(f"--out: {out} is a file of the run itself; name another")
@@ -49,8 +49,9 @@ def _not_its_own(run: Path, out: Path) -> None:
 
 def _load_run(run: Path, images: int, device: str, trust: bool, model: str | None, data: str | None) -> tuple[nn.Module, Tensor, Source]:
     """Load a run's pruned network, a batch of its images, both on the device, and where they come from."""
-    from snows import files, sources
-    from snows.run import SOURCE, Source
+    from snows import sources
+    from snows.results import files
+    from snows.sources.source import SOURCE, Source
 
     place, weights = terminal.device_of(device), run / "model.safetensors"
     if not (run / SOURCE).is_file() or not weights.is_file():
@@ -87,7 +88,7 @@ def deploy(
     _not_its_own(run, path)
     net, example, source = _load_run(run, batch_size, device, trust, model, data)
     deployed = snows.deploy(net, example, objective=objective, dtype=getattr(torch, dtype), progress=terminal.errors.is_terminal)
-    found = cast("Deployment", deployed.report)
+    found = deployed.report
     show(found)
     if all(row.reason for row in found.layers):
         raise ValueError("deploy: no layer is packed, so there is nothing to write; --objective size packs whatever gets smaller")
@@ -110,8 +111,8 @@ def bench(
     import torch
 
     import snows
-    from snows.report import to_json
-    from snows.run import write
+    from snows.results.records import to_json
+    from snows.results.storage import write
 
     try:
         sizes = [int(x) for x in batch_sizes.split(",")]
@@ -124,7 +125,7 @@ def bench(
     net, images, _ = _load_run(run, max(sizes), device, trust, model, data)
     rows = []
     for size in sizes:
-        found = cast("Deployment", snows.deploy(net, images[:size], progress=terminal.errors.is_terminal).report)
+        found = snows.deploy(net, images[:size], progress=terminal.errors.is_terminal).report
         show(found, f"{size} at a time")
         rows.append(asdict(found))
     write(path, (to_json({"torch": torch.__version__, "device": str(images.device), "batches": rows}) + "\n").encode())
@@ -140,8 +141,8 @@ def export(
     """Write a run's network for other runtimes and libraries."""
     from safetensors.torch import save
 
-    from snows.onnx import export_onnx
-    from snows.run import state, write
+    from snows.results.onnx import export_onnx
+    from snows.results.storage import state, write
 
     if onnx is None and dense is None:
         raise ValueError("export: expected --onnx FILE or --dense FILE, got neither")

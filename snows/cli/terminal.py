@@ -91,14 +91,14 @@ def show(report: Shown, title: str = "") -> None:
 
 def say(*sentences: str) -> None:
     """Print sentences as they are, without markup."""
-    from snows.report import printable
+    from snows.results.tables import printable
 
     console.print(*map(printable, sentences), sep="\n", highlight=False, markup=False, soft_wrap=True)
 
 
 def warn(sentence: str) -> None:
     """Print a sentence on the error stream."""
-    from snows.report import printable
+    from snows.results.tables import printable
 
     errors.print(printable(sentence), highlight=False, markup=False, soft_wrap=True)
 

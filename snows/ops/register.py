@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from snows import derivatives, reference
+from snows import reference
+from snows.ops import derivatives
 
 _library = torch.library.Library("snows", "DEF")
 _PACKED = "int[] shape, int n, int m"

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from snows.matching.statistics import LayerStatistics, damped
 from snows.selectors.least_squares import ridge
-from snows.selectors.statistics import LayerStatistics, damped
-from snows.solvers import batched_cg
+from snows.solving.cg import batched_cg
 from snows.sparsity import MaskedWeight, Pattern, rows, unrows
 
 

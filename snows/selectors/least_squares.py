@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from snows.matching.statistics import LayerStatistics, Selector
 from snows.selectors.scores import magnitude
-from snows.selectors.statistics import LayerStatistics, Selector
-from snows.solvers import batched_cg
+from snows.solving.cg import batched_cg
 from snows.sparsity import MaskedWeight, Pattern, rows, unrows
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from snows.selectors.statistics import LayerStatistics, columns
+from snows.matching.statistics import LayerStatistics, columns
 from snows.sparsity import MaskedWeight, Pattern, rows, unrows
 
 

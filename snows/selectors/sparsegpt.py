@@ -5,44 +5,39 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from snows.selectors.statistics import LayerStatistics, damped
-from snows.sparsity import NM, MaskedWeight, Pattern, Unstructured, rows, unrows
+from snows.matching.statistics import LayerStatistics, damped
+from snows.sparsity import MaskedWeight, Pattern, rows, unrows
 
 
 def sparsegpt(weight: Tensor, statistics: LayerStatistics, pattern: Pattern, *, damping: float = 0.01,
               block: int = 128) -> MaskedWeight:
     """Remove weights from left to right; each removal is made up for by the columns still to come.
 
-    Scores are ``w² / U_jj²``, U the upper Cholesky factor of the inverse damped Gram matrix. An N:M pattern is decided
-    group by group, an unstructured one over all rows of `block` columns at a time (exact over the layer).
+    Scores are ``w² / U_jj²``, U the upper Cholesky factor of the inverse damped Gram matrix. A pattern of groups, such as
+    N:M, is decided group by group, another by its density over all rows of `block` columns at a time (exact over the layer).
 
     Args:
         weight: the dense weight.
         statistics: of the layer's inputs.
         pattern: which weights may stay.
         damping: relative to the Gram's mean diagonal.
-        block: columns decided together when unstructured.
-
-    Raises:
-        ValueError: a pattern that cannot be decided column block by column block.
+        block: columns decided together where the pattern has no groups.
     """
-    if not isinstance(pattern, NM | Unstructured):
-        raise ValueError(f"sparsegpt: expected an NM or Unstructured pattern, got {type(pattern).__name__}")
     gram = damped(statistics.gram, damping)
     factor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(gram)), upper=True)  # (groups, in, in)
     W = rows(weight).double().reshape(len(gram), -1, gram.shape[-1]).clone()  # (groups, out / groups, in)
     mask = torch.ones_like(W, dtype=torch.bool)
-    width = pattern.m if isinstance(pattern, NM) else block
+    width = pattern.group or block
     columns, done, removed = W.shape[-1], 0, 0
     for start in range(0, columns, width):
         part = slice(start, min(start + width, columns))
         diagonal = factor.diagonal(dim1=-2, dim2=-1)[:, None, part]
         scores = (W[..., part] / diagonal).square()
         done += scores.numel()
-        if isinstance(pattern, NM):
-            mask[..., part] = NM(pattern.n, pattern.m).mask(scores.flatten(0, 1)).view_as(scores)
+        if pattern.group:
+            mask[..., part] = pattern.mask(scores.flatten(0, 1)).view_as(scores)
         else:
-            drop = round(pattern.sparsity * done) - removed
+            drop = round((1 - pattern.density) * done) - removed
             order = scores.flatten().argsort(stable=True)[:drop]
             mask[..., part] = torch.ones(scores.numel(), dtype=torch.bool, device=W.device).index_fill_(0, order, False).view_as(scores)
             removed += drop

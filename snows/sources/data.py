@@ -16,7 +16,7 @@ from torch import Tensor
 
 from snows import zoo
 from snows.evaluation import logits_of
-from snows.network import as_inputs, first_line
+from snows.networks.batches import Batch, first_line
 from snows.sources import classes as naming
 from snows.sources import datasets
 from snows.sources.datasets import Found
@@ -74,7 +74,7 @@ class Data:
         taken: list[Any] = []
         found = 0
         for batch in self.stream:
-            inputs = as_inputs(batch)
+            inputs = Batch.of(batch)
             if inputs.samples() > count - found:
                 inputs = inputs.split(count - found)[0]
             taken.append(inputs.kwargs or inputs.args[0])
@@ -92,7 +92,7 @@ class Data:
         taken: list[Tensor] = []
         found = 0
         for batch in self.batches(count):
-            inputs = as_inputs(batch)
+            inputs = Batch.of(batch)
             if inputs.kwargs or not isinstance(inputs.args[0], Tensor):
                 raise ValueError(f"data: expected tensors of images from {self.origin} for an example, got keyword inputs or lists")
             taken.append(inputs.args[0][: count - found])
@@ -110,7 +110,7 @@ class Data:
         found = 0
         for batch in self.stream:
             yield batch
-            found += as_inputs(batch).samples()
+            found += Batch.of(batch).samples()
             if found >= count:
                 return
 

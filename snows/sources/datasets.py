@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from snows.network import first_line
+from snows.networks.batches import first_line
 from snows.sources import classes as naming
 from snows.sources.pictures import TESTING, TRAINING, Split, open_picture
 

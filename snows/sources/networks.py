@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from snows import files, zoo
-from snows.network import first_line
+from snows import zoo
+from snows.networks.batches import first_line
+from snows.results import files
 from snows.sources import classes, preparation
 from snows.sources.checkpoints import MismatchError, load_weights
 from snows.sources.preparation import Plain, Preparation

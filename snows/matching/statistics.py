@@ -1,4 +1,4 @@
-"""What a layer's inputs were, in the row view, made on demand."""
+"""Second moments of a layer's inputs in the row view, made on demand; and the Kronecker model of its curvature."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from snows import moments
-from snows.network import Call
+from snows.matching import moments
+from snows.networks.twins import Site
+from snows.networks.watching import Call
+from snows.solving.preconditioners import Factors
 from snows.sparsity import MaskedWeight, Pattern
 
 
 class LayerStatistics:
-    """Second moments of a layer's inputs over the calibration batches, per group of a convolution.
+    """Hold second moments of a layer's inputs over the calibration batches, per group of a convolution.
 
     Args:
         sparse: the layer's calls on the pruned network's stream, one a batch.
@@ -26,19 +28,30 @@ class LayerStatistics:
     def __init__(self, sparse: Sequence[Call], dense: Sequence[Call], sensitivity: Callable[[], Tensor]) -> None:
         self._sparse, self._dense, self._sensitivity = sparse, dense, sensitivity
 
+    @classmethod
+    def of(cls, site: Site, sensitivity: Callable[[], Tensor]) -> LayerStatistics:
+        """Gather a layer's statistics over all batches to fit to."""
+        calls = [pair.calls for pair in site.training]
+        return cls([sparse for _, sparse in calls], [dense for dense, _ in calls], sensitivity)
+
     @cached_property
     def sensitivity(self) -> Tensor:
-        """(groups, out / groups, out / groups): second moment of what the horizon's loss feels of the layer's outputs."""
+        """(groups, out / groups, out / groups): second moment of the gradients by the layer's outputs."""
         return self._sensitivity()
 
+    @cached_property
+    def factors(self) -> Factors:
+        """The Kronecker factors of the layer's curvature, which selectors and preconditioners share."""
+        return Factors(self.gram, self.sensitivity)
+
     def rows(self) -> Iterator[Tensor]:
-        """The input rows on the pruned stream, some at a time: (groups, positions, in)."""
+        """Give the input rows on the pruned stream, some at a time: (groups, positions, in)."""
         for call in self._sparse:
             yield from moments.patches(call)
 
     @cached_property
     def count(self) -> int:
-        """Rows seen: images times tokens or output positions."""
+        """The rows seen: images times tokens or output positions."""
         return sum(moments.positions(call) for call in self._sparse)
 
     @cached_property
@@ -57,7 +70,10 @@ class LayerStatistics:
         return self._mean(moments.gram(call) for call in self._sparse)
 
     def cross(self, weight: Tensor) -> Tensor:
-        """(groups, out / groups, in): the mean of ``y xᵀ``, y what `weight` makes of the dense stream, x the pruned one's row."""
+        """Return the mean of ``y xᵀ``: (groups, out / groups, in).
+
+        Here y is what `weight` makes of the dense stream's row, and x the pruned stream's.
+        """
         pairs = zip(self._dense, self._sparse, strict=True)
         return self._mean(moments.cross(sparse, moments.output(dense, weight)) for dense, sparse in pairs)
 
@@ -69,7 +85,7 @@ class LayerStatistics:
 
 
 class Selector(Protocol):
-    """Chooses a mask and gives the weights on it; settings go in with `functools.partial`."""
+    """Choose a mask and give the weights on it; settings go in with `functools.partial`."""
 
     def __call__(self, weight: Tensor, statistics: LayerStatistics, pattern: Pattern) -> MaskedWeight: ...
 

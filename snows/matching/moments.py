@@ -1,4 +1,4 @@
-"""What a layer's inputs were: the rows its weight is multiplied with, and their second moments, in the row view."""
+"""The rows that a layer multiplies its weight with, and their second moments, in the row view."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv2d_weight
 
-from snows.network import Call
+from snows.networks.watching import Call
 from snows.sparsity import rows
 
 CHUNK = 2**21  # numbers unfolded at a time
 
 
 class _Windows(NamedTuple):
-    """Where a convolution looks at an image: (height, width) each, and the zeros around it as ``F.pad`` takes them."""
+    """Say where a convolution reads an image: (height, width) each, and the zeros around it as ``F.pad`` takes them."""
 
     kernel: tuple[int, int]
     stride: tuple[int, int]
@@ -29,11 +29,11 @@ class _Windows(NamedTuple):
 
     @classmethod
     def of(cls, call: Call) -> _Windows:
-        stride, dilation, kernel = (_pair(call.settings.get(name, 1)) for name in ("stride", "dilation", "kernel"))
+        stride, dilation, kernel = (_pair(x) for x in (call.settings.get("stride", 1), call.settings.get("dilation", 1), call.kernel))
         return cls(kernel, stride, dilation, _padding(call.settings.get("padding", 0), kernel, dilation), call.settings.get("groups", 1))
 
     def views(self, images: Tensor) -> Iterator[Tensor]:
-        """Each window, some images at a time: (groups, images, height, width, kernel height, kernel width, channels)."""
+        """Give each window, some images at a time: (groups, images, height, width, kernel height, kernel width, channels)."""
         layout = torch.channels_last if self.groups == 1 else torch.contiguous_format  # what a window takes from an image lies close together
         each = images[0].numel() * self.kernel[0] * self.kernel[1] // (self.stride[0] * self.stride[1])
         for x in images.split(max(1, CHUNK // max(1, each))):
@@ -46,7 +46,7 @@ class _Windows(NamedTuple):
 
 
 def patches(call: Call) -> Iterator[Tensor]:
-    """The rows a layer multiplies its weight with, some images at a time.
+    """Give the rows that a layer multiplies its weight with, some images at a time.
 
     Yields:
         (groups, positions, in): for a Linear one row a token; for a convolution one an output position, with zeros
@@ -60,7 +60,7 @@ def patches(call: Call) -> Iterator[Tensor]:
 
 
 def gram(call: Call) -> Tensor:
-    """The sum of ``x xᵀ`` over the rows x of `patches`: (groups, in, in), float64.
+    """Sum ``x xᵀ`` over the rows x of `patches`: (groups, in, in), float64.
 
     In a convolution of stride 1 the block for lines i and j of the kernel multiplies lines of the image that are j - i apart,
     nearly the same ones for all i: what they share is multiplied once. A kernel's width is unfolded, its height is not.
@@ -90,7 +90,7 @@ def gram(call: Call) -> Tensor:
 
 
 def _product(lines: Tensor, others: Tensor, start: int, stop: int) -> Tensor | int:
-    """The sum over some lines of the one's times the other's: (groups, columns, columns)."""
+    """Sum over some lines of the one's times the other's: (groups, columns, columns)."""
     if start >= stop:
         return 0
     one, other = (x[:, start:stop].flatten(1, 2) for x in (lines, others))
@@ -98,7 +98,7 @@ def _product(lines: Tensor, others: Tensor, start: int, stop: int) -> Tensor | i
 
 
 def cross(call: Call, y: Tensor) -> Tensor:
-    """The sum of ``y xᵀ`` over the rows x of `patches`: (groups, out / groups, in).
+    """Sum ``y xᵀ`` over the rows x of `patches`: (groups, out / groups, in).
 
     Args:
         call: a layer's.
@@ -113,14 +113,12 @@ def cross(call: Call, y: Tensor) -> Tensor:
 
 
 def output(call: Call, weight: Tensor) -> Tensor:
-    """What the layer with this weight and no bias makes of the call's input."""
-    settings = {key: value for key, value in call.settings.items() if key != "kernel"}
-    result: Tensor = call.function(call.x, weight, **settings)
-    return result
+    """Apply the layer with this weight and no bias to the call's input."""
+    return call.function(call.x, weight, **call.settings)
 
 
 def positions(call: Call) -> int:
-    """How many rows `patches` gives: images times tokens or output positions."""
+    """Count the rows that `patches` gives: images times tokens or output positions."""
     if call.function is F.linear:
         return call.x.shape[:-1].numel()
     view = next(_Windows.of(call).views(call.x[:1].to("meta")))

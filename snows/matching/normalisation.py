@@ -1,4 +1,4 @@
-"""BatchNorm's statistics after pruning: moved by as much as pruning moved what they describe."""
+"""BatchNorm's statistics after pruning, moved by as much as pruning moved what they describe."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from snows import network
-from snows.network import Inputs
+from snows.networks.attention import plain_forward
+from snows.networks.batches import Batch
 
 
-def recalibrate_statistics(sparse: nn.Module, dense: nn.Module, inputs: Sequence[Inputs]) -> None:
+def recalibrate_statistics(sparse: nn.Module, dense: nn.Module, batches: Sequence[Batch]) -> None:
     """Correct the statistics of every BatchNorm by how far pruning moved them, in place.
 
     Each BatchNorm's running mean moves by the difference of its input's means in the pruned and in the dense network,
@@ -24,7 +24,7 @@ def recalibrate_statistics(sparse: nn.Module, dense: nn.Module, inputs: Sequence
     Args:
         sparse: the pruned network, in evaluation mode.
         dense: the dense network with the same BatchNorms.
-        inputs: the calibration batches; each travels to the network's device when it is used.
+        batches: the calibration batches; each travels to the network's device when it is used.
     """
     own = {name: m for name, m in sparse.named_modules() if isinstance(m, _BatchNorm) and m.running_mean is not None}
     theirs = {name: dense.get_submodule(name) for name in own}
@@ -54,11 +54,11 @@ def recalibrate_statistics(sparse: nn.Module, dense: nn.Module, inputs: Sequence
     hooks = [m.register_forward_pre_hook(partial(watch_dense, name)) for name, m in theirs.items()]
     hooks += [m.register_forward_pre_hook(partial(watch_sparse, name)) for name, m in own.items()]
     try:
-        with torch.no_grad(), network.plain_forward():
-            for x in (x.to(device) for x in inputs):
+        with torch.no_grad(), plain_forward():
+            for x in (x.to(device) for x in batches):
                 seen.update({name: [] for name in own})
-                dense(*x.args, **x.kwargs)
-                sparse(*x.args, **x.kwargs)
+                x.through(dense)
+                x.through(sparse)
             for name, (before, after) in totals.items():
                 if before.count:
                     set_statistics(name, before, after)
@@ -68,14 +68,14 @@ def recalibrate_statistics(sparse: nn.Module, dense: nn.Module, inputs: Sequence
 
 
 class _Moments:
-    """Mean and mean square per channel, pooled over batches in float64."""
+    """Pool mean and mean square per channel over batches, in float64."""
 
     def __init__(self) -> None:
         self.count, self.mean, self.square = 0, torch.zeros(()), torch.zeros(())
 
     @classmethod
     def of(cls, x: Tensor) -> _Moments:
-        """Of a BatchNorm's input, (B, C, ...)."""
+        """Measure a BatchNorm's input, (B, C, ...)."""
         moments, x = cls(), x.detach()
         corner = (slice(1), slice(None), *(slice(1) for _ in range(2, x.ndim)))
         origin = x[corner]  # subtracted, so that a constant channel varies by nothing

@@ -15,12 +15,12 @@ from snows import ops
 
 
 def reroute(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-    """Call `func`, through its route if it has one."""
+    """Call a function, through its route if it has one."""
     return ROUTES.get(func, func)(*args, **kwargs)
 
 
 class Rerouted(TorchFunctionMode):
-    """Reroutes every call inside it."""
+    """Reroute every call inside it."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return reroute(func, args, kwargs or {})
@@ -69,6 +69,12 @@ def _relu(func: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+def _hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
+    """Compute hardsigmoid as the clamp that it is: PyTorch's own has no second derivative."""
+    out = (input / 6 + 0.5).clamp(0, 1)
+    return input.copy_(out) if inplace else out
+
+
 def _attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
                is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False) -> Tensor:
     lead = query.shape[:-2]
@@ -103,6 +109,7 @@ ROUTES: dict[Callable[..., Any], Callable[..., Any]] = {
     F.gelu: _gelu,
     F.layer_norm: _layer_norm,
     F.batch_norm: _batch_norm,
+    F.hardsigmoid: _hardsigmoid,
     **{func: _relu(func) for func in (F.relu, torch.relu, Tensor.relu)},
     F.scaled_dot_product_attention: _attention,
     F.multi_head_attention_forward: _entered(F.multi_head_attention_forward),

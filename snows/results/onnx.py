@@ -13,9 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from snows import network
 from snows.layers import SparseConv2d, SparseLinear
-from snows.rewriting import difference
+from snows.networks.batches import Batch, difference, first_line
 
 
 def export_onnx(model: nn.Module, example: Any, path: Path | str) -> float:
@@ -43,7 +42,7 @@ def export_onnx(model: nn.Module, example: Any, path: Path | str) -> float:
     if packed:
         raise ValueError(f"export: expected a network without packed layers, but {packed[0] or 'it'} is one; ONNX has no operation for it: export "
                          "the pruned network as it was before deploy")
-    path, inputs = Path(path), network.as_inputs(example)
+    path, inputs = Path(path), Batch.of(example)
     batch = torch.export.Dim("batch")
     shapes: Any = [{0: batch} if isinstance(x, Tensor) else None for x in (*inputs.args, *inputs.kwargs.values())]
     shapes = dict(zip(inputs.kwargs, shapes, strict=True)) if inputs.kwargs else tuple(shapes)
@@ -83,7 +82,7 @@ def _cause(error: BaseException) -> str:
     """What an exporter's error comes from, in a line: without its advice, its graphs and its colours."""
     while error.__cause__ is not None or error.__context__ is not None:
         error = error.__cause__ or error.__context__  # type: ignore[assignment]
-    line = re.sub(r"\x1b\[[0-9;]*m", "", network.first_line(error)).strip()[:200]
+    line = re.sub(r"\x1b\[[0-9;]*m", "", first_line(error)).strip()[:200]
     if "data-dependent" in line:
         return f"its forward decides by the numbers in a tensor, which a graph cannot: {line}"
     return f"{type(error).__name__}: {line}"

@@ -1,0 +1,113 @@
+"""Masks from elsewhere: by layer, or those of a network that is already pruned."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from snows.matching.statistics import LayerStatistics, Selector
+from snows.networks.attention import open_attention
+from snows.networks.layers import copied, prunable
+from snows.networks.masks import masks_in, take_masks_off
+from snows.networks.twins import Twins
+from snows.sparsity import MaskedWeight, Pattern
+
+PatternChoice: TypeAlias = Pattern | Mapping[str, Pattern] | Callable[[str, nn.Module], Pattern | None] | None
+Choosing: TypeAlias = Selector | Mapping[str, Tensor] | nn.Module
+Only: TypeAlias = Callable[[str, nn.Module], bool]
+
+
+def check_goal(pattern: Any, select: Any, cap: Any) -> None:
+    """Refuse what is no goal, before any work is done.
+
+    Raises:
+        TypeError: `pattern` or `select` is of none of the classes that `prune` takes.
+        ValueError: there is neither a pattern nor masks, or `cap` is out of range.
+    """
+    if pattern is not None and not (isinstance(pattern, Pattern | Mapping) or callable(pattern)):
+        raise TypeError(f"prune: expected a pattern such as snows.NM(2, 4) or snows.Unstructured(0.7), got {pattern!r}; "
+                        "snows.parse_pattern reads texts")
+    if not isinstance(select, Mapping | nn.Module):
+        if not callable(select):
+            raise TypeError("prune: expected select to be a rule, masks by layer name, or a pruned network, got "
+                            f"{type(select).__name__}")
+        if pattern is None:
+            raise ValueError("prune: expected a pattern such as NM(2, 4) or Unstructured(0.7), got None without masks")
+    if not (isinstance(cap, int | float) and 0 < cap <= 1):
+        raise ValueError(f"prune: expected cap to be above 0 and at most 1, got {cap!r}")
+
+
+class Given:
+    """Select the mask and the first weight that came from elsewhere, whatever the pattern.
+
+    Args:
+        start: the weight, zero off its mask.
+    """
+
+    def __init__(self, start: MaskedWeight) -> None:
+        self.start = start
+
+    def __call__(self, weight: Tensor, statistics: LayerStatistics, pattern: Pattern | None) -> MaskedWeight:
+        return MaskedWeight(*(x.to(weight.device) for x in self.start))
+
+
+def given(twins: Twins, select: Choosing) -> dict[str, MaskedWeight]:
+    """Read masks and first weights from elsewhere, by layer; empty where `select` is a rule.
+
+    Args:
+        twins: of the network to prune.
+        select: a rule; masks by layer name (bool, or numbers that are all 0 or 1; under `layer` or `layer.weight`); or a
+            pruned network, whose weights are taken too.
+
+    Raises:
+        ValueError: the masks are not of this network's layers, or there are none; or there is a rule, and the network carries
+            masks of `torch.nn.utils.prune`.
+    """
+    layers = prunable(twins.sparse)
+    if isinstance(select, nn.Module):
+        closed = copied(select)
+        carried = {x.layer: x.mask for x in take_masks_off(closed) if x.is_weight}
+        open_attention(closed)
+        sources = prunable(closed)
+        if sources.keys() != layers.keys():
+            raise ValueError("prune: expected select to be a pruned copy of the model, got a network with other layers: "
+                             f"{sorted(sources.keys() ^ layers.keys())[:5]}")
+        masks = {name: mask for name, mask in {**masks_in(closed), **carried}.items() if name in sources and not mask.all()}
+        weights = {name: sources[name].weight.detach() for name in masks}
+    elif isinstance(select, Mapping):
+        masks = {_layer_of(key, layers): mask for key, mask in select.items()}
+        weights = {name: layers[name].weight.detach() for name in masks}
+    else:
+        if pruned := [x.layer for x in twins.carried if x.is_weight and x.layer in layers]:
+            raise ValueError(f"prune: {pruned[0]} carries a mask of torch.nn.utils.prune; pass select=model to keep the masks, "
+                             "or remove them first (torch.nn.utils.prune.remove)")
+        return {}
+    if not masks:
+        raise ValueError("prune: expected select to hold masks, got none; a pruned network needs zeros in its weights")
+    found = {}
+    for name, mask in masks.items():
+        mask = _as_mask(name, mask, layers[name].weight.shape)
+        found[name] = MaskedWeight((weights[name] * mask.to(weights[name].device)).clone(), mask)
+    return found
+
+
+def _layer_of(key: Any, layers: Mapping[str, nn.Module]) -> str:
+    """Find the layer that a mask's key names."""
+    for name in (key, str(key).removesuffix(".weight")):
+        if name in layers:
+            return str(name)
+    raise ValueError(f"prune: expected masks for layers of the model, got one for {key!r}; the layers are "
+                     f"{', '.join(list(layers)[:8])}, ...")
+
+
+def _as_mask(name: str, mask: Any, shape: torch.Size) -> Tensor:
+    """Return a mask as bool of the weight's shape; numbers that are all 0 or 1 are read as such."""
+    if isinstance(mask, Tensor) and mask.dtype != torch.bool and not mask.is_complex() and ((mask == 0) | (mask == 1)).all():
+        mask = mask.bool()
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != shape:
+        got = f"{mask.dtype} of {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(f"prune: expected the mask of {name} to be torch.bool, or zeros and ones, of {tuple(shape)}, got {got}")
+    return mask

@@ -1,0 +1,155 @@
+"""Choosing, layer by layer, between dense and packed weights: by measured time, or by size."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from snows.choosing.measuring import REPEATS, SCATTER, Race, Stopwatch
+from snows.layers import SparseConv2d, SparseLinear
+from snows.networks.edits import Pack
+from snows.networks.folding import stock
+from snows.networks.layers import Layer, groups_of
+from snows.networks.masks import mask_of
+from snows.networks.trace import Use
+from snows.reference import innermost_images
+from snows.results.report import DeployedLayer
+from snows.sparsity import NM
+
+Packed: TypeAlias = SparseLinear | SparseConv2d
+
+
+@dataclass(frozen=True)
+class Terms:
+    """Say when a packed layer is taken.
+
+    Attributes:
+        objective: "speed": it is `margin` times as fast as the dense layer; "size": it is smaller.
+        margin: of speed.
+        innermost: whether convolutions hand images on innermost in memory.
+    """
+
+    objective: Literal["speed", "size"] = "speed"
+    margin: float = 1.0
+    innermost: bool = False
+
+
+@dataclass
+class Packing:
+    """Choose for each layer, timing layers that are equal once.
+
+    Attributes:
+        stopwatch: that layers are timed with.
+        times: what was measured, by all in which layers differ.
+    """
+
+    stopwatch: Stopwatch
+    times: dict[Any, Race] = field(default_factory=dict)
+
+    def choose(self, name: str, layer: Layer, use: Use, activation: tuple[str, nn.Module] | None,
+               terms: Terms) -> tuple[tuple[Pack, Packed] | None, DeployedLayer]:
+        """Choose between a layer as it is and its packed form.
+
+        Args:
+            name: of the layer.
+            layer: with zeros in its weight.
+            use: how the network applies it.
+            activation: name and module of the activation that alone reads its output; None for none.
+            terms: of the choice.
+
+        Returns:
+            The edit that packs it and the packed layer, None to leave it dense; and its line of the report.
+        """
+        row = DeployedLayer(name, tuple(layer.weight.shape), dense_bytes=nbytes(layer), reason=use.oddity)
+        if not row.reason and groups_of(layer) > 1:
+            row = replace(row, reason=f"{groups_of(layer)} groups")
+        if row.reason:
+            return None, row
+        dense = stock(layer, use)
+        try:
+            packed = _packed(dense, mask_of(layer, name), activation, terms)
+        except ValueError as error:
+            return None, replace(row, reason=str(error))
+        row = replace(row, sparse_bytes=nbytes(packed), kernel=_kernel(packed), pattern=_pattern(packed))
+        run = dense if activation is None else nn.Sequential(dense, activation[1])
+        race = self._race(run, packed, use, terms)
+        row = replace(row, dense_ms=race.medians[0], sparse_ms=race.medians[1])
+        row = replace(row, reason=_why_dense(row, packed, layer.weight.dtype, terms))
+        absorbs = activation[0] if activation is not None else ""
+        return (None if row.reason else (Pack.of(name, packed, absorbs), packed)), row
+
+    def _race(self, dense: nn.Module, packed: Packed, use: Use, terms: Terms) -> Race:
+        innermost = isinstance(packed, SparseConv2d) and packed.innermost
+        key = (type(packed), packed.shape, tuple(use.calls), _pattern(packed), packed.activation, str(use.settings),
+               packed.values.dtype, innermost)
+        if key not in self.times:
+            x = [_random(shape, stride, packed.values) for shape, stride in use.calls]
+            laid = [innermost_images(a) for a in x] if innermost else x
+            self.times[key] = self.stopwatch.layer(
+                [lambda: [dense(a) for a in x], lambda: [packed(a) for a in laid]],
+                lambda race: terms.objective == "speed" and race.scatters(0, 1, terms.margin))
+        return self.times[key]
+
+    def scatter(self, margin: float) -> list[str]:
+        """Say of which choices the times mean little."""
+        unsure = sum(race.scatters(0, 1, margin) for race in self.times.values())
+        return [f"The times of {unsure} of {len(self.times)} kinds of layer {SCATTERS}, so that choosing between dense and packed "
+                "means little there; run deploy again on a quieter machine."] if unsure else []
+
+
+SCATTERS = f"scatter by more than {100 * SCATTER:.0f} % although they were taken {REPEATS} times"
+
+
+def whole_scatters(race: Race) -> bool:
+    """Say whether a packed network cannot be told from the dense, folded one, which is the second; the model is the first."""
+    return any(race.scatters(1, i) for i in range(2, len(race.rounds[0])))
+
+
+def _packed(dense: Layer, mask: Tensor, activation: tuple[str, nn.Module] | None, terms: Terms) -> Packed:
+    follow: Literal["relu", "gelu"] | None = None
+    if activation is not None:
+        follow = "relu" if isinstance(activation[1], nn.ReLU) else "gelu"
+    if isinstance(dense, nn.Linear):
+        return SparseLinear.from_dense(dense, mask=mask, activation=follow)
+    packed = SparseConv2d.from_dense(dense, mask=mask, activation=follow)
+    packed.innermost = terms.innermost
+    return packed
+
+
+def _kernel(packed: Packed) -> str:
+    innermost = isinstance(packed, SparseConv2d) and packed.innermost
+    return f"{packed.kernel}, images innermost" if innermost else packed.kernel
+
+
+def _pattern(packed: Packed) -> str:
+    pattern = packed.pattern
+    return str(pattern) if isinstance(pattern, NM) else f"{100 * pattern.sparsity:.1f} %"
+
+
+def _why_dense(row: DeployedLayer, packed: Packed, dtype: torch.dtype, terms: Terms) -> str:
+    """Say why a layer stays dense; empty if it is packed."""
+    if terms.objective == "size":
+        return "" if row.sparse_bytes < row.dense_bytes else "smaller as it is"
+    if packed.kernel == "reference":
+        return f"no packed kernel here for {str(dtype).removeprefix('torch.')}"
+    if terms.margin * row.sparse_ms < row.dense_ms:
+        return ""
+    if row.sparse_ms >= row.dense_ms:
+        return "faster as it is"
+    return f"less than {terms.margin} times as fast: the network was faster without it"
+
+
+def _random(shape: torch.Size, stride: tuple[int, ...], like: Tensor) -> Tensor:
+    x = torch.empty(shape, dtype=like.dtype, device=like.device) if 0 in stride else \
+        torch.empty_strided(shape, stride, dtype=like.dtype, device=like.device)
+    return x.normal_()
+
+
+def nbytes(module: nn.Module) -> int:
+    """Count the bytes of a module's state."""
+    return sum(x.nbytes for x in module.state_dict().values() if isinstance(x, Tensor))
+
+

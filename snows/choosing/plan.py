@@ -1,0 +1,207 @@
+"""The plan: which layers are pruned, each by which rule and pattern, and why the others stay dense."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from snows.choosing.budgets import spend
+from snows.choosing.goals import Choosing, Given, Only, PatternChoice, given
+from snows.matching.statistics import Selector
+from snows.networks.checks import how_computed, shared_weights
+from snows.networks.layers import prunable
+from snows.networks.twins import Twins
+from snows.results.report import SPARED, LayerReport
+from snows.sparsity import MaskedWeight, Pattern, Unstructured
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Say how one layer is pruned.
+
+    Attributes:
+        select: gives the mask and the first weight.
+        pattern: that the mask obeys; None where the mask came from elsewhere without one.
+        start: mask and first weight from elsewhere; None for a rule.
+    """
+
+    select: Any
+    pattern: Pattern | None
+    start: MaskedWeight | None = None
+
+
+@dataclass
+class Plan:
+    """Hold what was decided before anything is fitted.
+
+    Attributes:
+        choices: by layer, in order of execution.
+        rows: a line for each layer of the network, as it will be reported; those of the chosen layers are replaced by fits.
+        patterns: as they were asked, for the record of a run.
+    """
+
+    choices: dict[str, Choice]
+    rows: list[LayerReport] = field(default_factory=list)
+    patterns: dict[str, str] = field(default_factory=dict)
+
+    def starts(self) -> dict[str, MaskedWeight]:
+        """Return masks and first weights from elsewhere, by layer."""
+        return {name: choice.start for name, choice in self.choices.items() if choice.start is not None}
+
+
+def decide(twins: Twins, pattern: PatternChoice, select: Choosing, only: Only | None, cap: float) -> Plan:
+    """Decide which layers are pruned, and how.
+
+    Args:
+        twins: the networks.
+        pattern: for all layers, by layer name, or a function of name and module that may return None for dense.
+        select: a rule, masks by layer name, or a pruned network.
+        only: which layers to prune; by default all that run but the first and the last.
+        cap: the largest share that a layer may lose under an `Unstructured` budget.
+
+    Raises:
+        TypeError: what stands for a layer's pattern is none.
+        ValueError: a layer cannot be pruned as asked, or none is left to prune.
+    """
+    starts = given(twins, select)
+    deciding = _Deciding(twins, pattern, starts, only)
+    reasons = {name: deciding.reason(name) for name in deciding.names}
+    chosen = {name: deciding.wanted(name) for name, reason in reasons.items() if not reason}
+    plan = Plan({}, [deciding.row(name, reason) for name, reason in reasons.items()] + _other_convolutions(twins.sparse))
+    if not chosen:
+        telling = [x for x in plan.rows if x.reason not in (NO_PATTERN, NO_MASK)] or plan.rows
+        said = "; ".join(f"{x.name}: {x.reason}" for x in telling[:4])
+        raise ValueError(f"prune: no layer is left to prune ({said or 'the model has no Linear or Conv2d that runs'})")
+    plan.patterns = {name: str(x) for name, x in chosen.items()}
+    if isinstance(pattern, Unstructured) and not starts:
+        layers = prunable(twins.dense)
+        budget = spend({name: layers[name] for name in chosen}, pattern, cap)
+        plan.rows = [x if x.reason or x.name in budget else replace(x, pattern="dense", kept=x.size, reason=SPARED)
+                     for x in plan.rows]
+        chosen = dict(budget)
+    kept = twins.mask_unchosen(chosen)
+    plan.rows = [replace(x, kept=kept.get(x.name, x.kept)) for x in plan.rows]
+    for name, wanted in chosen.items():
+        start = starts.get(name)
+        plan.choices[name] = Choice(Given(start) if start is not None else select, wanted, start)
+    return plan
+
+
+NO_PATTERN, NO_MASK = "no pattern given", "no mask given"
+
+
+class _Deciding:
+    """Ask of each layer whether it is pruned."""
+
+    def __init__(self, twins: Twins, pattern: PatternChoice, starts: Mapping[str, MaskedWeight], only: Only | None) -> None:
+        self.twins, self.pattern, self.starts, self.only = twins, pattern, starts, only
+        self.layers: dict[str, Any] = dict(prunable(twins.sparse))
+        if isinstance(pattern, Mapping) and (unknown := [name for name in pattern if name not in self.layers]):
+            raise ValueError(f"prune: expected patterns for layers of the model, got one for {unknown[0]!r}")
+        order = twins.order
+        self.names = [*order, *(name for name in self.layers if name not in order)]
+        self.ends = {order[0], order[-1]} if len(order) > 2 else set()
+        self.shared = shared_weights(twins.sparse)
+        self._wanted: dict[str, Pattern | None] = {}
+
+    def wanted(self, name: str) -> Pattern | None:
+        """Return the pattern that is asked for a layer."""
+        if name not in self._wanted:
+            found: Any
+            if isinstance(self.pattern, Mapping):
+                found = self.pattern.get(name)
+            elif self.pattern is None or isinstance(self.pattern, Pattern):
+                found = self.pattern
+            else:
+                found = self.pattern(name, self.layers[name])
+            if found is not None and not isinstance(found, Pattern):
+                raise TypeError(f"prune: expected a pattern such as snows.NM(2, 4) for {name}, got {found!r}")
+            self._wanted[name] = found
+        return self._wanted[name]
+
+    def reason(self, name: str) -> str:
+        """Say why a layer stays dense; empty if it is pruned.
+
+        Raises:
+            ValueError: it is asked for, and cannot be pruned.
+        """
+        module, wanted = self.layers[name], self.wanted(name)
+        if self.only is not None and not self.only(name, module):
+            return "excluded"
+        if self.starts and name not in self.starts:
+            return NO_MASK
+        if wanted is None and not self.starts:
+            return NO_PATTERN
+        if name not in self.twins.calls:
+            return f"it shares its weight with {self.shared[name]}" if name in self.shared else self._unseen(name)
+        explicit = name in self.starts or (isinstance(self.pattern, Mapping) and name in self.pattern)
+        if self.only is None and not explicit and name in self.ends:
+            return "first layer" if name == self.twins.order[0] else "last layer"
+        if not self.starts and wanted is not None and (why := wanted.fits(module.weight.shape)):
+            depthwise = isinstance(module, nn.Conv2d) and module.groups > 1 and module.weight.shape[1] == 1
+            return "depthwise" if depthwise else why
+        self._refuse(name, wanted)
+        return ""
+
+    def _unseen(self, name: str) -> str:
+        """Say why no call of a function with this layer's own weight was seen."""
+        if how := how_computed(self.layers[name]):
+            raise ValueError(f"prune: expected {name}.weight to be a plain parameter, got one computed by {how}, or leave the "
+                             "layer out with only=")
+        return "its weight is computed before use" if self.twins.trace.called[name] else "never runs"
+
+    def _refuse(self, name: str, wanted: Pattern | None) -> None:
+        if name in self.shared:
+            raise ValueError(f"prune: {name} and {self.shared[name]} share one weight; give each its own, or leave both out with "
+                             "only=")
+        if self.twins.calls[name] > 1:
+            raise ValueError(f"prune: {name} is called {self.twins.calls[name]} times in one forward pass; such a layer cannot be "
+                             "pruned yet, exclude it with only=lambda name, module: ...")
+        if self.starts and wanted is not None and not allows(wanted, self.starts[name].mask):
+            raise ValueError(f"prune: the mask of {name} keeps more than the pattern {wanted} allows")
+
+    def row(self, name: str, reason: str) -> LayerReport:
+        """Begin a layer's line of the report."""
+        shape = tuple(self.layers[name].weight.shape)
+        pattern = "dense" if reason else str(self.wanted(name) or "mask")
+        return LayerReport(name, shape, pattern, math.prod(shape), reason)
+
+
+def _other_convolutions(net: nn.Module) -> list[LayerReport]:
+    """List convolutions of kinds that are not pruned: a reader will look for them."""
+    layers, rows = prunable(net), []
+    for name, other in net.named_modules():
+        if isinstance(other, _ConvNd) and name not in layers:
+            shape = tuple(other.weight.shape)
+            reason = f"a {type(other).__name__}: only Linear and Conv2d are pruned"
+            rows.append(LayerReport(name, shape, "dense", math.prod(shape), reason))
+    return rows
+
+
+def allows(pattern: Pattern, mask: Tensor) -> bool:
+    """Say whether a mask keeps no more than a pattern allows."""
+    return bool((pattern.mask(mask.float()) | ~mask).all())
+
+
+def checked(select: Selector, name: str, found: Any, weight: Tensor, pattern: Pattern | None) -> MaskedWeight:
+    """Check what a rule returned for a layer, and make the weight zero off the mask.
+
+    Raises:
+        TypeError: it is no masked weight.
+        ValueError: dtypes or shapes are not the weight's, or the mask keeps more than the pattern allows.
+    """
+    shape, dtypes = tuple(weight.shape), (weight.dtype, weight.new_empty(0, dtype=bool).dtype)
+    if not (isinstance(found, tuple) and len(found) == 2 and all(isinstance(t, Tensor) for t in found)):
+        raise TypeError(f"prune: expected select to return a snows.sparsity.MaskedWeight for {name}, got a {type(found).__name__}")
+    for what, tensor, dtype in zip(("weight", "mask"), found, dtypes, strict=True):
+        if tensor.dtype != dtype or tuple(tensor.shape) != shape:
+            raise ValueError(f"prune: expected the {what} that select returns for {name} to be {dtype} of {shape}, "
+                             f"got {tensor.dtype} of {tuple(tensor.shape)}")
+    if pattern is not None and not isinstance(select, Given) and not allows(pattern, found[1]):
+        raise ValueError(f"prune: the mask that select returns for {name} keeps more than the pattern {pattern} allows")
+    return MaskedWeight(found[0].masked_fill(~found[1], 0), found[1])

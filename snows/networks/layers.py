@@ -1,0 +1,86 @@
+"""Layers of a network: which can be pruned, copies, and putting one module in another's place."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from typing import Any, TypeAlias
+
+from torch import Tensor, nn
+
+from snows.networks.batches import first_line
+
+Layer: TypeAlias = nn.Linear | nn.Conv2d
+
+
+def prunable(model: nn.Module) -> dict[str, Layer]:
+    """Return every Linear and Conv2d (and subclass), by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)}
+
+
+def groups_of(module: nn.Module) -> int:
+    """Return the groups of a convolution; 1 for a Linear."""
+    return module.groups if isinstance(module, nn.Conv2d) else 1
+
+
+def is_stock(module: nn.Module) -> bool:
+    """Say whether a layer computes as PyTorch's own Linear or Conv2d does."""
+    return type(module).forward in (nn.Linear.forward, nn.Conv2d.forward) and (
+        not isinstance(module, nn.Conv2d) or type(module)._conv_forward is nn.Conv2d._conv_forward)
+
+
+def substitute(net: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put a module in the place of another, under all its names."""
+    for parent in list(net.modules()):
+        for key, child in parent._modules.items():
+            if child is old:
+                parent._modules[key] = new
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """Make a deep copy, also of a network under `torch.nn.utils.prune`, whose computed weights PyTorch refuses to copy.
+
+    Raises:
+        ValueError: something in it cannot be copied, or a module's forward was replaced by a function that holds on to the
+            original.
+    """
+    for name, module in model.named_modules():
+        _refuse_captured(model, name, module)
+    computed = [(m, name, x) for m in model.modules() for name, x in m.__dict__.items() if isinstance(x, Tensor) and not x.is_leaf]
+    for module, name, x in computed:
+        module.__dict__[name] = x.detach()
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:  # whatever an attribute's own __deepcopy__ or __reduce__ raises
+        raise ValueError(f"the model cannot be copied{_uncopyable(model)} ({first_line(error)}); remove the attribute "
+                         "first") from error
+    finally:
+        for module, name, x in computed:
+            module.__dict__[name] = x
+
+
+def _refuse_captured(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Refuse a forward whose copy would go on computing with the original's weights, for it captured one of its modules."""
+    forward = module.__dict__.get("forward")
+    if not inspect.isfunction(forward):
+        return
+    held = inspect.getclosurevars(forward)
+    for value in (*held.nonlocals.values(), *held.globals.values()):
+        owner: Any = getattr(value, "__self__", value)
+        if isinstance(owner, nn.Module) and any(owner is m for m in model.modules()):
+            raise ValueError(f"the forward of {name or 'the model'} was replaced by a function that holds on to its module, so "
+                             "that a copy would compute with the original's weights; put it in a subclass, or bind it with "
+                             "types.MethodType")
+
+
+def _uncopyable(model: nn.Module) -> str:
+    """Name the first attribute that cannot be copied alone."""
+    for name, module in model.named_modules():
+        for key, value in module.__dict__.items():
+            if key in ("_modules", "_parameters", "_buffers"):
+                continue
+            try:
+                copy.deepcopy(value)
+            except Exception:
+                return f": {name}.{key} is a {type(value).__name__}" if name else f": its {key} is a {type(value).__name__}"
+    return ""

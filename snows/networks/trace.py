@@ -1,0 +1,275 @@
+"""One watched forward pass of a network, as named events; and what can be read off it."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from snows.networks.attention import plain_forward
+from snows.networks.batches import Batch, output_of, tensors_in
+from snows.networks.functions import LOOKS, Function, known
+from snows.networks.layers import is_stock, prunable
+from snows.networks.watching import Call, Watch
+
+
+class Event(NamedTuple):
+    """Describe one call of a torch function.
+
+    Attributes:
+        name: where it is called, see `watching`; the same in every copy of the network.
+        function: what was called.
+        module: the innermost open module call, by the module's name.
+        reads: numbers of the values that it reads.
+        makes: numbers of the values that it makes; one that it also reads was changed in place.
+        shape: of the first value made.
+        flops: of a layer, a multiplication and an addition being two; 0 for other functions.
+    """
+
+    name: str
+    function: Function
+    module: str
+    reads: tuple[int, ...]
+    makes: tuple[int, ...]
+    shape: tuple[int, ...]
+    flops: int
+
+
+@dataclass
+class Use:
+    """Describe how a network applies one layer.
+
+    Attributes:
+        calls: shape and stride of the input of each call.
+        flops: of all calls.
+        kernel: height and width of a convolution's kernel.
+        settings: stride, padding, dilation and groups that a convolution was last called with.
+        value: number of what the last call returned.
+        oddity: why calling another module in its place would not be the same; empty if it would.
+    """
+
+    calls: list[tuple[torch.Size, tuple[int, ...]]] = field(default_factory=list)
+    flops: int = 0
+    kernel: tuple[int, ...] = ()
+    settings: dict[str, Any] = field(default_factory=dict)
+    value: int = -1
+    oddity: str = ""
+
+
+class Trace:
+    """Hold what one forward pass shows of a network.
+
+    Attributes:
+        events: the functions called, in order.
+        layers: how each layer that ran is applied, in order of the first call.
+        start: the time of each layer's first call; times count events and returns of modules.
+        last_read: by module, the time after which no code that a late start runs reads its output.
+        called: how often each module was called.
+        chains: modules that call one function, and then each of their children once, in order.
+        returned: numbers of the values that the network returned.
+        outputs: the tensors that the network returned.
+        autocast: the first layer that ran under `torch.autocast`; empty if none did.
+    """
+
+    def __init__(self, net: nn.Module) -> None:
+        self.net = net
+        self.events: list[Event] = []
+        self.layers: dict[str, Use] = {}
+        self.start: dict[str, int] = {}
+        self.last_read: dict[str, float] = {}
+        self.called: Counter[str] = Counter()
+        self.chains: set[str] = set()
+        self.returned: set[int] = set()
+        self.outputs: list[Tensor] = []
+        self.autocast = ""
+
+    @classmethod
+    def of(cls, net: nn.Module, batch: Batch) -> Trace:
+        """Run a network once, and watch it.
+
+        Args:
+            net: in evaluation mode.
+            batch: on the network's device.
+
+        Raises:
+            ValueError: the network cannot run the batch.
+        """
+        watch = _Tracing(net)
+        with torch.no_grad(), plain_forward(), watch:
+            watch.trace.outputs = tensors_in(output_of(net, batch))
+        return watch.finished()
+
+    @property
+    def flops(self) -> int:
+        """The operations of all layers."""
+        return sum(use.flops for use in self.layers.values())
+
+    def readers(self, value: int) -> list[Event]:
+        """List the events that read a value, in order."""
+        return [self.events[i] for i in self._readers.get(value, ())]
+
+    def only_reader(self, value: int) -> Event | None:
+        """Return the event that reads a value before anything else, if nothing else reads it as it is.
+
+        What others read after a change in place is another value under the same number.
+        """
+        readers = self.readers(value)
+        if not readers or (len(readers) + (value in self.returned) > 1 and value not in readers[0].makes):
+            return None
+        return readers[0]
+
+    def follower(self, value: int, kinds: tuple[type[nn.Module], ...]) -> tuple[str, Event] | None:
+        """Return the module of one of these kinds that alone reads a value and is called for nothing else, and its event."""
+        event = self.only_reader(value)
+        if event is None or not known(event.function).absorbed or self.called[event.module] != 1:
+            return None
+        return (event.module, event) if isinstance(self.net.get_submodule(event.module), kinds) else None
+
+    def names(self) -> Counter[str]:
+        """Count the operations of each kind: of one function in one module call."""
+        return Counter(kind_of(event.name) for event in self.events)
+
+    @property
+    def _readers(self) -> dict[int, list[int]]:
+        found: dict[int, list[int]] | None = self.__dict__.get("_read")
+        if found is None:
+            found = self.__dict__["_read"] = defaultdict(list)
+            for i, event in enumerate(self.events):
+                for value in dict.fromkeys(event.reads):
+                    found[value].append(i)
+        return found
+
+
+def kind_of(name: str) -> str:
+    """Return an operation's name without its number."""
+    path, _, function = name.rpartition(":")
+    return f"{path}:{function.partition('#')[0]}"
+
+
+def paired(one: Trace, other: Trace) -> Callable[[str], bool]:
+    """Say of an operation's name whether it means the same in two networks: both call such a function there equally often."""
+    first, second = one.names(), other.names()
+    return lambda name: first[kind_of(name)] == second[kind_of(name)]
+
+
+def unpaired(one: Trace, other: Trace) -> list[str]:
+    """List the kinds of operation that two networks do not call equally often."""
+    first, second = one.names(), other.names()
+    return [kind for kind in dict.fromkeys((*first, *second)) if first[kind] != second[kind]]
+
+
+class _Tracing(Watch):
+    """Write a trace."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__(net)
+        self.trace = Trace(net)
+        self.time = 0
+        self.values: dict[int, tuple[weakref.ref[Tensor], int]] = {}  # by id
+        self.count = 0
+        self.owners: dict[int, list[str]] = defaultdict(list)  # value -> modules that returned it
+        self.reads: list[list[str]] = [[]]  # by open module call, the modules whose outputs its own code read
+        self.inside: list[list[Any]] = [[0, []]]  # by open module call: functions called, in others too; modules called
+
+    # ---------------------------------------------------------------- modules
+
+    def enter(self, name: str) -> None:
+        self.reads.append([])
+        self.inside.append([0, []])
+
+    def leave(self, name: str, output: Any) -> None:
+        self.time += 1
+        for owner in self.reads.pop():
+            self.trace.last_read[owner] = max(self.trace.last_read.get(owner, 0), self.time)
+        self.trace.last_read.setdefault(name, 0)
+        for tensor in tree_leaves(output):
+            if isinstance(tensor, Tensor):
+                self.owners[self.number(tensor)].append(name)
+        functions, children = self.inside.pop()
+        self.inside[-1][0] += functions
+        self.inside[-1][1].append((name, functions))
+        self.trace.called[name] += 1
+        module = self.net.get_submodule(name)
+        own = [f"{name}.{key}" for key, _ in module.named_children()]
+        if [child for child, _ in children] == own and functions - sum(count for _, count in children) == 1:
+            self.trace.chains.add(name)
+        use = self.trace.layers.get(name)
+        if use is not None and not is_stock(module):
+            returned = isinstance(output, Tensor) and self.number(output) == use.value
+            if functions != 1 or not returned:
+                use.oddity = "its class does more than the layer's product"
+
+    # ---------------------------------------------------------------- functions
+
+    def layer(self, name: str, call: Call, args: Any, kwargs: Any) -> Any:
+        use = self.trace.layers.setdefault(name, Use())
+        if name not in self.trace.start:
+            self.trace.start[name] = self.time + 1
+        if not self.trace.autocast and torch.is_autocast_enabled(call.x.device.type):
+            self.trace.autocast = name
+        output = self.called(call.function, args, kwargs, own=name)
+        module = self.net.get_submodule(name)
+        use.calls.append((call.x.shape, call.x.stride()))
+        use.flops += self.trace.events[-1].flops
+        use.kernel, use.settings, use.value = call.kernel, call.settings, self.number(output)
+        if self.frame.module != name:
+            use.oddity = "its weight is used without calling it"
+        elif module._forward_hooks or module._forward_pre_hooks:
+            use.oddity = "it has hooks"
+        return output
+
+    def other(self, func: Any, args: Any, kwargs: Any) -> Any:
+        return self.called(func, args, kwargs)
+
+    def called(self, func: Any, args: Any, kwargs: Any, own: str = "") -> Any:
+        """Call a function, and write down the event unless it only looks at its arguments."""
+        leaves = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        for leaf in leaves:
+            if (name := self.layers.get(id(leaf), own)) != own:
+                self.trace.layers.setdefault(name, Use()).oddity = "its weight is read outside of it"
+        if func in LOOKS:
+            return func(*args, **kwargs)
+        self.time += 1
+        self.inside[-1][0] += 1
+        reads = tuple(self.number(leaf) for leaf in leaves)
+        for value in reads:
+            self.reads[-1].extend(self.owners.get(value, ()))
+        name, module = self.frame.operation(func), self.frame.module
+        output = func(*args, **kwargs)
+        made = [x for x in tree_leaves(output) if isinstance(x, Tensor)]
+        flops = 2 * made[0].numel() * math.prod(self.net.get_submodule(own).weight.shape[1:]) if own else 0  # type: ignore
+        shape = tuple(made[0].shape) if made else ()
+        self.trace.events.append(Event(name, func, module, reads, tuple(map(self.number, made)), shape, flops))
+        return output
+
+    def number(self, tensor: Tensor) -> int:
+        """Return the number of a tensor: the same for the same tensor, and for no other."""
+        found = self.values.get(id(tensor))
+        if found is None or found[0]() is not tensor:
+            found = self.values[id(tensor)] = (weakref.ref(tensor), self.count)
+            self.count += 1
+        return found[1]
+
+    def finished(self) -> Trace:
+        """Complete the trace after the pass."""
+        trace = self.trace
+        for owner in self.reads[0]:  # read by the network's own code, which always runs
+            trace.last_read[owner] = float("inf")
+        trace.returned = {self.number(x) for x in trace.outputs}
+        trace.layers = {name: trace.layers[name] for name in (*trace.start, *(set(trace.layers) - set(trace.start)))
+                        if name in trace.start}
+        owners = defaultdict(list)
+        for name, module in prunable(self.net).items():
+            owners[id(module.weight)].append(name)
+        for names in owners.values():
+            for name in names if len(names) > 1 else ():
+                if name in trace.layers:
+                    trace.layers[name].oddity = f"it shares its weight with {', '.join(n for n in names if n != name)}"
+        return trace

@@ -1,0 +1,263 @@
+"""The dense network and its working copy, with the calibration batches on their way through both."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from snows.networks.attention import close_attention, open_attention, plain_forward
+from snows.networks.batches import Batch, output_of, output_tensors
+from snows.networks.checks import check_model, check_numbers, check_outputs, read_batches
+from snows.networks.layers import copied, prunable
+from snows.networks.masks import Carried, give_mask, take_masks_off
+from snows.networks.stream import Schedule, Stream, keeps_state, route
+from snows.networks.trace import Trace, paired, unpaired
+from snows.networks.watching import Call
+from snows.sparsity import MaskedWeight
+
+CHECKPOINTING = ("grad_checkpointing", "gradient_checkpointing")  # switches of timm and transformers: nothing to save here
+PROBE = 64  # samples that the network's output sensitivity is measured on
+
+
+class Pair(NamedTuple):
+    """Hold one batch's streams through both networks, on the device, advanced to the same layer."""
+
+    dense: Stream
+    sparse: Stream
+
+    @property
+    def calls(self) -> tuple[Call, Call]:
+        """The layer's calls; where routing sent other inputs to it, the pruned network's stands for the dense one's."""
+        dense, sparse = self.dense.call, self.sparse.call
+        assert dense is not None
+        assert sparse is not None
+        return (dense if dense.x.shape == sparse.x.shape else sparse), sparse
+
+
+@dataclass(frozen=True)
+class Site:
+    """Hold one layer where it stands: its weight, and every batch that reaches it.
+
+    Attributes:
+        name: of the layer.
+        layer: the working copy's.
+        weight: before pruning.
+        training: the batches to fit to, on the host.
+        held: the samples to judge by; of the first batch where none are held back.
+    """
+
+    name: str
+    layer: nn.Linear | nn.Conv2d
+    weight: Tensor
+    training: Sequence[Pair]
+    held: Pair | None
+
+
+class Twins:
+    """Hold the dense network and its working copy, checked, laid out and traced; and the calibration batches in both.
+
+    Attributes:
+        dense, sparse: the networks, with open attention and without parametrisations of `torch.nn.utils.prune`.
+        trace: of the working copy on the first batch.
+        calls: how often each layer is called, at most, on a batch.
+        order: the layers that run, in order.
+        batches: the calibration batches, on the host.
+        masks: of the layers that were pruned, by name.
+        carried: masks of `torch.nn.utils.prune` that the model came with.
+        notes: sentences that a reader should see.
+
+    Args:
+        model: in evaluation mode; left as it was.
+        batches: as `prune` takes them; read once.
+
+    Raises:
+        ValueError: the model or a batch cannot be pruned or run; the sentence says which, and what to do.
+    """
+
+    def __init__(self, model: nn.Module, batches: Iterable[Any]) -> None:
+        check_model("prune", model)
+        check_numbers(model)
+        self.model = model
+        self.batches = read_batches(model, batches)
+        self.dense, _ = _working_copy(model)
+        self.sparse, self.carried = _working_copy(model)
+        self.device = next(self.sparse.parameters()).device
+        self.masks: dict[str, Tensor] = {}
+        self.notes: list[str] = []
+        first = self.batches[0].to(self.device)
+        self._channels_last(first)
+        traces = Trace.of(self.dense, first), Trace.of(self.sparse, first)
+        self.trace = traces[1]
+        self._check_passes(first)
+        self.paired = paired(*traces)
+        if others := unpaired(*traces):
+            self.notes.append(f"{len(others)} operations are not called equally often in both networks, and not matched: "
+                              f"{', '.join(others[:3])}{' and more' if len(others) > 3 else ''}.")
+        changed: set[tuple[str, int]] = set()  # one set: what is learnt on one network holds for its twin
+        self.schedules = Schedule(self.dense, traces[0], changed), Schedule(self.sparse, traces[1], changed)
+        self.order, self.calls = self._routes()
+        training, held = hold_back(self.batches)
+        self._streams = [Pair(*(Stream(schedule, x) for schedule in self.schedules))
+                         for x in (*training, *([held] if held is not None else []))]
+        self._held = len(training) if held is not None else 0
+        self._check_late_starts()
+
+    # ---------------------------------------------------------------- checks
+
+    def _channels_last(self, first: Batch) -> None:
+        """Lay convolutions out channels-last, up to three times faster on a CPU, unless the network cannot run that way."""
+        try:
+            for net in (self.sparse, self.dense):
+                net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            with torch.no_grad():
+                first.through(self.sparse)
+        except RuntimeError:  # a view that needs the other layout
+            for net in (self.sparse, self.dense):
+                net.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+
+    def _check_passes(self, first: Batch) -> None:
+        if self.trace.autocast:
+            raise ValueError(f"prune: expected a model that computes in its weights' precision, but {self.trace.autocast} runs "
+                             "under torch.autocast inside the model's forward; remove that, and use autocast around the pruned "
+                             "network")
+        with torch.no_grad(), plain_forward():
+            second = output_tensors(output_of(self.sparse, first))
+        check_outputs(output_tensors(self.trace.outputs), second)
+        self.trace.outputs = []
+
+    def _routes(self) -> tuple[list[str], Counter[str]]:
+        """Learn which layers each batch calls; where that differs, every pass runs from the front."""
+        order, calls, routes = list(self.trace.start), Counter[str](), []
+        for batch in self.batches:
+            try:
+                found = route(self.dense, batch.to(self.device))
+            except Exception:
+                output_of(self.dense, batch.to(self.device))  # raises a sentence
+                raise
+            if found not in routes:
+                routes.append(found)
+                calls |= Counter(found)
+                order += [name for name in dict.fromkeys(found) if name not in order]
+        if len(routes) > 1:
+            self._from_the_front("Batches take different ways through the network")
+        return order, calls
+
+    def _check_late_starts(self) -> None:
+        """Let every pass run from the front where modules keep state that the network reads later."""
+        kinds: dict[Any, list[Batch]] = {}
+        for x in self.batches:
+            (sample, *_) = x.split(1)
+            kinds.setdefault(tuple((t.dtype, t.shape) for t in sample.tensors()), []).append(sample.to(self.device))
+        found = next((x for x in kinds.values() if len(x) > 1), None)
+        schedule = self.schedules[1]
+        if found is not None and not schedule.whole and keeps_state(schedule, found[0], found[-1]):
+            self._from_the_front("Modules keep state from one call to the next, which the network reads")
+
+    def _from_the_front(self, reason: str) -> None:
+        for schedule in self.schedules:
+            schedule.whole = True
+        self.notes.append(f"{reason}, so that every pass began at the network's input; this takes longer.")
+
+    # ---------------------------------------------------------------- the walk
+
+    @property
+    def probe(self) -> Batch:
+        """A few dozen samples of the largest batch, on the device."""
+        return max((pair.dense.batch for pair in self._streams), key=Batch.samples).split(PROBE)[0].to(self.device)
+
+    def at(self, name: str) -> Site:
+        """Take all batches up to a layer, in both networks.
+
+        Raises:
+            ValueError: the layer's inputs are not finite.
+        """
+        reached = []
+        for i, (dense, sparse) in enumerate(self._streams):
+            call, other = sparse.advance(name), dense.advance(name)
+            if call is None or other is None:
+                continue
+            if not call.x.sum().isfinite():  # one pass; isfinite().all() takes twenty times as long
+                raise ValueError(f"{name}: its inputs are not finite; check the weights before it and the images")
+            reached.append((i, Pair(dense, sparse)))
+        layer: Any = self.sparse.get_submodule(name)
+        training = [pair for i, pair in reached if i != self._held or self._held == 0]
+        held = next((pair for i, pair in reached if i == self._held), training[0] if training else None)
+        return Site(name, layer, layer.weight.detach().clone(), training, held)
+
+    def write(self, name: str, masked: MaskedWeight) -> None:
+        """Put a fitted weight in its layer of the working copy, and its mask beside it."""
+        layer: Any = self.sparse.get_submodule(name)
+        with torch.no_grad():
+            layer.weight.copy_(masked.weight)
+        self.masks[name] = masked.mask.to(self.device)
+        give_mask(layer, self.masks[name])
+
+    def mask_unchosen(self, chosen: Iterable[str]) -> dict[str, int]:
+        """Leave layers that came with a mask of `torch.nn.utils.prune` and are not chosen as they came: masked.
+
+        Returns:
+            By layer, how many weights its mask keeps.
+        """
+        layers, names, kept = prunable(self.sparse), set(chosen), {}
+        for entry in self.carried:
+            if entry.is_weight and entry.layer in layers and entry.layer not in names:
+                with torch.no_grad():
+                    layers[entry.layer].weight.mul_(entry.mask)
+                kept[entry.layer] = int(entry.mask.sum())
+        return kept
+
+    def closed(self) -> nn.Module:
+        """Return the working copy as a network like the model: attention closed, memory formats and parametrisations as they were."""
+        net = self.sparse
+        net.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+        close_attention(net)
+        for name, module in prunable(self.model).items():
+            weight: Any = net.get_submodule(name).weight
+            weight.data = torch.empty_like(module.weight).copy_(weight.data)
+        for entry in self.carried:
+            new = self.masks.get(entry.layer) if entry.is_weight else None
+            if new is None:
+                net.get_submodule(entry.module).get_parameter(entry.parameter).data.copy_(entry.original)
+            entry.back(net, entry.mask if new is None else new)
+        for module, original in zip(net.modules(), self.model.modules(), strict=False):
+            for key in CHECKPOINTING:
+                if key in original.__dict__:
+                    module.__dict__[key] = original.__dict__[key]
+        return net
+
+
+def hold_back(batches: Sequence[Batch]) -> tuple[list[Batch], Batch | None]:
+    """Choose the batches to fit to, and the samples to judge by.
+
+    Those are the last of the largest batches, or an eighth of the last with fewer than four batches.
+    """
+    if len(batches) >= 4:
+        judge = max(range(len(batches)), key=lambda i: (batches[i].samples(), i))
+        return [x for i, x in enumerate(batches) if i != judge], batches[judge]
+    size = batches[-1].samples()
+    parts = batches[-1].split(size - max(1, size // 8))
+    return ([*batches[:-1], parts[0]], parts[1]) if len(parts) > 1 else (list(batches), None)
+
+
+def _working_copy(model: nn.Module) -> tuple[nn.Module, list[Carried]]:
+    """Copy a network, with plain parameters and open attention.
+
+    Returns:
+        The copy, and the masks of `torch.nn.utils.prune` that came off; its layers' weights are what they were before masking.
+    """
+    net = copied(model)
+    carried = take_masks_off(net)
+    for entry in carried:
+        if entry.is_weight:
+            net.get_submodule(entry.module).get_parameter(entry.parameter).data.copy_(entry.original)
+    open_attention(net)
+    for module in net.modules():
+        for key in CHECKPOINTING:
+            if module.__dict__.get(key) is True:
+                module.__dict__[key] = False
+    return net, carried

@@ -1,0 +1,1 @@
+"""What the verbs leave behind: reports, pages, run folders, and files for other programs."""

@@ -1,0 +1,162 @@
+"""A run on disk: what was asked, and every finished layer, written so that no kill leaves half a file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from snows.networks.batches import Batch
+from snows.results.report import LayerReport, Report
+from snows.results.storage import digest, state, write
+from snows.sparsity import MaskedWeight
+
+VERSION = 2  # 1 had no digests of layers, and did not say how many threads there were
+RESULTS = ("model.safetensors", "masks.safetensors", "report.json", "report.html", "source.json")  # of a finished run
+LOCK = "run.lock"
+
+
+class Run:
+    """Keep one pruning run's folder: `run.json`, `layers/`, and at the end the network, its masks and the report.
+
+    A context manager: the folder is locked from `open` on, and free again when it is left.
+
+    Attributes:
+        folder: the run's.
+        threads: how many there were when the run began; results are bit-identical for the same number.
+    """
+
+    def __init__(self, folder: Path, lock: FileLock, threads: int) -> None:
+        self.folder, self.threads, self._lock = folder, threads, lock
+
+    @classmethod
+    def open(cls, folder: Path, settings: Mapping[str, Any], model: nn.Module, batches: Sequence[Batch],
+             starts: Mapping[str, MaskedWeight], resume: bool) -> Run:
+        """Begin a run in `folder`, or go on with the one that is there.
+
+        Args:
+            folder: made where it is not there.
+            settings: what was asked, as JSON; a run goes on with the same alone.
+            model: the dense network.
+            batches: calibration batches.
+            starts: masks and first weights from elsewhere.
+            resume: go on with what is there.
+
+        Raises:
+            ValueError: the folder holds another run, holds one although `resume` is off, is in use, or cannot be written.
+        """
+        given = {f"{kind} {name}": x for name, start in starts.items() for kind, x in zip(("start", "mask"), start, strict=True)}
+        wanted = json.loads(json.dumps({
+            "version": VERSION, **settings,
+            "model": digest(model.state_dict()),
+            "data": digest({f"{i}.{j}": x for i, batch in enumerate(batches) for j, x in enumerate(batch.tensors())}),
+            "masks": digest(given),
+        }))
+        threads = torch.get_num_threads()
+        try:
+            (folder / "layers").mkdir(parents=True, exist_ok=True)
+            lock = _locked(folder)
+        except OSError as error:
+            raise ValueError(f"out: {folder} cannot be written ({error.strerror})") from error
+        try:
+            path = folder / "run.json"
+            if path.exists():
+                threads = _check(folder, wanted, resume, threads)
+            elif others := [*(folder / "layers").iterdir(), *(folder / x for x in RESULTS if (folder / x).exists())]:
+                raise ValueError(f"out: {folder} holds {others[0].relative_to(folder)}, which no run there has written; name "
+                                 "another folder")
+            else:
+                write(path, (json.dumps({**wanted, "threads": threads}, indent=1) + "\n").encode())
+        except BaseException:
+            lock.release()
+            raise
+        return cls(folder, lock, threads)
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        self._lock.release()
+
+    def _layer(self, index: int) -> Path:
+        return self.folder / "layers" / f"{index:04d}.safetensors"
+
+    def finished(self, index: int, like: Tensor) -> tuple[MaskedWeight, LayerReport] | None:
+        """Read the result of a layer, if it is on disk whole and as it was written.
+
+        Args:
+            index: of the layer in the plan.
+            like: a weight of its shape and dtype.
+        """
+        path = self._layer(index)
+        if not path.exists():
+            return None
+        try:
+            with safe_open(path, "pt") as file:
+                metadata = file.metadata() or {}
+                masked = MaskedWeight(file.get_tensor("weight"), file.get_tensor("mask"))
+            if digest(masked._asdict(), metadata["report"]) != metadata["sha256"]:
+                return None
+            report = json.loads(metadata["report"])
+            found = LayerReport(**{**report, "shape": tuple(report["shape"])})
+        except (SafetensorError, KeyError, TypeError, json.JSONDecodeError):
+            return None
+        shapes = masked.weight.shape == masked.mask.shape == like.shape
+        return (masked, found) if shapes and (masked.weight.dtype, masked.mask.dtype) == (like.dtype, torch.bool) else None
+
+    def keep(self, index: int, masked: MaskedWeight, report: LayerReport) -> None:
+        """Write a finished layer."""
+        tensors = {"weight": masked.weight.cpu().contiguous(), "mask": masked.mask.cpu().contiguous()}
+        text = json.dumps(asdict(report))
+        write(self._layer(index), save(tensors, {"report": text, "sha256": digest(tensors, text)}))
+
+    def finish(self, net: nn.Module, masks: Mapping[str, Tensor], report: Report, page: str) -> None:
+        """Write the whole network, its masks, the report and its page."""
+        write(self.folder / "model.safetensors", save(state(net)))
+        write(self.folder / "masks.safetensors", save({k: v.cpu().contiguous() for k, v in masks.items()}))
+        write(self.folder / "report.json", report.to_json().encode())
+        write(self.folder / "report.html", page.encode())
+
+
+def _locked(folder: Path) -> FileLock:
+    """Lock a run's folder for this process.
+
+    Raises:
+        ValueError: another process has it, or the lock's name is a link to somewhere else.
+    """
+    path = folder / LOCK
+    if path.is_symlink():
+        raise ValueError(f"out: {path} is a symbolic link; remove it, or name another folder")
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ValueError(f"out: {folder} is in use by another process; wait for it, or name another folder") from None
+    return lock
+
+
+def _check(folder: Path, wanted: Mapping[str, Any], resume: bool, threads: int) -> int:
+    """Refuse to go on with a run that is not the one that was asked; return how many threads it began with."""
+    path = folder / "run.json"
+    if not resume:
+        raise ValueError(f"out: {folder} already holds a run; resume it, or name another folder")
+    try:
+        found = dict(json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"resume: {path} is damaged; name another folder") from error
+    if found.get("version") != VERSION:
+        raise ValueError(f"resume: {folder} holds a run of another version of snows (format {found.get('version')!r:.20}, this one "
+                         f"writes {VERSION}); finish it with that version, or name another folder")
+    if changed := [key for key in wanted if found.get(key) != wanted[key]]:
+        raise ValueError(f"resume: {folder} holds a run with another {', '.join(changed)}; restore what was changed, or name "
+                         "another folder")
+    return found["threads"] if type(found.get("threads")) is int else threads

@@ -1,0 +1,118 @@
+"""Preconditioners from the Kronecker factors of a layer's curvature, on the weights that a mask keeps."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from snows.solving.operators import LinearOperator
+from snows.sparsity import rows, unrows
+
+
+@dataclass(frozen=True)
+class Factors:
+    """Kronecker factors of one layer's curvature, by group of a convolution, in the row view.
+
+    Attributes:
+        inputs: (groups, in, in), second moment of the layer's input rows.
+        outputs: (groups, out / groups, out / groups), second moment of what a unit change of an output does later.
+    """
+
+    inputs: Tensor
+    outputs: Tensor
+
+
+class Kronecker(LinearOperator):
+    """The preconditioner ``P (G + εI)⁻¹ ⊗ (A + εI)⁻¹ P`` (after K-FAC, Martens & Grosse 2015).
+
+    A is the second moment of the layer's inputs, G that of its output's sensitivity; each is damped by
+    ``sqrt(damping)`` of its own mean diagonal, so the choice is free of scale.
+
+    Args:
+        factors: A and G.
+        mask: bool, the layer's weight shape.
+        damping: relative to the curvature's mean, above 0.
+    """
+
+    def __init__(self, factors: Factors, mask: Tensor, damping: float) -> None:
+        self.mask = mask
+        share = math.sqrt(damping)
+        self._inputs = _inverse(factors.inputs, share)
+        self._outputs = _inverse(factors.outputs, share)
+
+    def __matmul__(self, v: Tensor) -> Tensor:
+        matrix = rows(v * self.mask)
+        grouped = matrix.view(len(self._inputs), -1, matrix.shape[1])
+        product = self._outputs @ grouped @ self._inputs
+        return unrows(product.reshape(matrix.shape), v.shape) * self.mask
+
+
+class RowBlocks(LinearOperator):
+    """The preconditioner that inverts the curvature of each output row on its own mask.
+
+    Row i's block is ``G_ii A_SS + εI``, S the weights it keeps: what is left of the Kronecker product ``G ⊗ A`` after
+    restricting it to the mask and dropping what couples rows. Restricting first and inverting then is what counts: the
+    inverse of the whole product, restricted, is far from it as soon as many weights are masked.
+
+    Args:
+        factors: A and G.
+        mask: bool, the layer's weight shape.
+        damping: ε relative to the mean of the product's diagonal, above 0.
+    """
+
+    LIMIT = 2**26  # numbers in all blocks: 256 MB in float32
+
+    def __init__(self, factors: Factors, mask: Tensor, damping: float) -> None:
+        self.mask = mask
+        kept = rows(mask)
+        groups = len(factors.inputs)
+        counts = kept.sum(1)
+        width = max(1, int(counts.max()))
+        # the kept columns of each row first, in order; what fills up shorter rows is masked out
+        self._columns = kept.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :width]
+        self._real = torch.arange(width, device=mask.device) < counts[:, None]
+        sensitivity = factors.outputs.diagonal(dim1=-2, dim2=-1).flatten().double()
+        diagonal = factors.inputs.diagonal(dim1=-2, dim2=-1).double()
+        scale = max(sensitivity.mean().item() * diagonal.mean().item(), torch.finfo(torch.float32).tiny)
+        self._inverse = torch.empty(len(kept), width, width, dtype=factors.inputs.dtype, device=mask.device)
+        size = len(kept) // groups
+        step = max(1, 2**24 // width**2)
+        for start in range(0, len(kept), step):
+            part = slice(start, min(start + step, len(kept)))
+            group = torch.arange(part.start, part.stop, device=mask.device) // size
+            index = self._columns[part]
+            block = factors.inputs[group[:, None, None], index[:, :, None], index[:, None, :]].double()
+            real = self._real[part]
+            block *= real[:, :, None] & real[:, None, :]
+            block *= (sensitivity[part] / scale)[:, None, None]
+            shift = torch.ones_like(block[..., 0]).masked_fill_(real, damping)
+            factor, failed = torch.linalg.cholesky_ex(block + torch.diag_embed(shift))
+            while failed.any():  # features so extreme that float32 moments are not positive definite any more
+                shift[failed > 0] *= 10
+                factor, failed = torch.linalg.cholesky_ex(block + torch.diag_embed(shift))
+            self._inverse[part] = torch.cholesky_inverse(factor).to(self._inverse.dtype)
+
+    @classmethod
+    def fits(cls, mask: Tensor) -> bool:
+        """Whether the blocks stay below `LIMIT` numbers."""
+        kept = rows(mask)
+        return len(kept) * int(kept.sum(1).max()) ** 2 <= cls.LIMIT
+
+    def __matmul__(self, v: Tensor) -> Tensor:
+        matrix = rows(v)
+        packed = matrix.gather(1, self._columns) * self._real
+        product = torch.bmm(self._inverse, packed.unsqueeze(-1)).squeeze(-1) * self._real
+        return unrows(torch.zeros_like(matrix).scatter_(1, self._columns, product), v.shape)
+
+
+def _inverse(matrices: Tensor, share: float) -> Tensor:
+    """Invert a batch of positive semi-definite matrices damped by `share` of their own mean diagonal."""
+    diagonal = matrices.diagonal(dim1=-2, dim2=-1)
+    mean = diagonal.mean(-1).double().clamp_min(torch.finfo(torch.float32).tiny)
+    eye = torch.eye(matrices.shape[-1], dtype=torch.float64, device=matrices.device)
+    damped = matrices.double() + (share * mean)[:, None, None] * eye
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped)) * mean[:, None, None]
+    return inverse.to(matrices.dtype)

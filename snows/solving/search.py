@@ -1,0 +1,41 @@
+"""A line search by backtracking."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Search(NamedTuple):
+    """Where a line search ended: the step's size (0.0 if nothing helped), the loss there, the losses it asked for."""
+
+    size: float
+    value: float
+    tries: int
+
+
+def armijo(loss: Callable[[Tensor], Tensor], weight: Tensor, direction: Tensor, *, value: float, slope: float,
+           c: float = 1e-4, shrink: float = 0.5, tries: int = 6) -> Search:
+    """Backtrack from a full step until the loss falls by the share `c` of what its slope promises (Armijo 1966).
+
+    Args:
+        loss: of a weight.
+        weight: where the direction starts.
+        direction: of descent; same shape.
+        value: the loss at `weight`.
+        slope: ``<gradient, direction>``; a search along a slope that is not negative fails at once.
+        c: share of the promised decrease to ask for.
+        shrink: factor between tries.
+        tries: the most losses to evaluate.
+    """
+    if not slope < 0:
+        return Search(0.0, value, 0)
+    size = 1.0
+    for attempt in range(1, tries + 1):
+        found = loss(weight + size * direction).item()
+        if found <= value + c * size * slope:  # False for NaN
+            return Search(size, found, attempt)
+        size *= shrink
+    return Search(0.0, value, tries)
