@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from snows import build, memory, zoo
+from snows.choosing.measuring import Stopwatch
 from snows.deployment import deploy
 from snows.evaluation import Scores, evaluate, logits_of
 from snows.matching.normalisation import recalibrate_statistics
@@ -45,7 +46,9 @@ def calibration(samples: int = SAMPLES, batch: int = BATCH, seed: int = 0) -> li
 
 
 @memory.kept()
-def run(out: Path, console: Console, judged: int = JUDGED, device: torch.device | None = None) -> list[dict[str, object]]:
+def run(out: Path, console: Console, judged: int = JUDGED, device: torch.device | None = None, *,
+        cases: Sequence[tuple[str, Pattern]] = CASES, batches: Sequence[Tensor] | None = None,
+        stopwatch: Stopwatch = Stopwatch()) -> list[dict[str, object]]:  # noqa: B008 - frozen
     """Prune each case at the default settings, next to magnitude pruning, deploy it, and leave weights and a page in `out`.
 
     Args:
@@ -53,6 +56,9 @@ def run(out: Path, console: Console, judged: int = JUDGED, device: torch.device 
         console: where the tables go.
         judged: how many of the zoo's 10,000 test images accuracy and divergence are measured on, from the first on.
         device: that the networks are pruned and measured on; by default the CPU.
+        cases: networks of the zoo, and a pattern each.
+        batches: calibration images; by default those of `calibration`.
+        stopwatch: how long layers and networks are timed.
     """
     out.mkdir(parents=True, exist_ok=True)
     device = device or torch.device("cpu")
@@ -60,7 +66,7 @@ def run(out: Path, console: Console, judged: int = JUDGED, device: torch.device 
     assert labels is not None
     images, labels = images[:judged], labels[:judged]
     test = list(zip(images.split(80), labels.split(80), strict=True))  # small batches stay in the cache; 16 times a whole number
-    batches = calibration()
+    batches = calibration() if batches is None else batches
     rows: list[dict[str, object]] = []
     reports: list[tuple[str, Report]] = []
     deployments: list[tuple[str, Deployment]] = []
@@ -85,8 +91,8 @@ def run(out: Path, console: Console, judged: int = JUDGED, device: torch.device 
             return evaluate(net, test, references[name])
 
     with Progress(console=console, transient=True) as bar:
-        task = bar.add_task("demo", total=len(CASES))
-        for name, pattern in CASES:
+        task = bar.add_task("demo", total=len(cases))
+        for name, pattern in cases:
             bar.update(task, description=f"{name} {pattern}")
             dense = zoo.load(name).to(device)
             if name not in references:
@@ -108,7 +114,7 @@ def run(out: Path, console: Console, judged: int = JUDGED, device: torch.device 
             path = out / f"{name}-{str(pattern).replace(':', '-')}.safetensors"
             write(path, save(state(net)))
             with timed("deployment"):
-                packed, found = deploy(net, test[0][0].to(device), progress=False)
+                packed, found = deploy(net, test[0][0].to(device), stopwatch=stopwatch, progress=False)
             packed_path = path.with_suffix(".packed.safetensors")
             count = sum(not x.reason for x in found.layers)
             if count:

@@ -8,8 +8,6 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is first imported, which timm and torchvision do where it comes with torch
 
-
-
 sys.path.insert(0, str(Path(__file__).parent))
 collect_ignore = ["compile_kernels.py"]  # a program of its own
 
@@ -20,14 +18,6 @@ def _seeded():
     torch.manual_seed(0)
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
-
-
-@pytest.fixture(autouse=True)
-def _one_round(monkeypatch):
-    """Tests of `deploy` do not wait for times that mean something."""
-    for module, name, value in ((measuring, "ROUNDS", 2), (measuring, "REPEATS", 1), (deployment, "LAYER_SECONDS", 0),
-                                (deployment, "NETWORK_SECONDS", 0)):
-        monkeypatch.setattr(module, name, value)
 
 
 def define_torchvision_schemas():

@@ -1,26 +1,31 @@
+import io
 import json
 import pickle
 import re
 import shlex
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from models import small
+from models import QUICK, small
 from PIL import Image
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 import snows
 from snows import cli, demo, sources, zoo
-from snows.choosing.measuring import Race
+from snows.choosing.measuring import Race, Stopwatch
+from snows.deployment import deploy
 from snows.sources import Network, Plain
 
 
 def run(monkeypatch, capsys, *args):
     """Exit code and what was printed."""
     monkeypatch.setattr("sys.argv", ["snows", *map(str, args)])
+    monkeypatch.setattr(snows, "deploy", partial(deploy, stopwatch=QUICK))
     monkeypatch.setenv("COLUMNS", "200")
     with pytest.raises(SystemExit) as caught:
         cli.main()
@@ -426,17 +431,19 @@ def test_a_device_that_is_not_there_is_told_before_anything_is_done(monkeypatch,
 
 
 @pytest.mark.parametrize("packs", [True, False], ids=["packed", "dense is faster"])
-def test_demo_judges_what_it_leaves(packs, monkeypatch, capsys, tmp_path):
+def test_demo_judges_what_it_leaves(packs, monkeypatch, tmp_path):
     """The accuracy in the table is that of the weights in the folder, on as many test images as were asked for."""
-    few = demo.calibration(32, 8)
-    monkeypatch.setattr(demo, "CASES", (("resnet20", snows.NM(1, 4)),))
-    monkeypatch.setattr(demo, "calibration", lambda: few)
     times = [[2.0, 1.0], [3.0, 2.5, 1.5, 1.5]] if packs else [[1.0, 2.0], [3.0, 2.5, 2.5, 2.5]]  # dense first: of a layer, of the network
-    monkeypatch.setattr(deployment, "race", lambda runs, seconds, undecided: Race([tuple(times[len(runs) > 2][:len(runs)])] * 5))
+
+    class Told(Stopwatch):
+        def race(self, runs, seconds=0.0, undecided=None):
+            return Race([tuple(times[len(runs) > 2][:len(runs)])] * 5)
+
     monkeypatch.setattr(snows.SparseConv2d, "kernel", "native")  # where no kernel was built they are no candidates
     monkeypatch.setattr(snows.SparseLinear, "kernel", "native")
-    code, printed = run(monkeypatch, capsys, "demo", "--out", tmp_path, "--images", 96)
-    assert code == 0
+    console = Console(file=io.StringIO(), width=200)
+    demo.run(tmp_path, console, 96, cases=(("resnet20", snows.NM(1, 4)),), batches=demo.calibration(32, 8), stopwatch=Told())
+    printed = console.file.getvalue()
     assert "on the first 96 test images" in printed
     dense, (images, labels) = zoo.load("resnet20"), zoo.images("test")
 

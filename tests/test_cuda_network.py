@@ -44,7 +44,6 @@ def test_a_network_on_a_device_comes_out_as_on_the_cpu(name, device, tmp_path):
         assert found.kept == wanted.kept
         assert found.before == pytest.approx(wanted.before, rel=0.05)  # a tie may fall the other way: other sums
         assert found.after == pytest.approx(wanted.after, rel=0.05)
-        assert found.after <= found.before
     assert sum(x.after for x in rows) < 0.97 * sum(x.before for x in rows)
     own, reference = net.state_dict(), expected.state_dict()
     for layer in LAYERS[name]:
@@ -64,7 +63,7 @@ def test_a_network_on_a_device_comes_out_as_on_the_cpu(name, device, tmp_path):
     assert scores.divergence < 0.02
 
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    fast = snows.deploy(net, test[:64], objective="size", dtype=dtype, progress=False)
+    fast, _ = snows.deploy(net, test[:64], objective="size", dtype=dtype, progress=False)
     packed = [layer for layer, m in fast.named_modules() if isinstance(m, snows.SparseLinear | snows.SparseConv2d)]
     assert packed == LAYERS[name]
     agreeing = evaluate(fast, [(x.to(dtype), y) for x, y in host], [logits_of(net, x) for x, _ in host])

@@ -7,16 +7,18 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from models import Branches, Chain, Mapped, PaddedConv, masked, settle, small
+from models import QUICK, Branches, Chain, Mapped, PaddedConv, masked, settle, small
 from torch import nn
 from torch.nn.utils import prune as torch_prune
 
 import snows
 from snows import ops, zoo
-from snows.choosing.measuring import Race
+from snows.choosing.measuring import Race, Stopwatch
 from snows.layers import SparseConv2d, SparseLinear
 from snows.networks.attention import OpenAttention
 from snows.networks.batches import Batch, difference, outputs
+from snows.networks.edits import Fold
+from snows.networks.folding import proved
 from snows.results.report import Deployment
 
 
@@ -38,8 +40,8 @@ def test_only_what_a_layer_alone_feeds_is_folded_into_it(tap, folded):
     net, x = masked(settle(Chain(tap))), torch.randn(3, 4, 7, 5)
     deployed = small(net, x)
     assert set(deployed.report.folded) == folded
-    assert all(isinstance(deployed.get_submodule(name), nn.Identity) for name in folded)
-    assert same(net, deployed, x) < 2e-6
+    assert all(isinstance(deployed.network.get_submodule(name), nn.Identity) for name in folded)
+    assert same(net, deployed.network, x) < 2e-6
 
 
 def test_an_activation_in_place_is_folded_though_its_tensor_is_read_again():
@@ -52,7 +54,7 @@ def test_an_activation_in_place_is_folded_though_its_tensor_is_read_again():
     net, x = masked(settle(Again(inplace=True))), torch.randn(3, 4, 7, 5)
     deployed = small(net, x)
     assert {"first_norm", "act"} <= set(deployed.report.folded)
-    assert same(net, deployed, x) < 2e-6
+    assert same(net, deployed.network, x) < 2e-6
 
 
 class NormAct(nn.BatchNorm2d):
@@ -74,17 +76,17 @@ def test_of_a_normalisation_with_an_activation_inside_the_activation_stays(act, 
     deployed = small(net, x)
     assert {"first_norm", "second_norm"} <= set(deployed.report.folded)
     assert ("first_norm.act" in deployed.report.folded) == isinstance(act, nn.ReLU)  # the packed layer computes it
-    assert same(net, deployed, x) < 2e-6
+    assert same(net, deployed.network, x) < 2e-6
     snows.save(deployed, tmp_path / "net.safetensors")
     back = snows.load(tmp_path / "net.safetensors", net)
     with torch.no_grad():
-        assert torch.equal(back(x), deployed(x))
+        assert torch.equal(back(x), deployed.network(x))
     net.stem = nn.Sequential(net.first, net.first_norm).eval()  # the same modules under second names
     deployed = small(net, x)
     snows.save(deployed, tmp_path / "net.safetensors")
     back = snows.load(tmp_path / "net.safetensors", net)
     with torch.no_grad():
-        assert torch.equal(back(x), deployed(x))
+        assert torch.equal(back(x), deployed.network(x))
 
 
 @pytest.mark.parametrize("then", [lambda y: 2 * y, lambda y: y.clamp(max=1e6)], ids=["seen", "not seen on the example"])
@@ -95,7 +97,7 @@ def test_a_normalisation_that_does_something_else_too_is_left_alone(then):
     deployed = small(net, x)
     assert "first_norm" not in deployed.report.folded
     assert "second_norm" in deployed.report.folded
-    assert same(net, deployed, x) < 2e-6
+    assert same(net, deployed.network, x) < 2e-6
 
 
 def test_a_network_that_returns_a_layers_output_keeps_it():
@@ -107,24 +109,25 @@ def test_a_network_that_returns_a_layers_output_keeps_it():
     net, x = masked(settle(Two())), torch.randn(2, 4, 6, 6)
     deployed = small(net, x)
     assert deployed.report.folded == ["second_norm"]
-    assert same(net, deployed, x) < 2e-6
+    assert same(net, deployed.network, x) < 2e-6
 
 
-def test_a_fold_that_changes_the_network_is_undone_and_the_others_stay(monkeypatch):
-    fold = rewriting._fold
+class Wrong(Fold):
+    """A fold that also changes what the network computes."""
 
-    def wrong(net, conv, norm):
-        back = fold(net, conv, norm)
-        if conv == "first":
-            net.get_submodule(conv).weight.data += 0.1
-        return back
+    def apply(self, net):
+        super().apply(net)
+        net.get_submodule(self.convolution).weight.data += 0.1
 
-    monkeypatch.setattr(rewriting, "_fold", wrong)
-    net, x = masked(settle(Chain())), torch.randn(3, 4, 7, 5)
-    deployed = small(net, x)
-    assert "second_norm" in deployed.report.folded
-    assert "first_norm" not in deployed.report.folded
-    assert same(net, deployed, x) < 2e-6
+
+def test_an_edit_that_changes_the_network_is_not_made_and_the_others_are():
+    net, x = settle(Chain()), torch.randn(3, 4, 7, 5)
+    before = copy.deepcopy(net.state_dict())
+    wrong, right = Wrong("first", "first_norm"), Fold("second", "second_norm")
+    assert proved(net, [wrong, right], Batch.of(x)) == [right]
+    assert proved(net, [right, wrong], Batch.of(x)) == [right]
+    assert proved(net, [Fold("first", "first_norm"), right], Batch.of(x)) == [Fold("first", "first_norm"), right]
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
 
 
 FAMILIES = {
@@ -145,9 +148,9 @@ def test_networks_compute_the_same_and_are_left_as_they_were(name, pattern):
     before = copy.deepcopy(net.state_dict())
     deployed = small(net, x)
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
-    assert type(deployed) is type(net)
-    assert same(net, deployed, x) < 1e-5
-    packed = [m for m in deployed.modules() if isinstance(m, SparseLinear | SparseConv2d)]
+    assert type(deployed.network) is type(net)
+    assert same(net, deployed.network, x) < 1e-5
+    packed = [m for m in deployed.network.modules() if isinstance(m, SparseLinear | SparseConv2d)]
     assert len(packed) == sum(not row.reason for row in deployed.report.layers) >= 2
 
 
@@ -181,7 +184,7 @@ def test_public_networks(source, least):
     x = torch.randn(1, 3, *([32, 32] if kind == "transformers" else [64, 64] if "vit" not in name else [224, 224]))
     deployed = small(net, x)
     assert sum(not row.reason for row in deployed.report.layers) >= least
-    assert same(net, deployed, x) < 3e-5
+    assert same(net, deployed.network, x) < 3e-5
     if name == "resnet50":
         assert len(deployed.report.folded) >= 53
 
@@ -190,11 +193,11 @@ def test_attention_of_a_transformer_encoder_runs_packed():
     layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, activation="gelu")
     net, x = masked(nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)), torch.randn(2, 5, 16)
     deployed = small(net, x)
-    assert isinstance(deployed.layers[1].self_attn, OpenAttention)
-    assert isinstance(deployed.layers[1].self_attn.in_proj, SparseLinear)
-    assert not deployed.layers[1].self_attn.closed, "the dense projections are still held"
+    assert isinstance(deployed.network.layers[1].self_attn, OpenAttention)
+    assert isinstance(deployed.network.layers[1].self_attn.in_proj, SparseLinear)
+    assert not deployed.network.layers[1].self_attn.closed, "the dense projections are still held"
     with torch.no_grad():
-        torch.testing.assert_close(deployed(x), net(x), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(deployed.network(x), net(x), rtol=1e-5, atol=1e-5)
 
 
 class Odd(nn.Module):
@@ -224,7 +227,7 @@ def test_layers_that_are_not_simply_called_stay_dense_and_say_why():
         "hooked": "it has hooks", "tied": "it shares its weight with twin", "twin": "it shares its weight with tied",
         "padded": "its class does more than the layer's product", "grouped": "2 groups",
     }
-    assert same(net, deployed, x) < 2e-6
+    assert same(net, deployed.network, x) < 2e-6
 
 
 def test_a_subclass_that_only_applies_itself_in_its_own_way_is_packed():
@@ -234,9 +237,9 @@ def test_a_subclass_that_only_applies_itself_in_its_own_way_is_packed():
 
     net, x = masked(nn.Sequential(Own(4, 8, (5, 3), padding=0), nn.ReLU())), torch.randn(2, 4, 9, 9)
     deployed = small(net, x)
-    assert type(deployed[0]) is SparseConv2d
-    assert deployed[0].padding == (2, 1)
-    assert same(net, deployed, x) < 2e-6
+    assert type(deployed.network[0]) is SparseConv2d
+    assert deployed.network[0].padding == (2, 1)
+    assert same(net, deployed.network, x) < 2e-6
 
 
 def test_a_subclass_that_pads_by_a_module_of_its_own_stays_dense():
@@ -251,7 +254,7 @@ def test_a_subclass_that_pads_by_a_module_of_its_own_stays_dense():
     net, x = masked(nn.Sequential(Own(4, 8, 3, pad=(0, 1, 1, 2)), Own(8, 8, 1, pad=None))), torch.randn(2, 4, 9, 9)
     deployed = small(net, x)
     assert [row.reason for row in deployed.report.layers] == ["its class does more than the layer's product", ""]
-    assert same(net, deployed, x) < 2e-6
+    assert same(net, deployed.network, x) < 2e-6
 
 
 def test_a_layer_called_twice_is_packed_but_takes_no_activation():
@@ -265,9 +268,9 @@ def test_a_layer_called_twice_is_packed_but_takes_no_activation():
 
     net, x = masked(Twice()), torch.randn(3, 8)
     deployed = small(net, x)
-    assert isinstance(deployed.layer, SparseLinear)
-    assert deployed.layer.activation is None
-    assert same(net, deployed, x) < 2e-6
+    assert isinstance(deployed.network.layer, SparseLinear)
+    assert deployed.network.layer.activation is None
+    assert same(net, deployed.network, x) < 2e-6
 
 
 def test_masks_of_torchs_own_pruning():
@@ -277,7 +280,7 @@ def test_masks_of_torchs_own_pruning():
     deployed = small(net, x)
     assert [row.pattern for row in deployed.report.layers] == ["75.0 %"]
     with torch.no_grad():
-        torch.testing.assert_close(deployed(x), net(x), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(deployed.network(x), net(x), rtol=1e-5, atol=1e-6)
 
 
 def test_the_report_counts_bytes_and_operations():
@@ -295,46 +298,58 @@ def test_the_report_counts_bytes_and_operations():
     assert "1 of 1 layers with zeros are packed" in str(report)
 
 
+class Told(Stopwatch):
+    """A stopwatch that shows what it is told: the times of layers and of networks, in turn."""
+
+    def __init__(self, layers, wholes):
+        super().__init__()
+        self.__dict__.update(layers=iter(layers), wholes=iter(wholes))
+
+    def layer(self, runs, undecided):
+        return Race([tuple(next(self.layers))] * 5)
+
+    def network(self, runs, undecided):
+        found = next(self.wholes)
+        assert len(runs) == len(found)
+        return Race([tuple(found)] * 5)
+
+
 def test_the_faster_one_stays_and_the_network_as_a_whole_decides(monkeypatch):
     net, x = masked(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 12), nn.Linear(12, 4))), torch.randn(3, 8)
     monkeypatch.setattr(SparseLinear, "kernel", "native")
 
-    def race(runs, seconds, undecided, whole=(3.0, 2.5, 2.0), layers=iter([[2.0, 1.0], [1.0, 1.1], [1.0, 0.9]])):  # noqa: B008
-        return Race([tuple(whole if len(runs) == 3 else next(layers))] * 5)
+    def deploy(*wholes):
+        stopwatch = Told([[2.0, 1.0], [1.0, 1.1], [1.0, 0.9]], wholes)
+        return snows.deploy(net, x, stopwatch=stopwatch, progress=False)
 
-    monkeypatch.setattr(deployment, "race", race)
-    deployed = snows.deploy(net, x, progress=False)
-    assert [type(m) for m in deployed] == [SparseLinear, nn.Linear, SparseLinear]
+    deployed = deploy((3.0, 2.5, 2.0))
+    assert [type(m) for m in deployed.network] == [SparseLinear, nn.Linear, SparseLinear]
     assert [row.reason for row in deployed.report.layers] == ["", "faster as it is", ""]
     assert (deployed.report.dense_ms, deployed.report.sparse_ms) == (3.0, 2.0)
+    assert [(edit.kind, edit.layer) for edit in deployed.edits] == [("pack", "0"), ("pack", "2")]
 
-    def losing(*wholes):
-        whole, layers = iter(wholes), iter([[2.0, 1.0], [1.0, 1.1], [1.0, 0.9]])
-        return lambda runs, seconds, undecided: Race([tuple(next(whole) if len(runs) == 3 else next(layers))] * 5)
-
-    monkeypatch.setattr(deployment, "race", losing((3.0, 1.5, 2.0), (3.0, 1.5, 1.4)))  # faster with the layer that gains much alone
-    deployed = snows.deploy(net, x, progress=False)
-    assert [type(m) for m in deployed] == [SparseLinear, nn.Linear, nn.Linear]
+    deployed = deploy((3.0, 1.5, 2.0), (3.0, 1.5, 1.4))  # faster with the layer that gains much alone
+    assert [type(m) for m in deployed.network] == [SparseLinear, nn.Linear, nn.Linear]
     assert [row.reason for row in deployed.report.layers][1:] == ["faster as it is", "less than 1.3 times as fast: the network was faster without it"]
     assert deployed.report.sparse_ms == 1.4
     assert not deployed.report.notes
 
-    monkeypatch.setattr(deployment, "race", losing((3.0, 1.5, 2.0), (3.0, 1.5, 2.0)))
-    deployed = snows.deploy(net, x, progress=False)
-    assert [type(m) for m in deployed] == [nn.Linear] * 3
+    deployed = deploy((3.0, 1.5, 2.0), (3.0, 1.5, 2.0))
+    assert [type(m) for m in deployed.network] == [nn.Linear] * 3
     assert deployed.report.sparse_ms == 1.5
+    assert deployed.edits == []
     assert len(deployed.report.notes) == 1
 
 
 def test_half_precision():
     net, x = masked(settle(Chain())), torch.randn(3, 4, 7, 5)
     deployed = small(net, x, dtype=torch.bfloat16)
-    assert {p.dtype for p in deployed.state_dict().values() if p.is_floating_point()} == {torch.bfloat16}
+    assert {p.dtype for p in deployed.network.state_dict().values() if p.is_floating_point()} == {torch.bfloat16}
     with torch.no_grad():
-        assert difference([net(x)], [deployed(x.bfloat16())]) < 2e-2
+        assert difference([net(x)], [deployed.network(x.bfloat16())]) < 2e-2
     if deployed.report.device.startswith("CPU") and ops.implementation("sparse_linear") == "native":
         assert {row.kernel for row in deployed.report.layers} == {"native"}
-        fast = snows.deploy(net.double(), x.double(), progress=False)
+        fast = snows.deploy(net.double(), x.double(), stopwatch=QUICK, progress=False)
         assert {row.reason for row in fast.report.layers} == {"no packed kernel here for float64"}
 
 
@@ -342,13 +357,13 @@ def test_what_comes_back_copies_pickles_and_exports():
     net, x = masked(settle(Chain())), torch.randn(3, 4, 7, 5)
     deployed = small(net, x)
     buffer = io.BytesIO()
-    torch.save(deployed, buffer)
+    torch.save(deployed.network, buffer)
     buffer.seek(0)
     with torch.no_grad():
-        want = deployed(x)
-        assert torch.equal(copy.deepcopy(deployed)(x), want)
+        want = deployed.network(x)
+        assert torch.equal(copy.deepcopy(deployed.network)(x), want)
         assert torch.equal(torch.load(buffer, weights_only=False)(x), want)
-        torch.testing.assert_close(torch.export.export(deployed, (x,)).module()(x), want, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(torch.export.export(deployed.network, (x,)).module()(x), want, rtol=1e-5, atol=1e-5)
 
 
 def test_what_cannot_be_deployed_is_refused():
@@ -358,9 +373,9 @@ def test_what_cannot_be_deployed_is_refused():
     with pytest.raises(ValueError, match="zeros in its Linear or Conv2d weights, got none"):
         snows.deploy(nn.Sequential(nn.Linear(8, 8)).eval(), x)
     with pytest.raises(ValueError, match="not packed yet, but 0 is packed already"):
-        snows.deploy(small(net, x), x)
+        snows.deploy(small(net, x).network, x)
     with pytest.raises(ValueError, match="not packed yet, but 0 is packed already"):
-        snows.prune(small(net, x), [x], snows.NM(2, 4))
+        snows.prune(small(net, x).network, [x], snows.NM(2, 4))
     with pytest.raises(ValueError, match="cannot run a batch"):
         snows.deploy(net, torch.randn(3, 9))
     with pytest.raises(ValueError, match='"speed" or "size", got \'fast\''):

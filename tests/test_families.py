@@ -9,7 +9,7 @@ from models import settle
 from torch import nn
 
 import snows
-from snows import NM, Newton, Unstructured
+from snows import NM, Matching, Newton, Unstructured
 from snows.networks.attention import open_attention
 from snows.networks.layers import prunable
 from snows.sparsity import rows
@@ -59,7 +59,7 @@ def test_a_family_prunes(name):
     if isinstance(wanted, int):  # the middle of all that run
         layers = list(prunable(net))
         wanted = layers[len(layers) // 3 : len(layers) // 3 + wanted]
-    sparse, report = snows.prune(net, batches, NM(2, 4), only=lambda n, m: n in wanted, horizon=5, progress=False,
+    sparse, report = snows.prune(net, batches, NM(2, 4), only=lambda n, m: n in wanted, matching=Matching(5), progress=False,
                                  solver=Newton(max_iterations=4), select=snows.magnitude, recalibrate=False)
     assert type(sparse) is type(net)
     assert list(sparse.state_dict()) == list(before)
@@ -81,7 +81,7 @@ def test_a_family_prunes(name):
 def test_depthwise_layers_are_prunable_unstructured():
     net = settle(torchvision.models.mobilenet_v2())
     depthwise = "features.5.conv.1.0"
-    _, report = snows.prune(net, images(4, 64), {depthwise: Unstructured(0.4)}, horizon=3, progress=False, solver=Newton(max_iterations=4))
+    _, report = snows.prune(net, images(4, 64), {depthwise: Unstructured(0.4)}, matching=Matching(3), progress=False, solver=Newton(max_iterations=4))
     (layer,) = [x for x in report.layers if not x.reason]
     assert layer.kept == layer.size - round(0.4 * layer.size)
     assert layer.after < layer.before
@@ -93,7 +93,7 @@ def test_one_block_of_vit_l_16_at_full_width():
     block = torchvision.models.vision_transformer.EncoderBlock(16, 1024, 4096, 0.0, 0.0).eval()
     base = torch.randn(8, 17, 1024)
     batches = [base + 0.1 * torch.randn_like(base) for _ in range(4)]
-    sparse, report = snows.prune(block, batches, NM(2, 4), only=lambda n, m: True, horizon=3, progress=False, select=snows.magnitude,
+    sparse, report = snows.prune(block, batches, NM(2, 4), only=lambda n, m: True, matching=Matching(3), progress=False, select=snows.magnitude,
                                  solver=Newton(max_iterations=3, preconditioner="none"))
     assert [x.name for x in report.layers] == ["self_attention.in_proj", "self_attention.out_proj", "mlp.0", "mlp.3"]
     assert all(x.after <= x.before for x in report.layers)

@@ -54,10 +54,10 @@ def test_what_was_saved_comes_back_exactly(tmp_path, pattern):
         snows.save(deployed, tmp_path / "model.safetensors")
         loaded = snows.load(tmp_path / "model.safetensors", other)
         assert all(torch.equal(v, before[k]) for k, v in other.state_dict().items()), "the model was changed"
-        assert loaded.state_dict().keys() == deployed.state_dict().keys()
-        assert all(torch.equal(v, deployed.state_dict()[k]) for k, v in loaded.state_dict().items())
+        assert loaded.state_dict().keys() == deployed.network.state_dict().keys()
+        assert all(torch.equal(v, deployed.network.state_dict()[k]) for k, v in loaded.state_dict().items())
         with torch.no_grad():
-            want, got = (n(**x) if isinstance(x, dict) else n(x) for n in (deployed, loaded))
+            want, got = (n(**x) if isinstance(x, dict) else n(x) for n in (deployed.network, loaded))
         for a, b in zip(*((y.values() if isinstance(y, dict) else [y]) for y in (want, got)), strict=True):
             assert torch.equal(a, b)
 
@@ -81,10 +81,15 @@ def test_the_file_is_plain_safetensors_of_the_packed_size(chain):
         names = set(file.keys())
         content = json.loads(file.metadata()["snows"])
     assert names == {"first.values", "first.codes", "first.bias", "second.values", "second.codes", "second.bias"}
-    assert content["layers"]["first"] == {"pattern": "2:4", "shape": [8, 4, 3, 3], "activation": "relu", "stride": [1, 1],
-                                          "padding": [1, 1], "dilation": [1, 1], "padding_mode": "zeros", "innermost": False}
-    assert sorted(content["identities"]) == ["act", "first_norm", "last_act", "second_norm"]
-    assert content["version"] == 2
+    settings = {"stride": [1, 1], "padding": [1, 1], "dilation": [1, 1], "padding_mode": "zeros", "innermost": False}
+    assert content["edits"] == [
+        {"kind": "fold", "convolution": "first", "norm": "first_norm"}, {"kind": "fold", "convolution": "second", "norm": "second_norm"},
+        {"kind": "pack", "layer": "first", "pattern": "2:4", "shape": [8, 4, 3, 3], "activation": "relu", "absorbs": "act",
+         "settings": settings},
+        {"kind": "pack", "layer": "second", "pattern": "2:4", "shape": [8, 8, 1, 1], "activation": "gelu", "absorbs": "last_act",
+         "settings": settings | {"padding": [0, 0]}},
+    ]
+    assert content["version"] == 3
 
 
 def test_a_file_of_another_network_is_refused_by_name(chain):
@@ -105,7 +110,7 @@ def test_a_file_of_another_network_is_refused_by_name(chain):
         snows.load(path, wider)
     changed = Chain()
     changed.act = nn.Tanh()
-    with pytest.raises(ValueError, match="act is a Tanh"):
+    with pytest.raises(ValueError, match="act is a Tanh, no relu"):
         snows.load(path, changed)
 
 
@@ -136,15 +141,19 @@ def test_what_is_no_such_file_is_refused(chain, tmp_path):
 def test_metadata_and_tensors_that_disagree_are_refused(chain):
     net, path = chain
     content = path.read_bytes()
+    first = lambda m: next(x for x in m["edits"] if x.get("layer") == "first")
     cases = [
-        (lambda m: m.update(version=3), None, "has format 3, this snows reads up to 2"),
-        (lambda m: m["layers"]["first"].update(pattern="1:4"), None, r"first: .* expected \(8, 9\) values, got \(8, 18\)|first: .* codes"),
-        (lambda m: m["layers"]["first"].update(pattern="3:2"), None, "load: |NM: "),
-        (lambda m: m["layers"]["first"].update(shape=[8, 4, 3, 10**12]), None, "shape of first is"),
-        (lambda m: m["layers"]["first"].update(activation="tanh"), None, "metadata of .* is damaged"),
-        (lambda m: m["layers"].pop("first"), None, "unexpected first.values|missing first.weight"),
-        (lambda m: m.pop("identities"), None, "metadata of .* is damaged"),
-        (lambda m: m.update(remainders=["first"]), None, "first is a Conv2d, no BatchNorm2d"),
+        (lambda m: m.update(version=4), None, "has format 4, this snows reads up to 3"),
+        (lambda m: first(m).update(pattern="1:4"), None, r"first: .* expected \(8, 9\) values, got \(8, 18\)|first: .* codes"),
+        (lambda m: first(m).update(pattern="3:2"), None, "load: |NM: "),
+        (lambda m: first(m).update(shape=[8, 4, 3, 10**12]), None, "shape of first is"),
+        (lambda m: first(m).update(activation="tanh"), None, "metadata of .* is damaged"),
+        (lambda m: first(m).update(absorbs="first_norm"), None, "first_norm is a Absorbed, no relu"),
+        (lambda m: m["edits"].remove(first(m)), None, "unexpected first.values|missing first.weight"),
+        (lambda m: m.pop("edits"), None, "metadata of .* is damaged"),
+        (lambda m: m["edits"][0].update(norm="first"), None, "first is a Conv2d, no BatchNorm2d"),
+        (lambda m: m["edits"][0].update(kind="import"), None, "metadata of .* is damaged"),
+        (lambda m: m["edits"].append({"kind": "open", "module": "act"}), None, "act is a ReLU, no MultiheadAttention"),
         (None, lambda t: t.update({"first.codes": torch.zeros_like(t["first.codes"])}), "codes"),
         (None, lambda t: t.update({"first.codes": t["first.codes"][:-1]}), "codes"),
         (None, lambda t: t.update({"first.values": t["first.values"].to(torch.int32)}), "first.values is torch.int32"),
@@ -155,8 +164,53 @@ def test_metadata_and_tensors_that_disagree_are_refused(chain):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=sentence):
             snows.load(rewritten(path, metadata, tensors), net)
-    path.write_bytes(content)
-    snows.load(rewritten(path, lambda m: (m.update(version=1), m.pop("remainders")), None), net)  # as it was before
+
+
+def as_format(version):
+    """Turn metadata into what format 1 or 2 held."""
+
+    def edit(metadata):
+        edits = metadata.pop("edits")
+        metadata.update(version=version, layers={}, identities=[], opened=[])
+        if version == 2:
+            metadata["remainders"] = []
+        for x in edits:
+            if x["kind"] == "pack":
+                metadata["layers"][x["layer"]] = {k: x[k] for k in ("pattern", "shape", "activation")} | x["settings"]
+                metadata["identities"] += [x["absorbs"]] if x["absorbs"] else []
+            elif x["kind"] == "open":
+                metadata["opened"].append(x["module"])
+            else:
+                metadata["identities"].append(x.get("norm") or x["module"])
+
+    return edit
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_files_of_older_formats_load(tmp_path, version):
+    for net, x in ((settle(Chain()), torch.randn(3, 4, 7, 5)), (settle(Mapped()), {"pixel_values": torch.randn(2, 3, 16, 16)})):
+        path = tmp_path / "model.safetensors"
+        deployed = small(masked(net), x).network
+        snows.save(deployed, path)
+        rewritten(path, as_format(version))
+        loaded = snows.load(path, net)
+        with torch.no_grad():
+            want, got = (n(**x) if isinstance(x, dict) else n(x) for n in (deployed, loaded))
+        for a, b in zip(*((y.values() if isinstance(y, dict) else [y]) for y in (want, got)), strict=True):
+            assert torch.equal(a, b)
+        snows.save(loaded, path)  # in today's format
+        assert snows.load(path, net).state_dict().keys() == loaded.state_dict().keys()
+
+
+@pytest.mark.parametrize(("change", "sentence"), [
+    (lambda m: m.pop("identities"), "identities is None"), (lambda m: m.update(remainders=["first"]), "first is a Conv2d, no BatchNorm2d"),
+    (lambda m: m.update(opened=[3]), r"opened is \[3\]"), (lambda m: m.update(layers=[]), r"layers is \[\]"),
+    (lambda m: m["layers"]["first"].pop("stride"), "stride of first is None"),
+])
+def test_damaged_metadata_of_an_older_format_is_refused(chain, change, sentence):
+    net, path = chain
+    with pytest.raises(ValueError, match=sentence):
+        snows.load(rewritten(path, lambda m: (as_format(2)(m), change(m))), net)
 
 
 def test_ten_thousand_damaged_files_are_refused_or_load_what_was_saved(tmp_path, request):
@@ -225,9 +279,10 @@ def test_every_field_of_the_metadata_may_be_wrong(chain):
     content = path.read_bytes()
     loaded = snows.load(path, net)
     tried = refused = 0
-    layers = json.loads(safe_open(path, "pt").metadata()["snows"])["layers"]
-    fields = [(key,) for key in ("version", "layers", "identities", "remainders", "opened")]
-    fields += [("layers", name) for name in layers] + [("layers", name, key) for name, entry in layers.items() for key in entry]
+    edits = json.loads(safe_open(path, "pt").metadata()["snows"])["edits"]
+    fields = [("version",), ("edits",)]
+    fields += [("edits", i) for i in range(len(edits))] + [("edits", i, key) for i, entry in enumerate(edits) for key in entry]
+    fields += [("edits", i, "settings", key) for i, entry in enumerate(edits) for key in entry.get("settings", ())]
     for field in fields:
         for value in (*VALUES, KeyError):
             def edit(metadata, field=field, value=value):
@@ -296,7 +351,7 @@ def test_state_that_is_no_tensor_does_no_harm(tmp_path):
     batches = [torch.randn(16, 8) for _ in range(4)]
     pruned, _ = snows.prune(net, batches, snows.NM(2, 4), out=tmp_path / "run", progress=False)
     snows.prune(net, batches, snows.NM(2, 4), out=tmp_path / "run", resume=True, progress=False)
-    fast = snows.deploy(pruned, batches[0], objective="size", progress=False)
+    fast = small(pruned, batches[0])
     snows.save(fast, tmp_path / "x.safetensors")
     loaded = snows.load(tmp_path / "x.safetensors", net)
-    assert torch.equal(loaded(batches[0]), fast(batches[0]))
+    assert torch.equal(loaded(batches[0]), fast.network(batches[0]))

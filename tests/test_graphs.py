@@ -84,7 +84,7 @@ def test_what_cannot_be_captured_stays_eager_and_only_the_log_says_so(made, capl
         found = matrix_of(operator, at)
     assert (found - expected).norm() <= 1e-10 * expected.norm()
     assert made == [None]  # it tried once
-    assert [(r.levelno, r.name) for r in caplog.records] == [(logging.DEBUG, "snows.graphs")]
+    assert [(r.levelno, r.name) for r in caplog.records] == [(logging.DEBUG, "snows.ops.graphs")]
     assert "not permitted" in caplog.text
 
 

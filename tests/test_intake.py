@@ -370,7 +370,7 @@ def test_where_nothing_can_be_compared_nothing_is_folded_and_the_report_says_so(
     assert deployed.report.difference != deployed.report.difference
     assert "nothing was compared" in str(deployed.report)
     assert deployed.report.folded == []
-    assert torch.equal(deployed(images()[0]), net(images()[0]))
+    assert torch.equal(deployed.network(images()[0]), net(images()[0]))
 
 
 def test_extra_state_that_is_no_tensor_does_no_harm():

@@ -48,17 +48,17 @@ def outputs_by_hook(net, inputs):
 def test_a_stream_reaches_every_layer_with_its_real_call(name):
     net, inputs = nets()[name]
     open_attention(net)
-    order = Trace.of(net, inputs)
+    trace = Trace.of(net, inputs)
     with plain_forward():
         seen = outputs_by_hook(net, inputs)
-    stream = Stream(Schedule(net, order), inputs)
-    assert set(order.layers) == set(seen) == set(prunable(net))
-    for layer in order.layers:
+    stream = Stream(Schedule(net, trace), inputs)
+    assert set(trace.start) == set(seen) == set(prunable(net))
+    for layer in trace.start:
         call = stream.advance(layer)
         module = net.get_submodule(layer)
         with torch.no_grad():
             again = (F.conv2d if isinstance(module, nn.Conv2d) else F.linear)(
-                call.x, module.weight, module.bias, **{k: v for k, v in call.settings.items() if k != "kernel"})
+                call.x, module.weight, module.bias, **call.settings)
         assert torch.allclose(again, seen[layer], rtol=0, atol=1e-12)
 
 

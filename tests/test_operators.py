@@ -2,8 +2,7 @@ import math
 
 import pytest
 import torch
-from oracles import dense_gauss_newton, dense_hessian, matrix_of
-from snows.operators import Dense  # TODO
+from oracles import Dense, dense_gauss_newton, dense_hessian, matrix_of
 from torch import nn
 from torch.func import functional_call
 

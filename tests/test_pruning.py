@@ -15,16 +15,16 @@ from torch import nn
 from torch.nn.utils import prune as torch_prune
 
 import snows
-from snows import NM, Newton, Unstructured, zoo
+from snows import NM, Matching, Newton, Unstructured, zoo
 from snows.demo import calibration
 from snows.evaluation import evaluate, logits_of
 from snows.matching.horizon import Horizon
 from snows.matching.normalisation import recalibrate_statistics
 from snows.networks.batches import Batch
-from snows.pruning import _hold_back
+from snows.networks.twins import hold_back
 from snows.sparsity import rows
 
-quiet = partial(snows.prune, select=snows.magnitude, progress=False, horizon=4, solver=Newton(max_iterations=4))
+quiet = partial(snows.prune, select=snows.magnitude, progress=False, matching=Matching(4), solver=Newton(max_iterations=4))
 
 
 def small(seed=0):
@@ -138,7 +138,7 @@ def test_the_zoos_network_keeps_its_function_better_than_masks_and_least_squares
 
     masks = divergence(solver=None, select=snows.magnitude)
     squares = divergence(solver=None, select=snows.least_squares)
-    newton = divergence(horizon=5, select=snows.least_squares)
+    newton = divergence(matching=Matching(5), select=snows.least_squares)
     default = divergence()
     assert default < 0.8 * newton < 0.9 * squares < 0.5 * masks
 
@@ -146,9 +146,8 @@ def test_the_zoos_network_keeps_its_function_better_than_masks_and_least_squares
 def test_the_settings_of_the_published_method():
     """README's row: one step a batch, local unscaled targets; each layer's loss is that of its own unpruned weight."""
     net, batches = small()
-    solver = Newton(gradient="batch", preconditioner="none", max_iterations=10)
-    _, report = snows.prune(net, batches, NM(2, 4), select=snows.magnitude, targets="local", scaling="none", horizon=5, solver=solver,
-                            progress=False)
+    _, report = snows.prune(net, batches, NM(2, 4), select=snows.magnitude, matching=Matching.published(),
+                            solver=Newton.published(max_iterations=10), progress=False)
     done = [x for x in report.layers if not x.reason]
     assert all(x.steps == 3 for x in done)  # three batches, the fourth is held back
     after, before = loss_of(report)
@@ -160,13 +159,13 @@ def test_the_settings_of_the_published_method():
     masked = own * NM(2, 4).mask(own.abs())
     here = horizon.stream(stream[0])
     with torch.no_grad():
-        pairs = zip(horizon.outputs(masked, here), horizon.outputs(own, here), strict=True)
+        pairs = zip(horizon.outputs(masked, here).values(), horizon.outputs(own, here).values(), strict=True)
         assert done[0].before == pytest.approx(sum((a - b).square().mean().item() for a, b in pairs), rel=1e-4)
 
 
 def test_the_last_of_the_largest_batches_is_held_back():
     sizes = [8, 8, 8, 8, 1]
-    training, held = _hold_back([Batch.of(torch.full((n, 2), float(i))) for i, n in enumerate(sizes)])
+    training, held = hold_back([Batch.of(torch.full((n, 2), float(i))) for i, n in enumerate(sizes)])
     assert held.args[0].tolist() == [[3.0, 3.0]] * 8
     assert [x.args[0][0, 0].item() for x in training] == [0, 1, 2, 4]
 
@@ -181,7 +180,7 @@ def test_an_output_that_does_not_depend_on_the_layer_is_not_matched():
             features = self.first(x).tanh()
             return {"features": features, "logits": self.third(self.second(features).tanh())}
 
-    _, report = quiet(settle(Features()), [torch.randn(16, 8) for _ in range(4)], NM(2, 4), horizon="end")
+    _, report = quiet(settle(Features()), [torch.randn(16, 8) for _ in range(4)], NM(2, 4), matching=Matching("end"))
     (done,) = [x for x in report.layers if not x.reason]
     assert done.name == "second"
     assert done.after < 0.9 * done.before
@@ -261,9 +260,9 @@ def test_a_run_that_was_stopped_goes_on_and_ends_with_the_same_bits(tmp_path, da
 def test_a_run_that_was_killed_goes_on_and_ends_with_the_same_bits(tmp_path):
     script = f"""
 import sys, torch; sys.path.insert(0, {os.path.dirname(__file__)!r})
-from test_pruning import quiet, small, NM
+from test_pruning import Matching, quiet, small, NM
 net, batches = small()
-quiet(net, batches, NM(2, 4), horizon='end', out={str(tmp_path / "run")!r}, resume=True)
+quiet(net, batches, NM(2, 4), matching=Matching('end'), out={str(tmp_path / "run")!r}, resume=True)
 """
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([os.path.dirname(os.path.dirname(__file__)), *sys.path])}
     process = subprocess.Popen([sys.executable, "-c", script], env=environment)
@@ -274,8 +273,8 @@ quiet(net, batches, NM(2, 4), horizon='end', out={str(tmp_path / "run")!r}, resu
     process.wait()
     assert any(layers.glob("*.safetensors"))  # it got somewhere before it was killed
     net, batches = small()
-    resumed, _ = quiet(net, batches, NM(2, 4), horizon="end", out=tmp_path / "run", resume=True)
-    whole, _ = quiet(net, batches, NM(2, 4), horizon="end")
+    resumed, _ = quiet(net, batches, NM(2, 4), matching=Matching("end"), out=tmp_path / "run", resume=True)
+    whole, _ = quiet(net, batches, NM(2, 4), matching=Matching("end"))
     assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), resumed.state_dict().values(), strict=True))
 
 
@@ -284,7 +283,7 @@ def test_a_run_is_not_mixed_with_another(tmp_path):
     quiet(net, batches, NM(2, 4), out=tmp_path, solver=None)
     content = (tmp_path / "model.safetensors").read_bytes()
     other, _ = small(1)
-    for change, word in (({"pattern": NM(1, 4)}, "pattern"), ({"horizon": 3}, "horizon"), ({"seed": 1}, "seed"),
+    for change, word in (({"pattern": NM(1, 4)}, "pattern"), ({"matching": Matching(3)}, "horizon"), ({"seed": 1}, "seed"),
                          ({"model": other}, "model"), ({"batches": batches[:2]}, "data")):
         call = {"model": net, "batches": batches, "pattern": NM(2, 4), "out": tmp_path, "resume": True, "solver": None} | change
         with pytest.raises(ValueError, match=f"resume: .*{word}"):
@@ -369,9 +368,6 @@ WRONG = {
     "images of another shape": (plain, [torch.randn(8, 5)], NM(2, 4), {}, r"cannot run a batch of torch.float32 of \(8, 5\)"),
     "one batch of another shape": (plain, [x, x, torch.randn(8, 5)], NM(2, 4), {}, r"cannot run a batch of torch.float32 of \(8, 5\)"),
     "images of another dtype": (plain, [x.double()], NM(2, 4), {}, "cannot run a batch of torch.float64"),
-    "targets": (plain, [x], NM(2, 4), {"targets": "mine"}, "targets to be one of dense, local"),
-    "scaling": (plain, [x], NM(2, 4), {"scaling": "mine"}, "scaling to be one of output, variance, none"),
-    "horizon": (plain, [x], NM(2, 4), {"horizon": -1}, "horizon to be a whole number"),
     "cap": (plain, [x], Unstructured(0.5), {"cap": math.nan}, "cap to be above 0 and at most 1, got nan"),
     "seed": (plain, [x], NM(2, 4), {"seed": -1}, "seed to be a whole number"),
     "resume of nothing": (plain, [x], NM(2, 4), {"resume": True}, "resume=True needs out="),
@@ -389,7 +385,19 @@ def test_bad_input_gets_one_clear_sentence(name):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(("setting", "message"), [
+    ({"targets": "mine"}, "Matching: expected targets to be one of dense, local, got 'mine'"),
+    ({"metric": "mine"}, "Matching: expected metric to be one of output, variance, none, got 'mine'"),
+    ({"horizon": -1}, 'Matching: expected horizon to be a whole number of at least 0, or "end", got -1'),
+    ({"horizon": True}, "Matching: expected horizon to be a whole number"),
+])
+def test_a_setting_of_matching_that_is_none(setting, message):
+    with pytest.raises(ValueError, match=message):
+        Matching(**setting)
+
+
 @pytest.mark.parametrize(("pattern", "settings", "message"), [
+    (NM(2, 4), {"matching": 3}, "expected matching to be a snows.Matching, got 3"),
     ("2:4", {}, "parse_pattern reads texts"), ({"2": "2:4"}, {}, "for 2, got '2:4'"), (NM(2, 4), {"solver": "newton"}, "snows.Newton or None"),
     (NM(2, 4), {"select": "magnitude"}, "expected select to be a rule"),
 ])

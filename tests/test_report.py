@@ -2,15 +2,16 @@
 
 import json
 import math
-from functools import partial
 
 import pytest
 import torch
+from models import small
 from rich.console import Console
 from torch import nn
 
 import snows
-from snows.choosing.measuring import Race
+from snows.choosing.measuring import Race, Stopwatch
+from snows.results.page import run_page
 from snows.results.report import DeployedLayer, Deployment, LayerReport, Report
 
 NAMES = ("[/red]", "a[relu]", "[bold]x[/bold]", r"back\[slash")
@@ -31,8 +32,8 @@ class Named(nn.Module):
 def test_names_are_data(capsys):
     net, batches = Named().eval(), [torch.randn(8, 8) for _ in range(4)]
     sparse, report = snows.prune(net, batches, snows.NM(2, 4))
-    deployed = snows.deploy(sparse, batches[0], objective="size")
-    for text in (str(report), report.to_html()):
+    deployed = small(sparse, batches[0])
+    for text in (str(report), run_page(report)):
         assert all(name in text for name in NAMES)
     assert all(name in str(deployed.report) for name in NAMES[1:3])  # the first and the last layer have no zeros
 
@@ -96,23 +97,33 @@ def test_the_stop_of_a_default_run_is_its_setting():
     assert {x.stop for x in report.layers if not x.reason} == {"5 iterations, as set"}
 
 
+class Told(Stopwatch):
+    """A stopwatch that shows what it is told."""
+
+    def __init__(self, layers, whole):
+        super().__init__()
+        self.__dict__.update(layers=layers, whole=whole)
+
+    def layer(self, runs, undecided):
+        return Race(self.layers)
+
+    def network(self, runs, undecided):
+        return Race(self.whole)
+
+
 def test_deploy_says_where_times_scatter(monkeypatch):
     net = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 12), nn.Linear(12, 4)).eval()
     for layer in net:
         layer.weight.data *= snows.NM(2, 4).mask(layer.weight.abs())
     monkeypatch.setattr(snows.SparseLinear, "kernel", "native")
-    quiet = partial(snows.deploy, net, torch.randn(3, 8), progress=False)
 
-    def race(layers, whole):
-        return lambda runs, seconds, undecided: Race([tuple(x[: len(runs)]) for x in (whole if len(runs) > 2 else layers)])
+    def notes(layers, whole, **settings):
+        return snows.deploy(net, torch.randn(3, 8), stopwatch=Told(layers, whole), progress=False, **settings).report.notes
 
-    steady, wild = [(2.0, 1.0, 1.0)] * 5, [(2.0, 1.0), (1.0, 2.0), (3.0, 1.0), (1.0, 3.0), (2.0, 1.0)]
-    monkeypatch.setattr(deployment, "race", race(steady, [(3.0, 2.0, 1.0)] * 5))
-    assert quiet().report.notes == []
-    monkeypatch.setattr(deployment, "race", race(wild, [(3.0, 2.0, 1.0)] * 5))
-    (note,) = quiet().report.notes
+    steady, wild = [(2.0, 1.0)] * 5, [(2.0, 1.0), (1.0, 2.0), (3.0, 1.0), (1.0, 3.0), (2.0, 1.0)]
+    assert notes(steady, [(3.0, 2.0, 1.0)] * 5) == []
+    (note,) = notes(wild, [(3.0, 2.0, 1.0)] * 5)
     assert note.startswith("The times of 3 of 3 kinds of layer scatter by more than 10 %")
-    monkeypatch.setattr(deployment, "race", race(steady, [(3.0, *x) for x in wild]))
-    (note,) = quiet().report.notes
+    (note,) = notes(steady, [(3.0, *x) for x in wild])
     assert note.startswith("The times of the whole network scatter")
-    assert "scatter" not in str(quiet(objective="size").report)
+    assert notes(wild, [(3.0, *x) for x in wild], objective="size") == []

@@ -10,7 +10,7 @@ from snows.sparsity import rows
 
 
 def conv_call(x, groups=1):
-    return Call(F.conv2d, x, {"kernel": (3, 3), "stride": 1, "padding": 1, "dilation": 1, "groups": groups})
+    return Call(F.conv2d, x, (3, 3), {"stride": 1, "padding": 1, "dilation": 1, "groups": groups})
 
 
 def identity(groups, out):
@@ -20,7 +20,7 @@ def identity(groups, out):
 def linear_case():
     mix = torch.randn(8, 8, dtype=torch.float64)
     dense, sparse = (torch.randn(60, 8, dtype=torch.float64) @ mix for _ in range(2))
-    calls = [[Call(F.linear, x[:25], {}), Call(F.linear, x[25:], {})] for x in (sparse, dense)]
+    calls = [[Call(F.linear, x[:25]), Call(F.linear, x[25:])] for x in (sparse, dense)]
     return torch.randn(6, 8, dtype=torch.float64), LayerStatistics(*calls, identity(1, 6)), sparse, dense
 
 
@@ -57,7 +57,7 @@ def test_cross_pairs_the_dense_layer_with_the_pruned_rows(groups):
 def test_wanda_by_hand():
     weight = torch.tensor([[1.0, -2.0, 3.0, 4.0]])
     x = torch.tensor([[8.0, 0.1, 1.0, 0.2], [0.0, 0.0, 1.0, 0.0]])
-    statistics = LayerStatistics([Call(F.linear, x, {})], [Call(F.linear, x, {})], identity(1, 1))
+    statistics = LayerStatistics([Call(F.linear, x)], [Call(F.linear, x)], identity(1, 1))
     # |w| ‖x‖: 8, 0.2, 4.2, 0.8
     assert wanda(weight, statistics, NM(2, 4)).mask.tolist() == [[True, False, True, False]]
     assert wanda(weight, statistics, NM(2, 4)).weight.tolist() == [[1.0, 0.0, 3.0, 0.0]]
@@ -122,7 +122,7 @@ def test_alps_comes_near_the_best_of_all_masks(pattern, coupled):
         weight = torch.randn(2, 4, dtype=torch.float64)
         G = torch.randn(12, 2, dtype=torch.float64)
         G = G.T @ G if coupled else torch.eye(2, dtype=torch.float64)
-        calls = [Call(F.linear, X, {})]
+        calls = [Call(F.linear, X)]
         statistics = LayerStatistics(calls, calls, lambda G=G: G[None])
         values = best_masks(weight, X.T @ X / 50, G, pattern)  # mask -> lowest error on it
         mask = alps(weight, statistics, pattern, damping=1e-6, smoothing=1e-6).mask

@@ -2,8 +2,7 @@ import math
 
 import pytest
 import torch
-from oracles import masked_least_squares
-from snows.operators import Dense  # TODO
+from oracles import Dense, masked_least_squares
 
 from snows import Newton
 from snows.solving.cg import Stop, batched_cg, cg

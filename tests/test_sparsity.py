@@ -3,7 +3,8 @@ import torch
 from oracles import best_nm
 
 from snows import NM, Unstructured, ops, parse_pattern, reference
-from snows.sparsity import allocate, rows, unrows
+from snows.choosing.budgets import allocate
+from snows.sparsity import rows, unrows
 
 
 @pytest.mark.parametrize(("n", "m", "columns"), [(1, 4, 16), (2, 4, 20), (3, 8, 24), (2, 4, 7), (3, 32, 70), (1, 2, 1)])

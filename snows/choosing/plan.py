@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
@@ -195,7 +196,7 @@ def checked(select: Selector, name: str, found: Any, weight: Tensor, pattern: Pa
         TypeError: it is no masked weight.
         ValueError: dtypes or shapes are not the weight's, or the mask keeps more than the pattern allows.
     """
-    shape, dtypes = tuple(weight.shape), (weight.dtype, weight.new_empty(0, dtype=bool).dtype)
+    shape, dtypes = tuple(weight.shape), (weight.dtype, torch.bool)
     if not (isinstance(found, tuple) and len(found) == 2 and all(isinstance(t, Tensor) for t in found)):
         raise TypeError(f"prune: expected select to return a snows.sparsity.MaskedWeight for {name}, got a {type(found).__name__}")
     for what, tensor, dtype in zip(("weight", "mask"), found, dtypes, strict=True):

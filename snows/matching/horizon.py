@@ -9,12 +9,13 @@ is asked for the same ones.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 
 from snows.networks.attention import plain_forward
 from snows.networks.batches import Batch, output_tensors
@@ -35,6 +36,7 @@ class _Window(Watch):
         super().__init__(net)
         self.target, self.weight = layer, weight
         self.found: Outputs = {}
+        self.protects = False  # whether to keep what derivatives need from changes in place
 
     def layer(self, name: str, call: Call, args: Any, kwargs: Any) -> Any:
         if name != self.target:
@@ -51,7 +53,9 @@ class _Window(Watch):
             return None
         counted = known(func).counted
         name = self.frame.operation(func) if counted else ""  # before the layer runs too: numbers count from the call's start
-        if func is F.conv2d and self.found:
+        if self.protects and self.found:
+            out = _protected(func, args, kwargs)
+        elif func is F.conv2d and self.found:
             out = conv2d(*args, **kwargs)
         else:
             out = reroute(func, args, kwargs)
@@ -92,7 +96,7 @@ class _Follow(_Window):
 
     def __init__(self, net: nn.Module, layer: str, weight: Tensor, horizon: Horizon) -> None:
         super().__init__(net, layer, weight)
-        self.horizon = horizon
+        self.horizon, self.protects = horizon, horizon.tolerant
 
     def gather(self, name: str, out: Tensor) -> Tensor:
         if name not in self.horizon.wanted:
@@ -179,14 +183,34 @@ class Horizon:
         net = x.schedule.net
         watch = _Follow(net, self.name, weight, self)
         output = None
-        changes = torch.autograd.graph.allow_mutation_on_saved_tensors() if self.tolerant else nullcontext()
-        with frozen(net), plain_forward(), x.answering(), changes, watch, suppress(Finished):
+        with frozen(net), plain_forward(), x.answering(), watch, suppress(Finished):
             output = x.batch.through(net)
         found = watch.found
         if self.to_end:
             seen, tensors = {id(x) for x in found.values()}, output_tensors(output)
             found |= {f"output {i}": tensors[i] for i in self.ends if i < len(tensors) and id(tensors[i]) not in seen}
         return found
+
+
+def _protected(func: Any, args: Any, kwargs: Any) -> Any:
+    """Call a function on copies, and return a copy, so that no later change in place reaches what a derivative needs.
+
+    A function that changes its input, or returns a view of it, is called on the input itself.
+    """
+    copies: list[Tensor] = []
+
+    def copied(x: Any) -> Any:
+        if not isinstance(x, Tensor) or not x.requires_grad:
+            return x
+        copies.append(x.clone())
+        return copies[-1]
+
+    out = reroute(func, *tree_map(copied, (args, kwargs)))
+    storages = {x.untyped_storage().data_ptr() for x in copies}
+    made = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
+    if any(x._version for x in copies) or any(x.untyped_storage().data_ptr() in storages for x in made):
+        return reroute(func, args, kwargs)
+    return tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, out)
 
 
 @contextmanager

@@ -44,7 +44,7 @@ def mask_of(layer: nn.Module, name: str = "the layer") -> Tensor:
     Raises:
         ValueError: the weight is not zero off the mask beside it: it was changed after pruning.
     """
-    weight: Tensor = layer.weight.detach()  # type: ignore[operator, union-attr, assignment]
+    weight: Tensor = layer.weight.detach()  # type: ignore[operator]
     mask = kept_mask(layer)
     if mask is None:
         return weight != 0

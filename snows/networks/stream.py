@@ -229,15 +229,15 @@ def keeps_state(schedule: Schedule, one: Batch, other: Batch) -> bool:
         one: a few samples.
         other: as many other samples, of the same shapes.
     """
+    first, second = Stream(schedule, one), Stream(schedule, other)
     with torch.no_grad(), plain_forward():
-        wanted = output_tensors(one.through(schedule.net))
-        first, second = Stream(schedule, one), Stream(schedule, other)
+        wanted = output_tensors(first.on_device().batch.through(schedule.net))
         for layer in schedule.trace.start:
             first.advance(layer)
             second.advance(layer)
             try:
                 with first.answering(copies=True):
-                    found = output_tensors(one.through(schedule.net))
+                    found = output_tensors(first.on_device().batch.through(schedule.net))
             except Exception:  # state of other shapes, for example
                 return True
             if len(found) != len(wanted) or not all(map(_close, found, wanted)):

@@ -68,7 +68,7 @@ class Trace:
 
     Attributes:
         events: the functions called, in order.
-        layers: how each layer that ran is applied, in order of the first call.
+        layers: how each layer is applied, in order of the first call; last those that only share or show their weight.
         start: the time of each layer's first call; times count events and returns of modules.
         last_read: by module, the time after which no code that a late start runs reads its output.
         called: how often each module was called.
@@ -263,13 +263,12 @@ class _Tracing(Watch):
         for owner in self.reads[0]:  # read by the network's own code, which always runs
             trace.last_read[owner] = float("inf")
         trace.returned = {self.number(x) for x in trace.outputs}
-        trace.layers = {name: trace.layers[name] for name in (*trace.start, *(set(trace.layers) - set(trace.start)))
-                        if name in trace.start}
+        trace.layers = {name: trace.layers[name] for name in dict.fromkeys((*trace.start, *trace.layers))}
         owners = defaultdict(list)
         for name, module in prunable(self.net).items():
             owners[id(module.weight)].append(name)
         for names in owners.values():
             for name in names if len(names) > 1 else ():
-                if name in trace.layers:
-                    trace.layers[name].oddity = f"it shares its weight with {', '.join(n for n in names if n != name)}"
+                others = ", ".join(other for other in names if other != name)
+                trace.layers.setdefault(name, Use()).oddity = f"it shares its weight with {others}"
         return trace

@@ -152,10 +152,12 @@ class Twins:
         kinds: dict[Any, list[Batch]] = {}
         for x in self.batches:
             (sample, *_) = x.split(1)
-            kinds.setdefault(tuple((t.dtype, t.shape) for t in sample.tensors()), []).append(sample.to(self.device))
+            kinds.setdefault(tuple((t.dtype, t.shape) for t in sample.tensors()), []).append(sample)
         found = next((x for x in kinds.values() if len(x) > 1), None)
         schedule = self.schedules[1]
-        if found is not None and not schedule.whole and keeps_state(schedule, found[0], found[-1]):
+        if found is None or schedule.whole:
+            return
+        if keeps_state(schedule, found[0], found[-1]):
             self._from_the_front("Modules keep state from one call to the next, which the network reads")
 
     def _from_the_front(self, reason: str) -> None:
@@ -216,9 +218,9 @@ class Twins:
         net = self.sparse
         net.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
         close_attention(net)
-        for name, module in prunable(self.model).items():
+        for name, layer in prunable(self.model).items():
             weight: Any = net.get_submodule(name).weight
-            weight.data = torch.empty_like(module.weight).copy_(weight.data)
+            weight.data = torch.empty_like(layer.weight).copy_(weight.data)
         for entry in self.carried:
             new = self.masks.get(entry.layer) if entry.is_weight else None
             if new is None:

@@ -101,7 +101,7 @@ class Watch(TorchFunctionMode):
 
     def __enter__(self) -> Any:
         self._hooks = [register_module_forward_pre_hook(self._before), register_module_forward_hook(self._after)]
-        return super().__enter__()
+        return super().__enter__()  # type: ignore[no-untyped-call]
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
         super().__exit__(kind, value, trace)  # type: ignore[no-untyped-call]

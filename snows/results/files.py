@@ -23,6 +23,8 @@ from snows.networks.layers import copied, prunable
 from snows.results.formats import VERSION, edits_in
 from snows.results.storage import digest, state, write
 
+ACTIVATIONS: dict[str | None, tuple[type[nn.Module], ...]] = {"relu": (nn.ReLU,), "gelu": (nn.GELU,)}
+
 
 def save(network: Any, path: Path | str) -> None:
     """Write a network with packed layers to a safetensors file, whole or not at all.
@@ -118,7 +120,7 @@ def _compare(net: nn.Module, packs: list[Pack], tensors: dict[str, Tensor]) -> N
         except AttributeError:
             raise ValueError(f"there is no module {name}") from None
         if edit.absorbs:
-            module_at(net, edit.absorbs, "which no layer computes", (nn.ReLU, nn.GELU, nn.Identity))
+            module_at(net, edit.absorbs, f"no {edit.activation}", ACTIVATIONS.get(edit.activation, ()))
         weight = expected.pop(inside(name, "weight"), None)
         if not isinstance(module, nn.Linear | nn.Conv2d) or weight != tuple(edit.shape):
             problems.append(f"{name} has a weight of {weight}, the file one of {tuple(edit.shape)}")

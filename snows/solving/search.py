@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class Search(NamedTuple):
-    """Where a line search ended: the step's size (0.0 if nothing helped), the loss there, the losses it asked for."""
+    """Say where a line search ended: the step's size (0.0 if nothing helped), the loss there, the losses it asked for."""
 
     size: float
     value: float
