@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip install --no-compile --disable-pip-version-check --c
 COMPLAIN := { test ! -e snows/build.txt || sed -n '2s,{log},snows/build.log,p' snows/build.txt; }
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*/*)
 
-VARY := horizon=0,3,10,end targets=local scaling=none preconditioner=kronecker,none samples=256,512,3000 batch=64,256 \
+VARY := horizon=0,3,10,end targets=local metric=none preconditioner=kronecker,none samples=256,512,3000 batch=64,256 \
   passes=2 max_iterations=3,10 gradient=batch curvature=hessian
 
 .PHONY: demo test check bench accuracy ablations gpu clean

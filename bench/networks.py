@@ -31,7 +31,7 @@ with contextlib.suppress(ImportError):  # torchvision beside a CPU build of torc
 
 def masked(source: str, pattern: snows.NM | snows.Unstructured, example):
     model = load_model(source, random_weights=not source.startswith("zoo:")).model
-    return snows.prune(model, [example], pattern, select=snows.magnitude, solver=None, recalibrate=False, progress=False)[0]
+    return snows.prune(model, [example], pattern, select=snows.magnitude, solver=None, recalibrate=False, progress=False).network
 
 
 def frozen(model, example):
@@ -58,13 +58,13 @@ def main() -> None:
         text, _, images = rest.partition("@")
         x = torch.randn(int(images), *((1, 28, 28) if source.startswith("zoo:") else (3, 224, 224)))
         net = masked(source, snows.parse_pattern(text), x)
-        deployed = snows.deploy(net, x)
+        deployed, report = snows.deploy(net, x)
         last = copy.deepcopy(net).to(memory_format=torch.channels_last)
         x_last = x.contiguous(memory_format=torch.channels_last) if source != "zoo:vit" else x
         runs = {"eager": (net, x), "eager channels last": (last, x_last), "torch.compile frozen": (frozen(net, x), x),
                 "snows": (deployed, x), "snows, torch.compile frozen": (frozen(deployed, x), x)}
         wanted = outputs(net, Batch.of(x))
-        case = f"{source} {text}, {images} images, {sum(not r.reason for r in deployed.report.layers)} of {len(deployed.report.layers)} packed"
+        case = f"{source} {text}, {images} images, {sum(not r.reason for r in report.layers)} of {len(report.layers)} packed"
         with torch.no_grad():
             for name, (run, example) in runs.items():
                 assert difference(wanted, outputs(run, Batch.of(example))) < 1e-3, name  # random weights grow from layer to layer

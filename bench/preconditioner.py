@@ -28,7 +28,7 @@ from snows.networks.trace import Trace
 from snows.selectors import LayerStatistics
 from snows.solving.cg import cg
 from snows.solving.operators import GaussNewton, Restricted, trace
-from snows.solving.preconditioners import Factors, Kronecker, RowBlocks
+from snows.solving.preconditioners import Kronecker, RowBlocks
 
 
 def layer_counts(net, layer, streams, sensitivities, pattern, damping=1e-3):
@@ -38,13 +38,13 @@ def layer_counts(net, layer, streams, sensitivities, pattern, damping=1e-3):
         return None
     horizon = Horizon(net, layer, 3, streams[0])
     generator = torch.Generator().manual_seed(0)
-    metrics = sensitivities.of(layer, horizon.counted)
+    metrics = sensitivities.of(horizon.operations)
     with torch.no_grad():
         targets = horizon.outputs(weight, streams[0])
     loss = Reconstruction(horizon, streams[0], targets, metrics)
-    statistics_ = LayerStatistics(calls, calls, lambda: metrics[0].matrix(len(weight)))
+    statistics_ = LayerStatistics(calls, calls, lambda: metrics[horizon.operations[0]].matrix(len(weight)))
     masked = alps(weight, statistics_, pattern)
-    factors = Factors(statistics_.gram, statistics_.sensitivity)
+    factors = statistics_.factors
     H = GaussNewton(loss, masked.weight)
     mean = trace(H, masked.mask, probes=4, generator=generator).mean / int(masked.mask.sum())
     A, b = Restricted(H, masked.mask, damping * mean), -H.grad * masked.mask
@@ -65,11 +65,11 @@ def main():
     args = parser.parse_args()
     net = zoo.load(args.network).to(memory_format=torch.channels_last)
     inputs = [Batch.of(x) for x in calibration(256, 64)]
-    order = Trace.of(net, inputs[0])
-    plan = Schedule(net, order)
+    watched = Trace.of(net, inputs[0])
+    plan = Schedule(net, watched)
     streams = [Stream(plan, x) for x in inputs]
     sensitivities = OutputSensitivity(net, inputs[-1], torch.Generator().manual_seed(0))
-    rows = [row for layer in order.layers[1:-1] if (row := layer_counts(net, layer, streams, sensitivities, parse_pattern(args.pattern)))]
+    rows = [row for layer in list(watched.start)[1:-1] if (row := layer_counts(net, layer, streams, sensitivities, parse_pattern(args.pattern)))]
     medians = {name: statistics.median(row[name] for row in rows) for name in ("none", "kronecker", "rows")}
     ratio = statistics.median(row["rows"] / row["none"] for row in rows)
     result = {"network": args.network, "pattern": args.pattern, "torch": torch.__version__, "machine": platform.machine(),

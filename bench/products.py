@@ -14,12 +14,10 @@ the others, over the time taken.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +27,6 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 from turns import in_turns, keep, large_product
 
-from snows.matching import horizon
 from snows.matching.horizon import Horizon
 from snows.matching.losses import Reconstruction
 from snows.networks.batches import Batch
@@ -70,16 +67,13 @@ def product(name: str, implementation: str) -> GaussNewton:
     net, x = make().eval().to(DEVICE), torch.randn(shape, device=DEVICE)
     if len(shape) == 4:
         net, x = net.to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last)
-    window = Horizon(net, layer, k, Batch.of(x))
+    run = {"run": lambda func, args, kwargs: func(*args, **kwargs)} if implementation == "eager" else {}
+    window = Horizon(net, layer, k, Batch.of(x), **run)
     stream = window.stream(Batch.of(x))
     weight = net.get_submodule(layer).weight.detach()
-    with contextlib.ExitStack() as stack:
-        if implementation == "eager":
-            stack.enter_context(mock.patch.object(horizon, "reroute", lambda func, args, kwargs: func(*args, **kwargs)))
-            stack.enter_context(mock.patch.object(horizon, "_convolution", lambda args, kwargs: F.conv2d(*args, **kwargs)))
-        with torch.no_grad():
-            targets = window.outputs(weight, stream)
-        operator = GaussNewton(Reconstruction(window, stream, targets), weight + 0.01 * torch.randn_like(weight))
+    with torch.no_grad():
+        targets = window.outputs(weight, stream)
+    operator = GaussNewton(Reconstruction(window, stream, targets), weight + 0.01 * torch.randn_like(weight))
     if implementation == "eager":
         operator.products = graphs.Replayed(None)
     return operator
@@ -94,7 +88,7 @@ def flop_of(operator: GaussNewton, v: Tensor) -> int:
     formulas = {torch.ops.snows.attention_grad: lambda g, q, k, *_, **__: four(q, k),
                 torch.ops.snows.attention_tangent: lambda dq, dk, dv, q, k, *_, **__: four(q, k)}
     with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
-        operator._product(v)
+        operator.product(v)
     total: int = counter.get_total_flops()
     return total
 
@@ -119,7 +113,7 @@ def main() -> None:
         v = torch.randn_like(ours.grad)
         runs: dict[str, Callable[[Tensor], Tensor]] = {"snows": ours.__matmul__, "eager": eager.__matmul__}
         if DEVICE == "cuda":
-            runs["snows without its graph"] = ours._product
+            runs["snows without its graph"] = ours.product
         began = time.perf_counter()
         try:
             runs["torch.compile"] = compiled(eager, v)

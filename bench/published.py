@@ -39,6 +39,7 @@ import snows
 from snows import zoo
 from snows.demo import calibration
 from snows.evaluation import evaluate, logits_of
+from snows.matching.losses import Matching
 from snows.matching.normalisation import recalibrate_statistics
 from snows.networks.batches import Batch
 from snows.solving.newton import Newton
@@ -59,17 +60,17 @@ def in_block(name, _):
 def snows_runs(masks, settings):
     """Name, calibration batch and arguments of each of our runs; all but the last have the magnitude masks."""
     given, fitted = dict(pattern=None, select=masks), dict(pattern=PATTERN, select=snows.least_squares, only=in_block)
-    plain = Newton(gradient="batch", preconditioner="none", max_iterations=10)
+    plain = Newton.published(max_iterations=10)
     yield "masks only", 256, given | dict(solver=None)
     yield "least squares (K = 0)", 256, fitted | dict(solver=None)
     if settings == "equal":
-        yield "the published method, K = 5", 256, given | dict(targets="local", scaling="none", solver=plain, horizon=5)
-        yield "K = 5 from the dense weights", 256, given | dict(solver=Newton(max_iterations=10), horizon=5)
-    yield "K = 5 from least squares", 256, fitted | dict(solver=Newton(max_iterations=10), horizon=5)
-    yield "K = 5 from least squares, default solver, batches of 128", 128, fitted | dict(horizon=5)
+        yield "the published method, K = 5", 256, given | dict(matching=Matching.published(), solver=plain)
+        yield "K = 5 from the dense weights", 256, given | dict(solver=Newton(max_iterations=10), matching=Matching(5))
+    yield "K = 5 from least squares", 256, fitted | dict(solver=Newton(max_iterations=10), matching=Matching(5))
+    yield "K = 5 from least squares, default solver, batches of 128", 128, fitted | dict(matching=Matching(5))
     if settings == "own":
-        yield "K = end from least squares, 3 passes, batches of 128", 128, fitted | dict(horizon="end", solver=Newton(passes=3, max_iterations=10))
-    yield "K = 5, ALPS masks, default solver, batches of 128", 128, dict(pattern=PATTERN, only=in_block, horizon=5)
+        yield "K = end from least squares, 3 passes, batches of 128", 128, fitted | dict(matching=Matching("end"), solver=Newton(passes=3, max_iterations=10))
+    yield "K = 5, ALPS masks, default solver, batches of 128", 128, dict(pattern=PATTERN, only=in_block, matching=Matching(5))
 
 
 class Cut(Exception):  # noqa: N818

@@ -6,31 +6,22 @@ Freed memory stays with the process, for all alike: what the system takes to cle
 from __future__ import annotations
 
 import json
-import statistics
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 
 from snows import memory
+from snows.choosing.measuring import Stopwatch
 
 
 @memory.kept()
 def in_turns(case: str, runs: Mapping[str, Callable[[], object]], rounds: int, **more: object) -> list[dict[str, object]]:
     """One row an implementation: quartiles of its milliseconds over `rounds`, after one run that does not count."""
-    taken: dict[str, list[float]] = {name: [] for name in runs}
-    for turn in range(rounds + 1):
-        for name, run in runs.items():
-            wait()
-            began = time.perf_counter()
-            run()
-            wait()
-            if turn:
-                taken[name].append(1e3 * (time.perf_counter() - began))
+    race = Stopwatch(rounds=rounds, repeats=1).race(list(runs.values()))
     heads = ("quarter ms", "median ms", "three quarters ms")
-    return [{"case": case, "implementation": name, "rounds": rounds, **more, **dict(zip(heads, statistics.quantiles(times, n=4), strict=True))}
-            for name, times in taken.items()]
+    return [{"case": case, "implementation": name, "rounds": rounds, **more, **dict(zip(heads, race.quartiles(i), strict=True))}
+            for i, name in enumerate(runs)]
 
 
 def large_product(device: str) -> tuple[Callable[[], object], int]:
@@ -38,11 +29,6 @@ def large_product(device: str) -> tuple[Callable[[], object], int]:
     width = 8192 if device == "cuda" else 2048
     a, b = torch.randn(2, width, width, device=device)
     return lambda: a @ b, 2 * width**3
-
-
-def wait() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 def keep(path: Path | None, rows: list[dict[str, object]]) -> None:

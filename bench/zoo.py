@@ -43,8 +43,9 @@ def variants(vary):
         name, _, values = entry.partition("=")
         for text in values.split(","):
             value = json.loads(text) if text[0].isdigit() else text
-            newton = name in (f.name for f in fields(snows.Newton))
-            chosen[f"{name} = {text}"] = {"solver": snows.Newton(**{name: value})} if newton else {name: value}
+            homes = {"solver": snows.Newton, "matching": snows.Matching}
+            home = next((key for key, kind in homes.items() if name in (f.name for f in fields(kind))), None)
+            chosen[f"{name} = {text}"] = {home: homes[home](**{name: value})} if home else {name: value}
     return chosen
 
 

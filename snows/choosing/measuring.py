@@ -78,17 +78,16 @@ class Stopwatch:
             undecided: whether to go on for as long again.
         """
         found = Race([])
-        with torch.inference_mode():
-            for run in runs:
-                run()
-            for _ in range(self.repeats):
-                end = time.perf_counter() + seconds
-                rounds = 0
-                while rounds < self.rounds or time.perf_counter() < end:
-                    found.rounds.append(tuple(_milliseconds(run) for run in runs))
-                    rounds += 1
-                if not undecided(found):
-                    break
+        for run in runs:
+            run()
+        for _ in range(self.repeats):
+            end = time.perf_counter() + seconds
+            rounds = 0
+            while rounds < self.rounds or time.perf_counter() < end:
+                found.rounds.append(tuple(_milliseconds(run) for run in runs))
+                rounds += 1
+            if not undecided(found):
+                break
         return found
 
 

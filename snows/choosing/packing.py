@@ -88,9 +88,10 @@ class Packing:
         if key not in self.times:
             x = [_random(shape, stride, packed.values) for shape, stride in use.calls]
             laid = [innermost_images(a) for a in x] if innermost else x
-            self.times[key] = self.stopwatch.layer(
-                [lambda: [dense(a) for a in x], lambda: [packed(a) for a in laid]],
-                lambda race: terms.objective == "speed" and race.scatters(0, 1, terms.margin))
+            with torch.inference_mode():
+                self.times[key] = self.stopwatch.layer(
+                    [lambda: [dense(a) for a in x], lambda: [packed(a) for a in laid]],
+                    lambda race: terms.objective == "speed" and race.scatters(0, 1, terms.margin))
         return self.times[key]
 
     def scatter(self, margin: float) -> list[str]:

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -23,20 +23,19 @@ from snows.networks.functions import known
 from snows.networks.stream import Schedule, Stream
 from snows.networks.trace import Trace
 from snows.networks.watching import Call, Finished, Watch
-from snows.ops.convolution import conv2d
 from snows.ops.routes import reroute
 
 Outputs = dict[str, Tensor]  # by name of the operation, the layer's own first
+Run = Callable[[Any, Any, Any], Any]  # calls a function with positional and keyword arguments
 
 
 class _Window(Watch):
     """Put a weight in place of the layer's own, and gather the operations after it."""
 
-    def __init__(self, net: nn.Module, layer: str, weight: Tensor) -> None:
+    def __init__(self, net: nn.Module, layer: str, weight: Tensor, run: Run) -> None:
         super().__init__(net)
-        self.target, self.weight = layer, weight
+        self.target, self.weight, self.run = layer, weight, run
         self.found: Outputs = {}
-        self.protects = False  # whether to keep what derivatives need from changes in place
 
     def layer(self, name: str, call: Call, args: Any, kwargs: Any) -> Any:
         if name != self.target:
@@ -45,20 +44,15 @@ class _Window(Watch):
             args = (args[0], self.weight, *args[2:])
         else:
             kwargs = {**kwargs, "weight": self.weight}
-        out = conv2d(*args, **kwargs) if call.function is F.conv2d else call.function(*args, **kwargs)
-        return self.gather(self.frame.operation(call.function), out)
+        name = self.frame.operation(call.function)
+        return self.gather(name, self.run(call.function, args, kwargs))
 
     def other(self, func: Any, args: Any, kwargs: Any) -> Any:
         if func is torch._C._set_grad_enabled:  # the network's own no_grad: lifted, or nothing could be fitted through it
             return None
         counted = known(func).counted
         name = self.frame.operation(func) if counted else ""  # before the layer runs too: numbers count from the call's start
-        if self.protects and self.found:
-            out = _protected(func, args, kwargs)
-        elif func is F.conv2d and self.found:
-            out = conv2d(*args, **kwargs)
-        else:
-            out = reroute(func, args, kwargs)
+        out = self.run(func, args, kwargs)
         if counted and self.found:
             return self.operation(name, out)
         return out
@@ -77,8 +71,8 @@ class _Window(Watch):
 class _Learn(_Window):
     """Count an operation where its output needs the weight's gradient."""
 
-    def __init__(self, net: nn.Module, layer: str, weight: Tensor, k: float, counts: Callable[[str], bool]) -> None:
-        super().__init__(net, layer, weight)
+    def __init__(self, net: nn.Module, layer: str, weight: Tensor, run: Run, k: float, counts: Callable[[str], bool]) -> None:
+        super().__init__(net, layer, weight, run)
         self.k, self.counts = k, counts
         self.versions: dict[str, int] = {}
 
@@ -95,8 +89,8 @@ class _Follow(_Window):
     """Gather the operations that were counted, and end the pass after the last."""
 
     def __init__(self, net: nn.Module, layer: str, weight: Tensor, horizon: Horizon) -> None:
-        super().__init__(net, layer, weight)
-        self.horizon, self.protects = horizon, horizon.tolerant
+        super().__init__(net, layer, weight, partial(protected, horizon.run) if horizon.tolerant else horizon.run)
+        self.horizon = horizon
 
     def gather(self, name: str, out: Tensor) -> Tensor:
         if name not in self.horizon.wanted:
@@ -125,17 +119,18 @@ class Horizon:
         k: operations to match after the layer's own output; "end" takes all and the network's output too.
         sample: a batch, or a stream that was advanced to the layer.
         counts: says of an operation's name whether it may be matched; by default all may.
+        run: calls the network's functions; by default through ops that are cheap to differentiate twice.
     """
 
     def __init__(self, net: nn.Module, layer: str, k: int | Literal["end"], sample: Stream | Batch,
-                 counts: Callable[[str], bool] = lambda name: True) -> None:
-        self.net, self.name = net, layer
+                 counts: Callable[[str], bool] = lambda name: True, run: Run = reroute) -> None:
+        self.net, self.name, self.run = net, layer, run
         self.to_end = k == "end"
         self.parameter: nn.Parameter = net.get_submodule(layer).weight  # type: ignore[assignment]
         self.tolerant = False  # whether the network changes in place what a derivative needs
         stream = sample if isinstance(sample, Stream) else self.stream(sample)
         weight = self.parameter.detach().clone().requires_grad_()
-        watch = _Learn(net, layer, weight, float("inf") if k == "end" else int(k), counts)
+        watch = _Learn(net, layer, weight, run, float("inf") if k == "end" else int(k), counts)
         output = None
         with torch.enable_grad(), frozen(net), plain_forward(), stream.answering(copies=True), watch, suppress(Finished):
             output = stream.batch.through(net)
@@ -192,7 +187,7 @@ class Horizon:
         return found
 
 
-def _protected(func: Any, args: Any, kwargs: Any) -> Any:
+def protected(run: Run, func: Any, args: Any, kwargs: Any) -> Any:
     """Call a function on copies, and return a copy, so that no later change in place reaches what a derivative needs.
 
     A function that changes its input, or returns a view of it, is called on the input itself.
@@ -205,11 +200,11 @@ def _protected(func: Any, args: Any, kwargs: Any) -> Any:
         copies.append(x.clone())
         return copies[-1]
 
-    out = reroute(func, *tree_map(copied, (args, kwargs)))
+    out = run(func, *tree_map(copied, (args, kwargs)))
     storages = {x.untyped_storage().data_ptr() for x in copies}
     made = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
     if any(x._version for x in copies) or any(x.untyped_storage().data_ptr() in storages for x in made):
-        return reroute(func, args, kwargs)
+        return run(func, args, kwargs)
     return tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, out)
 
 

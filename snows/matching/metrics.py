@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from snows.matching.horizon import frozen
+from snows.matching.horizon import Run, frozen, protected
 from snows.networks.attention import plain_forward
 from snows.networks.batches import Batch, first_line, output_tensors
 from snows.networks.functions import channel_of, known
@@ -105,19 +106,13 @@ class OutputSensitivity:
 
     def __init__(self, net: nn.Module, batch: Batch, generator: torch.Generator) -> None:
         self.note = ""
-        watch = _Measuring(net, generator)
-        try:
-            with torch.enable_grad(), frozen(net), plain_forward():
-                with watch:
-                    output = batch.through(net)
-                ends = [y for y in output_tensors(output) if y.requires_grad]
-                noise = [torch.randn(y.shape, generator=generator, dtype=y.dtype).to(y.device)
-                         / (y.numel() * variance(y.detach())) ** 0.5 for y in ends]
-                if ends:
-                    torch.autograd.backward(ends, noise)
-        except (RuntimeError, NotImplementedError) as error:
-            self.note = first_line(error)
-        self._metrics = watch.metrics
+        self._metrics: dict[str, Metric | None] = {}
+        for run in (_plain, partial(protected, _plain)):  # the second for a network that changes in place what a derivative needs
+            try:
+                self._metrics, self.note = _measured(net, batch, generator, run), ""
+                return
+            except (RuntimeError, NotImplementedError) as error:
+                self.note = first_line(error)
 
     def of(self, names: Iterable[str]) -> dict[str, Metric]:
         """Return the metrics of operations by name; empty if the output depends on none of them, or nothing was measured.
@@ -131,12 +126,30 @@ class OutputSensitivity:
         return {} if all(metric.is_zero for metric in found.values()) else found
 
 
+def _plain(func: Any, args: Any, kwargs: Any) -> Any:
+    return func(*args, **kwargs)
+
+
+def _measured(net: nn.Module, batch: Batch, generator: torch.Generator, run: Run) -> dict[str, Metric | None]:
+    """Pull noise back from the output to every operation, and return the metrics by name; None where nothing arrives."""
+    watch = _Measuring(net, generator, run)
+    with torch.enable_grad(), frozen(net), plain_forward():
+        with watch:
+            output = batch.through(net)
+        ends = [y for y in output_tensors(output) if y.requires_grad]
+        noise = [torch.randn(y.shape, generator=generator, dtype=y.dtype).to(y.device)
+                 / (y.numel() * variance(y.detach())) ** 0.5 for y in ends]
+        if ends:
+            torch.autograd.backward(ends, noise)
+    return watch.metrics
+
+
 class _Measuring(Watch):
     """Measure what gradient reaches the output of each operation."""
 
-    def __init__(self, net: nn.Module, generator: torch.Generator) -> None:
+    def __init__(self, net: nn.Module, generator: torch.Generator, run: Run) -> None:
         super().__init__(net)
-        self.generator = generator
+        self.generator, self.run = generator, run
         self.metrics: dict[str, Metric | None] = {}
         self.channels: dict[int, tuple[weakref.ref[Tensor], int]] = {}  # by id: the dimension that holds a tensor's channels
 
@@ -150,7 +163,7 @@ class _Measuring(Watch):
         name = self.frame.operation(func) if counted else ""
         inputs = [(x, self.channels[id(x)][1]) for x in tree_leaves((args, kwargs))
                   if isinstance(x, Tensor) and id(x) in self.channels and self.channels[id(x)][0]() is x]
-        out = func(*args, **kwargs)
+        out = self.run(func, args, kwargs)
         if counted:
             first = out[0] if isinstance(out, tuple) else out
             measured = self.measured(name, first, channel_of(func, inputs, first))

@@ -23,6 +23,7 @@ from snows.networks.trace import Trace
 from snows.networks.watching import Call, Finished, Watch
 
 Output = tuple[str, int]  # a module, and which of its calls
+ROUNDING = 1e-5  # of the largest entry: sums in float32 on a device that adds in any order
 
 
 @dataclass
@@ -246,5 +247,7 @@ def keeps_state(schedule: Schedule, one: Batch, other: Batch) -> bool:
 
 
 def _close(a: Tensor, b: Tensor) -> bool:
-    scale = float(b.abs().max()) if b.numel() else 0.0
-    return a.shape == b.shape and torch.allclose(a, b, rtol=1e-3, atol=1e-4 * scale)
+    """Say whether two outputs of the same operations on the same numbers are equal but for rounding."""
+    if a.shape != b.shape or not b.numel():
+        return a.shape == b.shape
+    return bool((a - b).abs().max() <= ROUNDING * b.abs().max())

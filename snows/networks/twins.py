@@ -142,7 +142,9 @@ class Twins:
             if found not in routes:
                 routes.append(found)
                 calls |= Counter(found)
-                order += [name for name in dict.fromkeys(found) if name not in order]
+                for before, name in zip(["", *found], found, strict=False):  # a layer new to the order comes after the one before it
+                    if name not in order:
+                        order.insert(order.index(before) + 1 if before else 0, name)
         if len(routes) > 1:
             self._from_the_front("Batches take different ways through the network")
         return order, calls

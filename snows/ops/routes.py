@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from snows import ops
+from snows.ops.convolution import conv2d
 
 
 def reroute(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -106,6 +107,7 @@ def _entered(composite: Any) -> Callable[..., Any]:
 
 
 ROUTES: dict[Callable[..., Any], Callable[..., Any]] = {
+    F.conv2d: conv2d,
     F.gelu: _gelu,
     F.layer_norm: _layer_norm,
     F.batch_norm: _batch_norm,

@@ -20,14 +20,19 @@ from snows.ops import graphs
 
 
 class Loss(Protocol):
-    """A function of one weight: ``½ Σ <r, M r>`` over its `residuals` r, each with a symmetric map M of its own, positive semi-definite."""
+    """A function of one weight: ``½ Σ <r, M r>`` over its residuals r.
+
+    Each residual has a symmetric positive semi-definite map M of its own.
+    """
 
     def __call__(self, weight: Tensor) -> Tensor: ...
 
-    def residuals(self, weight: Tensor) -> Sequence[Tensor]: ...
+    def residuals(self, weight: Tensor) -> Sequence[Tensor]:
+        """Return the residuals, differentiable by the weight."""
+        ...
 
     def weigh(self, residuals: Sequence[Tensor]) -> Sequence[Tensor]:
-        """``M r`` for each, or for what is shaped like them: the loss's derivative by its residuals."""
+        """Return ``M r`` for each, or for what is shaped like them: the loss's derivative by its residuals."""
         ...
 
 
@@ -36,12 +41,12 @@ class LinearOperator(abc.ABC):
 
     @abc.abstractmethod
     def __matmul__(self, v: Tensor) -> Tensor:
-        """Apply the map to `v`; same shape and dtype."""
+        """Apply the map to `v`; the product has its shape and dtype."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A Monte-Carlo mean and the standard error of it."""
+    """Hold a Monte-Carlo mean and its standard error."""
 
     mean: float
     error: float
@@ -84,10 +89,10 @@ class Curvature(LinearOperator):
         self.products = graphs.Replayed(graphs.capture if at.is_cuda else None)
 
     def __matmul__(self, v: Tensor) -> Tensor:
-        return self.products(self._product, v)
+        return self.products(self.product, v)
 
     @abc.abstractmethod
-    def _product(self, v: Tensor) -> Tensor:
+    def product(self, v: Tensor) -> Tensor:
         """Compute a product eagerly."""
 
 
@@ -121,7 +126,7 @@ class Hessian(Curvature):
         self.value = value.item()
         self.grad = self._grad.detach()
 
-    def _product(self, v: Tensor) -> Tensor:
+    def product(self, v: Tensor) -> Tensor:
         if not self._grad.requires_grad:  # a loss linear in the weight
             return torch.zeros_like(v)
         (product,) = torch.autograd.grad(self._grad, self._at, v, retain_graph=True, materialize_grads=True)
@@ -152,7 +157,7 @@ class GaussNewton(Curvature):
         self.value = half_inner(found, self._cotangents).item()
         self.grad = self._pullback.detach()
 
-    def _product(self, v: Tensor) -> Tensor:
+    def product(self, v: Tensor) -> Tensor:
         tangents = torch.autograd.grad(self._pullback, self._cotangents, v, retain_graph=True)
         (product,) = torch.autograd.grad(self._residuals, self._at, self._loss.weigh(tangents), retain_graph=True)
         return product
