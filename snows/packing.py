@@ -26,7 +26,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from snows import ops, reference
+from snows import ops
+from snows.reference import masks
+from snows.reference.packed import code_bits
 from snows.sparsity import NM, Unstructured, rows
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -76,7 +78,7 @@ def pack(weight: Tensor, mask: Tensor | None, pattern: NM | Unstructured) -> Pac
     if isinstance(pattern, NM):
         values, codes = _pack_groups(matrix, kept, pattern)
     else:
-        values, codes = matrix[kept], _stream(kept.flatten())
+        values, codes = matrix[kept], masks.pack_bits(kept.flatten())
     return Packed(values, codes, pattern, tuple(weight.shape))
 
 
@@ -121,13 +123,13 @@ def check(packed: Packed) -> None:
     if packed.values.dtype not in DTYPES:
         raise ValueError(f"packed weight: expected values in float32, float16, bfloat16 or float64, got {packed.values.dtype}")
     groups = -(-columns // m) if m else 0
-    bits = out * groups * reference.code_bits(n, m) if m else out * columns
+    bits = out * groups * code_bits(n, m) if m else out * columns
     if packed.codes.dtype != torch.uint8 or packed.codes.shape != (-(-bits // 8),):
         raise ValueError(f"packed weight: expected {-(-bits // 8)} bytes of codes for {packed.shape} in {packed.pattern}, "
                          f"got {tuple(packed.codes.shape)} {packed.codes.dtype}")
     if m and packed.values.shape != (out, groups * n):
         raise ValueError(f"packed weight: expected {(out, groups * n)} values, got {tuple(packed.values.shape)}")
-    stored = _legal(packed.codes, out, groups, n, m) if m else reference.to_bits(packed.codes, bits).sum()
+    stored = _legal(packed.codes, out, groups, n, m) if m else masks.unpack_bits(packed.codes, (bits,)).sum()
     if int(stored) != packed.values.numel():
         raise ValueError(f"packed weight: expected codes for {packed.values.numel()} stored values, got codes for {int(stored)}; "
                          "they are corrupt, or from another weight")
@@ -164,21 +166,15 @@ def _pack_groups(matrix: Tensor, kept: Tensor, pattern: NM) -> tuple[Tensor, Ten
     values = F.pad(matrix, pad).unflatten(1, (-1, m)).gather(-1, positions).flatten(1)
     width = (m - 1).bit_length()
     if n * width > m:
-        return values, _stream(torch.zeros_like(groups).scatter(-1, positions, True).flatten())
+        return values, masks.pack_bits(torch.zeros_like(groups).scatter(-1, positions, True).flatten())
     places = torch.arange(width, device=matrix.device)
-    return values, _stream((positions[..., None] >> places & 1).flatten())
-
-
-def _stream(bits: Tensor) -> Tensor:
-    """Bits as bytes, the least significant bit first."""
-    octets = F.pad(bits.byte(), (0, -bits.numel() % 8)).view(-1, 8)
-    return (octets << torch.arange(8, dtype=torch.uint8, device=bits.device)).sum(-1, dtype=torch.uint8)
+    return values, masks.pack_bits((positions[..., None] >> places & 1).flatten())
 
 
 def _legal(codes: Tensor, out: int, groups: int, n: int, m: int) -> int:
     """How many values the codes of groups have places for: n for a group whose code `pack` could have written."""
-    bits, width = reference.code_bits(n, m), (m - 1).bit_length()
-    stream = reference.to_bits(codes, out * groups * bits).view(out * groups, bits)
+    bits, width = code_bits(n, m), (m - 1).bit_length()
+    stream = masks.unpack_bits(codes, (out * groups, bits))
     if n * width > m:
         legal = stream.sum(-1) == n
     else:

@@ -1,9 +1,9 @@
-"""The derivatives of the ops on a loss's path, made of ops again, so that a loss through them can be differentiated twice."""
+"""Every op: its schema, and its derivative, made of ops again, so that a loss through it can be differentiated twice."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,10 +12,10 @@ from torch.nn.grad import conv2d_input
 _ops = torch.ops.snows
 
 
-def register(library: torch.library.Library) -> None:
-    """Give each op its derivative."""
-    for name, (backward, setup) in RULES.items():
-        torch.library.register_autograd(f"snows::{name}", backward, setup_context=_remembering(setup), lib=library)
+def register(library: torch.library.Library, op: Op) -> None:
+    """Give an op its derivative, if it has one."""
+    if op.backward is not None:
+        torch.library.register_autograd(f"snows::{op.name}", op.backward, setup_context=_remembering(op.setup), lib=library)
 
 
 def _remembering(setup: Callable[..., None] | None) -> Callable[..., None]:
@@ -180,20 +180,57 @@ def _sparse_conv2d_backward(context: Any, grad: Tensor | None) -> tuple[Tensor |
     return to_input, None, None, None if bias is None else grad.sum((0, 2, 3)), *(None for _ in context.rest)
 
 
-# op -> its backward, and what it remembers for it
-RULES: dict[str, tuple[Callable[..., Any], Callable[..., None] | None]] = {
-    "masked": (_masked_backward, _masked_setup),
-    "gelu": (_gelu_backward, _gelu_setup),
-    "gelu_curve": (_no_third, None),
-    "affine_relu": (_affine_relu_backward, _affine_relu_setup),
-    "affine_relu_grad": (_affine_relu_backward, _affine_relu_grad_setup),
-    "layer_norm": (_layer_norm_backward, _layer_norm_setup),
-    "layer_norm_grad": (_layer_norm_grad_backward, _layer_norm_grad_setup),
-    "layer_norm_curve": (_no_third, None),
-    "attention": (_attention_backward, _attention_setup),
-    "attention_grad": (_attention_grad_backward, _attention_derivative_setup),
-    "attention_tangent": (_attention_tangent_backward, _attention_derivative_setup),
-    "attention_curve": (_no_third, None),
-    "sparse_linear": (_sparse_linear_backward, _packed_setup),
-    "sparse_conv2d": (_sparse_conv2d_backward, _packed_setup),
-}
+class Op(NamedTuple):
+    """Declare an op: its schema, and where it lies on the path of a loss its derivative.
+
+    Attributes:
+        schema: tensors that take gradients come first; of several results the first is the op's own, the others are kept for
+            its derivatives.
+        backward: gives the gradients of the inputs from those of the results.
+        setup: keeps what `backward` needs; None for nothing.
+    """
+
+    schema: str
+    backward: Callable[..., Any] | None = None
+    setup: Callable[..., None] | None = None
+
+    @property
+    def name(self) -> str:
+        """The op's name."""
+        return self.schema.partition("(")[0]
+
+
+OPS = (
+    Op("nm_mask(Tensor scores, int n, int m) -> Tensor"),
+    Op("nm_select(Tensor scores, int n, int m) -> (Tensor bits, Tensor codes)"),
+    Op("cg_direction(Tensor(a!) p, Tensor r, Tensor z, Tensor(b!) state) -> ()"),
+    Op("cg_update(Tensor(a!) x, Tensor(b!) r, Tensor p, Tensor Ap, Tensor(c!) state, float rtol) -> ()"),
+    Op("batched_cg_update(Tensor(a!) x, Tensor(b!) r, Tensor(c!) p, Tensor(d!) rz, Tensor product, "
+       "Tensor mask, Tensor inverse, Tensor target) -> ()"),
+    Op("masked(Tensor weight, Tensor bits) -> Tensor", _masked_backward, _masked_setup),
+    Op("gelu(Tensor x, str approximate) -> (Tensor, Tensor)", _gelu_backward, _gelu_setup),
+    Op("gelu_curve(Tensor x, Tensor g, str approximate) -> Tensor", _no_third),
+    Op("affine_relu(Tensor x, Tensor affine, Tensor scale) -> Tensor", _affine_relu_backward, _affine_relu_setup),
+    Op("affine_relu_grad(Tensor g, Tensor y, Tensor scale) -> Tensor", _affine_relu_backward, _affine_relu_grad_setup),
+    Op("layer_norm(Tensor x, Tensor? weight, Tensor? bias, SymInt[] shape, float eps) -> (Tensor, "
+       "Tensor, Tensor)", _layer_norm_backward, _layer_norm_setup),
+    Op("layer_norm_grad(Tensor g, Tensor x, Tensor mean, Tensor rstd, Tensor? before, Tensor? after, "
+       "SymInt[] shape) -> Tensor", _layer_norm_grad_backward, _layer_norm_grad_setup),
+    Op("layer_norm_curve(Tensor g, Tensor v, Tensor x, Tensor mean, Tensor rstd, Tensor? before, "
+       "Tensor? after, SymInt[] shape) -> Tensor", _no_third),
+    Op("attention(Tensor q, Tensor k, Tensor v, Tensor? bias, float scale, bool keep) -> (Tensor, "
+       "Tensor)", _attention_backward, _attention_setup),
+    Op("attention_grad(Tensor g, Tensor q, Tensor k, Tensor v, Tensor out, Tensor kept, Tensor? bias, "
+       "float scale) -> (Tensor, Tensor, Tensor)", _attention_grad_backward, _attention_derivative_setup),
+    Op("attention_tangent(Tensor dq, Tensor dk, Tensor dv, Tensor q, Tensor k, Tensor v, Tensor out, "
+       "Tensor kept, Tensor? bias, float scale) -> Tensor", _attention_tangent_backward, _attention_derivative_setup),
+    Op("attention_curve(Tensor g, Tensor dq, Tensor dk, Tensor dv, Tensor q, Tensor k, Tensor v, "
+       "Tensor out, Tensor kept, Tensor? bias, float scale) -> (Tensor, Tensor, Tensor)", _no_third),
+    Op("unpack(Tensor values, Tensor codes, int[] shape, int n, int m) -> Tensor"),
+    Op("kernel_order(Tensor values, Tensor codes, int[] shape, int n, int m) -> Tensor"),
+    Op("sparse_linear(Tensor input, Tensor values, Tensor codes, Tensor? bias, int[] shape, int n, "
+       "int m, str activation='none', Tensor? order=None) -> Tensor", _sparse_linear_backward, _packed_setup),
+    Op("sparse_conv2d(Tensor input, Tensor values, Tensor codes, Tensor? bias, int[] shape, int n, "
+       "int m, int[2] stride, int[2] padding, int[2] dilation, str activation='none', "
+       "Tensor? order=None) -> Tensor", _sparse_conv2d_backward, _packed_setup),
+)

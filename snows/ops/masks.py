@@ -83,7 +83,8 @@ def pack_bits(mask: Tensor) -> Tensor:
         [5, 1]
     """
     expect(mask.dtype == torch.bool, "pack_bits", "mask", "bool", mask.dtype)
-    return reference.pack_bits(mask)
+    result: Tensor = reference.pack_bits(mask)
+    return result
 
 
 def masked(weight: Tensor, bits: Tensor) -> Tensor:

@@ -19,46 +19,17 @@ import torch
 from torch import Tensor
 
 from snows import reference
-from snows.ops import derivatives
+from snows.ops.derivatives import OPS as DECLARED
+from snows.ops.derivatives import register
 
 _library = torch.library.Library("snows", "DEF")
-_PACKED = "int[] shape, int n, int m"
-_LAST = 'str activation="none", Tensor? order=None'
 
-# Tensors that take gradients come first; of several results the first is the op's own, the others are kept for its derivatives.
-SCHEMAS = (
-    "nm_mask(Tensor scores, int n, int m) -> Tensor",
-    "nm_select(Tensor scores, int n, int m) -> (Tensor bits, Tensor codes)",
-    "cg_direction(Tensor(a!) p, Tensor r, Tensor z, Tensor(b!) state) -> ()",
-    "cg_update(Tensor(a!) x, Tensor(b!) r, Tensor p, Tensor Ap, Tensor(c!) state, float rtol) -> ()",
-    "batched_cg_update(Tensor(a!) x, Tensor(b!) r, Tensor(c!) p, Tensor(d!) rz, Tensor product, Tensor mask, Tensor inverse, Tensor target)"
-    " -> ()",
-    "masked(Tensor weight, Tensor bits) -> Tensor",
-    "gelu(Tensor x, str approximate) -> (Tensor, Tensor)",
-    "gelu_curve(Tensor x, Tensor g, str approximate) -> Tensor",
-    "affine_relu(Tensor x, Tensor affine, Tensor scale) -> Tensor",
-    "affine_relu_grad(Tensor g, Tensor y, Tensor scale) -> Tensor",
-    "layer_norm(Tensor x, Tensor? weight, Tensor? bias, SymInt[] shape, float eps) -> (Tensor, Tensor, Tensor)",
-    "layer_norm_grad(Tensor g, Tensor x, Tensor mean, Tensor rstd, Tensor? before, Tensor? after, SymInt[] shape) -> Tensor",
-    "layer_norm_curve(Tensor g, Tensor v, Tensor x, Tensor mean, Tensor rstd, Tensor? before, Tensor? after, SymInt[] shape) -> Tensor",
-    "attention(Tensor q, Tensor k, Tensor v, Tensor? bias, float scale, bool keep) -> (Tensor, Tensor)",
-    "attention_grad(Tensor g, Tensor q, Tensor k, Tensor v, Tensor out, Tensor kept, Tensor? bias, float scale) -> (Tensor, Tensor, Tensor)",
-    "attention_tangent(Tensor dq, Tensor dk, Tensor dv, Tensor q, Tensor k, Tensor v, Tensor out, Tensor kept, Tensor? bias, float scale)"
-    " -> Tensor",
-    "attention_curve(Tensor g, Tensor dq, Tensor dk, Tensor dv, Tensor q, Tensor k, Tensor v, Tensor out, Tensor kept, Tensor? bias,"
-    " float scale) -> (Tensor, Tensor, Tensor)",
-    f"unpack(Tensor values, Tensor codes, {_PACKED}) -> Tensor",
-    f"kernel_order(Tensor values, Tensor codes, {_PACKED}) -> Tensor",
-    f"sparse_linear(Tensor input, Tensor values, Tensor codes, Tensor? bias, {_PACKED}, {_LAST}) -> Tensor",
-    f"sparse_conv2d(Tensor input, Tensor values, Tensor codes, Tensor? bias, {_PACKED}, int[2] stride, int[2] padding, int[2] dilation,"
-    f" {_LAST}) -> Tensor",
-)
-OPS = tuple(schema.split("(")[0] for schema in SCHEMAS)
+OPS = tuple(op.name for op in DECLARED)
 
-for _schema, _name in zip(SCHEMAS, OPS, strict=True):
-    _library.define(_schema)
-    _library.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
-derivatives.register(_library)
+for _op in DECLARED:
+    _library.define(_op.schema)
+    _library.impl(_op.name, getattr(reference, _op.name), "CompositeExplicitAutograd")
+    register(_library, _op)
 
 
 def _autocast(op: str, device: str) -> Callable[..., Tensor]:
@@ -73,9 +44,9 @@ def _autocast(op: str, device: str) -> Callable[..., Tensor]:
     return cast
 
 
-for _op in ("sparse_linear", "sparse_conv2d"):
+for _name in ("sparse_linear", "sparse_conv2d"):
     for _device in ("CPU", "CUDA"):
-        _library.impl(_op, _autocast(_op, _device), f"Autocast{_device}")
+        _library.impl(_name, _autocast(_name, _device), f"Autocast{_device}")
 
 
 def _load_native() -> str:

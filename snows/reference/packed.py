@@ -11,16 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from snows.reference.masks import unpack_bits
+
 
 def code_bits(n: int, m: int) -> int:
     """Bits of one group's code: n positions of ceil(log2 m) bits where that is no more than a bit an entry, else m bits."""
     return min(n * (m - 1).bit_length(), m)
-
-
-def to_bits(stream: Tensor, count: int) -> Tensor:
-    """The first `count` bits of a stream of bytes, the least significant bit of each byte first: (count,), uint8."""
-    shifts = torch.arange(8, dtype=torch.uint8, device=stream.device)
-    return ((stream[:, None] >> shifts) & 1).flatten()[:count]
 
 
 def kept(codes: Tensor, rows: int, columns: int, n: int, m: int) -> Tensor:
@@ -37,11 +33,11 @@ def kept(codes: Tensor, rows: int, columns: int, n: int, m: int) -> Tensor:
         (rows, columns rounded up to whole groups), bool.
     """
     if m == 0:
-        return to_bits(codes, rows * columns).view(rows, columns).bool()
+        return unpack_bits(codes, (rows, columns))
     groups, bits = -(-columns // m), code_bits(n, m)
-    stream = to_bits(codes, rows * groups * bits)
+    stream = unpack_bits(codes, (rows * groups * bits,))
     if n * (m - 1).bit_length() > m:
-        return stream.view(rows, groups * m).bool()
+        return stream.view(rows, groups * m)
     width = bits // n
     places = 2 ** torch.arange(width, device=codes.device)
     positions = (stream.view(rows, groups, n, width) * places).sum(-1)

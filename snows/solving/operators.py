@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from snows import ops
 from snows.ops import graphs
 
 
@@ -178,8 +179,9 @@ class Restricted(LinearOperator):
     """
 
     def __init__(self, operator: LinearOperator, mask: Tensor, damping: float = 0.0) -> None:
-        self.operator, self.mask, self.damping = operator, mask, damping
+        self.operator, self.damping = operator, damping
+        self.bits = ops.pack_bits(mask)
 
     def __matmul__(self, v: Tensor) -> Tensor:
-        v = v * self.mask
-        return (self.operator @ v).mul_(self.mask).add_(v, alpha=self.damping)
+        v = ops.masked(v, self.bits)
+        return ops.masked(self.operator @ v, self.bits).add_(v, alpha=self.damping)

@@ -21,11 +21,6 @@ _NETWORKS = {"resnet20": ResNet20, "vit": ViT}
 MEAN, STD = 0.2860, 0.3530
 
 
-def names() -> list[str]:
-    """Names that `load` takes."""
-    return list(_NETWORKS)
-
-
 def build(name: str) -> nn.Module:
     """Build a network in evaluation mode with random weights: "resnet20" or "vit", (B, 1, 28, 28) to (B, 10).
 
