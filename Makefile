@@ -23,6 +23,7 @@ test: .venv/.test check
 
 check: .venv/.test
 	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check --quiet .
 	@$(BIN)/mypy
 
 bench: .venv/.test

@@ -1,6 +1,7 @@
-"""Compiles csrc/cpu against the headers of the oldest and of the newest supported torch, as setup.py would; links and runs nothing.
+"""Compiles csrc/cpu against the headers of the oldest and the newest supported torch; links and runs nothing.
 
-The headers are those of torch's wheels for macOS, the smallest there are (0.1 GB each); they stay in .headers, which git ignores.
+The headers are those of torch's wheels for macOS, the smallest there are (0.1 GB each); they stay in
+.headers, which git ignores.
 """
 
 import os
@@ -21,24 +22,49 @@ CACHE = ROOT / ".headers"
 
 
 def headers(version: str) -> Path:
-    """The include folder of a release: "==2.11.*", or ">=2.11" for the newest."""
+    """Fetch the include folder of a release: "==2.11.*", or ">=2.11" for the newest."""
     with tempfile.TemporaryDirectory() as folder:
-        subprocess.run([sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps", "--only-binary=:all:",
-                        "--python-version=3.11", "--platform=macosx_11_0_arm64", "--platform=macosx_14_0_arm64", f"--dest={folder}",
-                        f"torch{version}"], check=True)
+        subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "pip",
+                "download",
+                "--quiet",
+                "--disable-pip-version-check",
+                "--no-deps",
+                "--only-binary=:all:",
+                "--python-version=3.11",
+                "--platform=macosx_11_0_arm64",
+                "--platform=macosx_14_0_arm64",
+                f"--dest={folder}",
+                f"torch{version}",
+            ],
+            check=True,
+        )
         (wheel,) = Path(folder).glob("torch-*.whl")
         found = CACHE / wheel.name.split("-")[1]
         if not found.exists():
             with zipfile.ZipFile(wheel) as archive:
-                archive.extractall(f"{found}.part", [name for name in archive.namelist() if name.startswith("torch/include/")])
+                archive.extractall(
+                    f"{found}.part",
+                    [name for name in archive.namelist() if name.startswith("torch/include/")],
+                )
             Path(f"{found}.part").rename(found)
     return found / "torch/include"
 
 
 def compiled(source: Path, include: Path) -> str:
-    """What the compiler says against a file; "" if nothing."""
-    command = [*shlex.split(os.environ.get("CXX") or "c++"), *CXX, "-O0", "-fsyntax-only", f"-I{include}",
-               f"-I{include}/torch/csrc/api/include", str(source)]
+    """Return what the compiler says against a file; "" if nothing."""
+    command = [
+        *shlex.split(os.environ.get("CXX") or "c++"),
+        *CXX,
+        "-O0",
+        "-fsyntax-only",
+        f"-I{include}",
+        f"-I{include}/torch/csrc/api/include",
+        str(source),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     return f"{source.name}: {done.stderr}" if done.returncode else ""
 
@@ -51,9 +77,19 @@ def main() -> None:
     for version in (f"=={oldest}.*", f">={oldest}"):
         include = headers(version)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            said = [text for text in pool.map(lambda source, include=include: compiled(source, include), sources) if text]
+            said = [
+                text
+                for text in pool.map(lambda source, include=include: compiled(source, include), sources)
+                if text
+            ]
         failed = failed or bool(said)
-        print(*said, f"torch {include.parts[-3]}: {len(sources) - len(said)} of {len(sources)} files of csrc/cpu compile", sep="\n", flush=True)
+        print(
+            *said,
+            f"torch {include.parts[-3]}: {len(sources) - len(said)} of {len(sources)} files of csrc/cpu "
+            "compile",
+            sep="\n",
+            flush=True,
+        )
     sys.exit(failed)
 
 

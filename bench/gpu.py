@@ -48,20 +48,49 @@ class Step(NamedTuple):
 
 def steps(out: Path) -> list[Step]:
     """List all steps, the most valuable first."""
+
     def tests(part: int, name: str, limit: float, *arguments: str, **environment: str) -> Step:
         path = out / f"{re.sub('[^a-z0-9]+', '-', name)}.xml"
-        return Step(part, name, [PYTHON, "-m", "pytest", "-vv", "-W", "default", f"--junitxml={path}", *arguments], limit, path, environment)
+        return Step(
+            part,
+            name,
+            [PYTHON, "-m", "pytest", "-vv", "-W", "default", f"--junitxml={path}", *arguments],
+            limit,
+            path,
+            environment,
+        )
 
     def benchmark(part: int, stem: str, limit: float) -> Step:
-        command = [PYTHON, "-m", "pytest", "-q", "-W", "default", f"bench/{stem}.py", f"--benchmark-json={out / stem}.json"]
+        command = [
+            PYTHON,
+            "-m",
+            "pytest",
+            "-q",
+            "-W",
+            "default",
+            f"bench/{stem}.py",
+            f"--benchmark-json={out / stem}.json",
+        ]
         return Step(part, f"benchmark {stem}", command, limit, out / f"{stem}.json")
 
     def script(part: int, stem: str, limit: float) -> Step:
-        return Step(part, stem, [PYTHON, f"bench/{stem}.py", "--out", str(out / f"{stem}.json")], limit, out / f"{stem}.json")
+        return Step(
+            part,
+            stem,
+            [PYTHON, f"bench/{stem}.py", "--out", str(out / f"{stem}.json")],
+            limit,
+            out / f"{stem}.json",
+        )
 
     plan = [
         Step(1, "build", [PYTHON, "setup.py", "build_ext", "--inplace"], 240),
-        Step(1, "machine", [PYTHON, "bench/gpu.py", "--machine", str(out / "machine.json")], 60, out / "machine.json"),
+        Step(
+            1,
+            "machine",
+            [PYTHON, "bench/gpu.py", "--machine", str(out / "machine.json")],
+            60,
+            out / "machine.json",
+        ),
         tests(1, "tests cuda", 120, "-m", "gpu", "tests/test_cuda.py"),
         tests(1, "tests cuda sparse", 120, "-m", "gpu", "-k", "not large", "tests/test_cuda_sparse.py"),
         benchmark(1, "kernels_sparse", 240),
@@ -79,16 +108,39 @@ def steps(out: Path) -> list[Step]:
     for tool in TOOLS:
         for file in ("test_cuda_sparse", "test_cuda"):
             # PyTorch's allocator hands out parts of large blocks, in which an overrun is legal; without it graphs cannot be captured
-            command = [sanitizer, "--tool", tool, "--error-exitcode", "9", PYTHON, "-m", "pytest", "-q", "-W", "default", "-m", "gpu",
-                       "-k", "not large and not graph", f"tests/{file}.py"]
-            plan.append(Step(3, f"sanitizer {tool} {file}", command, 120, None, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}))
+            command = [
+                sanitizer,
+                "--tool",
+                tool,
+                "--error-exitcode",
+                "9",
+                PYTHON,
+                "-m",
+                "pytest",
+                "-q",
+                "-W",
+                "default",
+                "-m",
+                "gpu",
+                "-k",
+                "not large and not graph",
+                f"tests/{file}.py",
+            ]
+            plan.append(
+                Step(
+                    3, f"sanitizer {tool} {file}", command, 120, None, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+                )
+            )
     plan.append(tests(3, "all tests", 600))
     return plan
 
 
 def machine() -> dict[str, Any]:
     """Say what is measured on, and which implementation each operation has there."""
-    facts: dict[str, Any] = {"python": sys.version.split()[0], "TORCH_CUDA_ARCH_LIST": os.environ.get("TORCH_CUDA_ARCH_LIST")}
+    facts: dict[str, Any] = {
+        "python": sys.version.split()[0],
+        "TORCH_CUDA_ARCH_LIST": os.environ.get("TORCH_CUDA_ARCH_LIST"),
+    }
     import torch
 
     facts |= {"torch": torch.__version__, "cuda": torch.version.cuda}
@@ -100,10 +152,22 @@ def machine() -> dict[str, Any]:
         facts["triton"] = None
     if torch.cuda.is_available():
         p = torch.cuda.get_device_properties(0)
-        facts |= {"device": p.name, "capability": f"{p.major}.{p.minor}", "multiprocessors": p.multi_processor_count,
-                  "memory GiB": round(p.total_memory / 2**30, 1), "L2 MiB": p.L2_cache_size / 2**20,
-                  "tf32": {"matmul": torch.backends.cuda.matmul.allow_tf32, "cudnn": torch.backends.cudnn.allow_tf32}}
-    facts["driver, clocks"] = output_of("nvidia-smi", "--query-gpu=driver_version,clocks.sm,clocks.max.sm,clocks.max.mem,power.limit", "--format=csv")
+        facts |= {
+            "device": p.name,
+            "capability": f"{p.major}.{p.minor}",
+            "multiprocessors": p.multi_processor_count,
+            "memory GiB": round(p.total_memory / 2**30, 1),
+            "L2 MiB": p.L2_cache_size / 2**20,
+            "tf32": {
+                "matmul": torch.backends.cuda.matmul.allow_tf32,
+                "cudnn": torch.backends.cudnn.allow_tf32,
+            },
+        }
+    facts["driver, clocks"] = output_of(
+        "nvidia-smi",
+        "--query-gpu=driver_version,clocks.sm,clocks.max.sm,clocks.max.mem,power.limit",
+        "--format=csv",
+    )
     facts["nvcc"] = output_of("nvcc", "--version")
     facts["commit"] = output_of("git", "-C", str(ROOT), "rev-parse", "HEAD")
     try:
@@ -130,17 +194,30 @@ def read(path: Path) -> object:
         return json.loads(path.read_text())
     suite = next(ElementTree.parse(path).getroot().iter("testsuite"))
     failed = [
-        {"test": f"{case.get('classname')}::{case.get('name')}", "message": (problem.get("message") or "")[:500]}
-        for case in suite.iter("testcase") for problem in case if problem.tag in ("failure", "error")
+        {
+            "test": f"{case.get('classname')}::{case.get('name')}",
+            "message": (problem.get("message") or "")[:500],
+        }
+        for case in suite.iter("testcase")
+        for problem in case
+        if problem.tag in ("failure", "error")
     ]
-    return {key: int(suite.get(key, 0)) for key in ("tests", "failures", "errors", "skipped")} | {"failed": failed}
+    return {key: int(suite.get(key, 0)) for key in ("tests", "failures", "errors", "skipped")} | {
+        "failed": failed
+    }
 
 
 def read_log(text: str) -> object:
     """Count what a test run that was cut off had printed until then."""
     found = re.findall(r"^(\S+::.*) (PASSED|FAILED|ERROR|SKIPPED)", text, re.MULTILINE)
-    counts = {outcome.lower(): sum(o == outcome for _, o in found) for outcome in ("PASSED", "FAILED", "ERROR", "SKIPPED")}
-    return counts | {"failed": [{"test": test} for test, outcome in found if outcome in ("FAILED", "ERROR")], "whole": False}
+    counts = {
+        outcome.lower(): sum(o == outcome for _, o in found)
+        for outcome in ("PASSED", "FAILED", "ERROR", "SKIPPED")
+    }
+    return counts | {
+        "failed": [{"test": test} for test, outcome in found if outcome in ("FAILED", "ERROR")],
+        "whole": False,
+    }
 
 
 def run_group(command: Sequence[str], limit: float, log: Path, environment: dict[str, str]) -> str:
@@ -151,8 +228,15 @@ def run_group(command: Sequence[str], limit: float, log: Path, environment: dict
     """
     with log.open("ab") as file:
         try:
-            process = subprocess.Popen(command, cwd=ROOT, env=os.environ | environment, stdin=subprocess.DEVNULL, stdout=file, stderr=file,
-                                       start_new_session=True)
+            process = subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env=os.environ | environment,
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=file,
+                start_new_session=True,
+            )
         except OSError as error:
             return f"could not start: {error}"
         try:
@@ -165,7 +249,9 @@ def run_group(command: Sequence[str], limit: float, log: Path, environment: dict
             process.wait()
     if code is None:
         return f"cut off after {limit:.0f} s"
-    return "ok" if code == 0 else f"ended by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+    return (
+        "ok" if code == 0 else f"ended by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+    )
 
 
 def run(step: Step, left: float, out: Path) -> dict[str, Any]:
@@ -179,8 +265,14 @@ def run(step: Step, left: float, out: Path) -> dict[str, Any]:
     start = log.stat().st_size
     if step.result is not None:
         step.result.unlink(missing_ok=True)
-    outcome = run_group(step.command, limit, log, {"PYTHONPATH": str(ROOT), "SNOWS_BUILD": "1", **step.environment})
-    result: dict[str, Any] = {"step": step.name, "outcome": outcome, "seconds": round(time.perf_counter() - began, 1)}
+    outcome = run_group(
+        step.command, limit, log, {"PYTHONPATH": str(ROOT), "SNOWS_BUILD": "1", **step.environment}
+    )
+    result: dict[str, Any] = {
+        "step": step.name,
+        "outcome": outcome,
+        "seconds": round(time.perf_counter() - began, 1),
+    }
     if step.result is not None:
         try:
             result["result"] = read(step.result)
@@ -201,7 +293,9 @@ def record(path: Path, done: list[dict[str, Any]]) -> None:
         earlier = []
     names = [x["step"] for x in done]
     temporary = path.with_suffix(".partial")
-    temporary.write_text(json.dumps({"steps": [x for x in earlier if x["step"] not in names] + done}, indent=1) + "\n")
+    temporary.write_text(
+        json.dumps({"steps": [x for x in earlier if x["step"] not in names] + done}, indent=1) + "\n"
+    )
     temporary.replace(path)
 
 
@@ -214,7 +308,11 @@ def carry_out(plan: Sequence[Step], budget: float, out: Path, probe: Sequence[st
     for step in plan:
         left = budget - (time.monotonic() - began)
         found = {"step": step.name, "outcome": f"not run: {silent}"} if silent else run(step, left, out)
-        if step.name == "machine" and isinstance(found.get("result"), dict) and found["result"].get("native") != "loaded":
+        if (
+            step.name == "machine"
+            and isinstance(found.get("result"), dict)
+            and found["result"].get("native") != "loaded"
+        ):
             found["outcome"] = f"native kernels: {found['result'].get('native')}"
         if not silent and found["outcome"] != "ok" and "seconds" in found:
             answer = run_group(probe, 60, out / "gpu.log", {})
@@ -227,10 +325,14 @@ def carry_out(plan: Sequence[Step], budget: float, out: Path, probe: Sequence[st
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "gpu")
     parser.add_argument("--budget", type=float, default=540, help="seconds in all")
-    parser.add_argument("--part", type=int, choices=(1, 2, 3), help="one of three calls; all of them without it")
+    parser.add_argument(
+        "--part", type=int, choices=(1, 2, 3), help="one of three calls; all of them without it"
+    )
     parser.add_argument("--only", default="", help="steps whose name holds this")
     parser.add_argument("--dry-run", action="store_true", help="print the steps and their limits")
     parser.add_argument("--machine", type=Path, help=argparse.SUPPRESS)  # the step of that name
@@ -242,13 +344,17 @@ def main() -> int:
     plan = [step for step in steps(out) if args.only in step.name and args.part in (None, step.part)]
     if args.dry_run:
         for step in plan:
-            print(f"part {step.part}, at most {step.limit:.0f} s, {step.name}: {' '.join(f'{k}={v}' for k, v in step.environment.items())} "
-                  f"{' '.join(step.command)}".replace(":  ", ": "))
+            print(
+                f"part {step.part}, at most {step.limit:.0f} s, {step.name}: {' '.join(f'{k}={v}' for k, v in step.environment.items())} "
+                f"{' '.join(step.command)}".replace(":  ", ": ")
+            )
         return 0
     if not plan:
         print(f"make gpu: expected ONLY to be part of a step's name, got {args.only!r}; --dry-run lists them")
         return 2
-    seen = subprocess.run([PYTHON, "-c", "import torch; assert torch.cuda.is_available()"], cwd=ROOT, capture_output=True)
+    seen = subprocess.run(
+        [PYTHON, "-c", "import torch; assert torch.cuda.is_available()"], cwd=ROOT, capture_output=True
+    )
     if seen.returncode:
         print("make gpu: expected a torch that sees a CUDA device, got none; run it on a machine with a GPU")
         return 2

@@ -21,7 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-SHAPES = [(out, width) for out, width in ((768, 768), (3072, 768), (768, 3072), (1024, 1024), (4096, 1024), (1024, 4096))]
+SHAPES = [
+    (out, width)
+    for out, width in ((768, 768), (3072, 768), (768, 3072), (1024, 1024), (4096, 1024), (1024, 4096))
+]
 TOKENS = (1, 16, 197, 197 * 8, 197 * 64)
 
 
@@ -63,8 +66,12 @@ def ceilings() -> dict[str, object]:
         y = torch.empty_like(x)
         t = milliseconds(lambda x=x, y=y: y.copy_(x))
         result[f"copy {mib} MiB"] = t | {"GB/s": 2 * x.nbytes / t["median ms"] / 1e6}
-    for name, dtype, tf32 in (("float32", torch.float32, False), ("tf32", torch.float32, True), ("bfloat16", torch.bfloat16, False),
-                              ("float16", torch.float16, False)):
+    for name, dtype, tf32 in (
+        ("float32", torch.float32, False),
+        ("tf32", torch.float32, True),
+        ("bfloat16", torch.bfloat16, False),
+        ("float16", torch.float16, False),
+    ):
         torch.backends.cuda.matmul.allow_tf32 = tf32
         a, b = (torch.randn(8192, 8192, device="cuda", dtype=dtype) for _ in range(2))
         t = milliseconds(lambda a=a, b=b: a @ b, 10)
@@ -125,7 +132,9 @@ def products(out: int, width: int, tokens: int) -> dict[str, object]:
             return F.pad(x, (0, 0, 0, -tokens % 8)).T
 
         best = torch._cslt_sparse_mm_search(compressed, whole(inputs[0]), transpose_result=True)
-        return timed(lambda x: torch._cslt_sparse_mm(compressed, whole(x), alg_id=best, transpose_result=True)[:tokens]) | {"algorithm": best}
+        return timed(
+            lambda x: torch._cslt_sparse_mm(compressed, whole(x), alg_id=best, transpose_result=True)[:tokens]
+        ) | {"algorithm": best}
 
     def cutlass() -> dict[str, object]:
         from torch.sparse import SparseSemiStructuredTensorCUTLASS
@@ -142,11 +151,17 @@ def products(out: int, width: int, tokens: int) -> dict[str, object]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     torch.manual_seed(0)
-    result: dict[str, object] = {"torch": torch.__version__, "device": torch.cuda.get_device_name(), "ceilings": ceilings()}
+    result: dict[str, object] = {
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name(),
+        "ceilings": ceilings(),
+    }
     rows: list[dict[str, object]] = []
     result["rows"] = rows
     for out, width in SHAPES:

@@ -23,7 +23,9 @@ from torch import Tensor
 from snows import NM, Unstructured, ops
 from snows.packing import pack
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of PyTorch's own compiler, when it is first imported
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning"
+)  # of PyTorch's own compiler, when it is first imported
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LARGE = DEVICE == "cuda"  # 64 MB and more, so that the chip is filled
 SETS = 4
@@ -52,7 +54,12 @@ def randn(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 def select(scores: Tensor, n: int, m: int) -> Tensor:
     kept = scores.view(len(scores), -1, m).topk(n, dim=-1).indices
-    return torch.zeros_like(scores, dtype=torch.bool).view(len(scores), -1, m).scatter_(2, kept, True).view_as(scores)
+    return (
+        torch.zeros_like(scores, dtype=torch.bool)
+        .view(len(scores), -1, m)
+        .scatter_(2, kept, True)
+        .view_as(scores)
+    )
 
 
 def cg_update(x: Tensor, r: Tensor, p: Tensor, Ap: Tensor, state: Tensor) -> None:
@@ -83,7 +90,9 @@ def unpack_groups(values: Tensor, codes: Tensor) -> Tensor:
     """2:4 rows of whole groups."""
     nibbles = torch.stack((codes & 15, codes >> 4), -1)
     positions = torch.stack((nibbles & 3, nibbles >> 2), -1).view(-1, 2).long()
-    return values.new_zeros(len(positions), 4).scatter_(1, positions, values.view(-1, 2)).view(len(values), -1)
+    return (
+        values.new_zeros(len(positions), 4).scatter_(1, positions, values.view(-1, 2)).view(len(values), -1)
+    )
 
 
 def unpack_bits(values: Tensor, codes: Tensor, shape: tuple[int, int]) -> Tensor:
@@ -101,21 +110,63 @@ def cases() -> list[Case]:
     n = rows * columns
     d = tokens * width
     found = [
-        Case(f"nm_mask 2:4 {rows}x{columns}", lambda: (randn(rows, columns),), lambda s: ops.nm_mask(s, 2, 4), lambda s: select(s, 2, 4), 5 * n),
-        Case(f"nm_mask 1:4 {rows}x{columns}", lambda: (randn(rows, columns),), lambda s: ops.nm_mask(s, 1, 4), lambda s: select(s, 1, 4), 5 * n),
-        Case(f"nm_select 2:4 {rows}x{columns}", lambda: (randn(rows, columns),), lambda s: ops.nm_select(s, 2, 4), lambda s: select(s, 2, 4),
-             4 * n + n // 4),
-        Case(f"masked {rows}x{columns}", lambda: (randn(rows, columns), ops.pack_bits(randn(rows, columns) > 0)), ops.masked,
-             lambda w, b: w * ((b.unsqueeze(1) >> torch.arange(8, device=w.device)) & 1).view_as(w), 8 * n + n // 8),
-        Case(f"unpack 2:4 {rows}x{columns}", lambda: packed(rows, columns, NM(2, 4)), lambda v, c: ops.unpack(v, c, (rows, columns), 2, 4),
-             unpack_groups, 6 * n + n // 8),
-        Case(f"unpack 0.9 {rows}x{columns}", lambda: packed(rows, columns, Unstructured(0.9)),
-             lambda v, c: ops.unpack(v, c, (rows, columns), 0, 0), lambda v, c: unpack_bits(v, c, (rows, columns)), 4 * n + 4 * n // 10 + n // 8),
-        Case(f"cg_update {n}", lambda: system(n),
-             cg_update, cg_eager, 24 * n),
-        Case(f"gelu and slope {tokens}x{width}", lambda: (randn(tokens, width),), lambda x: torch.ops.snows.gelu(x, "none"), gelu_and_slope, 12 * d),
-        Case(f"layer_norm {tokens}x{width}", lambda: (randn(tokens, width), randn(width), randn(width)),
-             lambda x, w, b: ops.layer_norm(x, (width,), w, b), lambda x, w, b: F.layer_norm(x, (width,), w, b), 8 * d),
+        Case(
+            f"nm_mask 2:4 {rows}x{columns}",
+            lambda: (randn(rows, columns),),
+            lambda s: ops.nm_mask(s, 2, 4),
+            lambda s: select(s, 2, 4),
+            5 * n,
+        ),
+        Case(
+            f"nm_mask 1:4 {rows}x{columns}",
+            lambda: (randn(rows, columns),),
+            lambda s: ops.nm_mask(s, 1, 4),
+            lambda s: select(s, 1, 4),
+            5 * n,
+        ),
+        Case(
+            f"nm_select 2:4 {rows}x{columns}",
+            lambda: (randn(rows, columns),),
+            lambda s: ops.nm_select(s, 2, 4),
+            lambda s: select(s, 2, 4),
+            4 * n + n // 4,
+        ),
+        Case(
+            f"masked {rows}x{columns}",
+            lambda: (randn(rows, columns), ops.pack_bits(randn(rows, columns) > 0)),
+            ops.masked,
+            lambda w, b: w * ((b.unsqueeze(1) >> torch.arange(8, device=w.device)) & 1).view_as(w),
+            8 * n + n // 8,
+        ),
+        Case(
+            f"unpack 2:4 {rows}x{columns}",
+            lambda: packed(rows, columns, NM(2, 4)),
+            lambda v, c: ops.unpack(v, c, (rows, columns), 2, 4),
+            unpack_groups,
+            6 * n + n // 8,
+        ),
+        Case(
+            f"unpack 0.9 {rows}x{columns}",
+            lambda: packed(rows, columns, Unstructured(0.9)),
+            lambda v, c: ops.unpack(v, c, (rows, columns), 0, 0),
+            lambda v, c: unpack_bits(v, c, (rows, columns)),
+            4 * n + 4 * n // 10 + n // 8,
+        ),
+        Case(f"cg_update {n}", lambda: system(n), cg_update, cg_eager, 24 * n),
+        Case(
+            f"gelu and slope {tokens}x{width}",
+            lambda: (randn(tokens, width),),
+            lambda x: torch.ops.snows.gelu(x, "none"),
+            gelu_and_slope,
+            12 * d,
+        ),
+        Case(
+            f"layer_norm {tokens}x{width}",
+            lambda: (randn(tokens, width), randn(width), randn(width)),
+            lambda x, w, b: ops.layer_norm(x, (width,), w, b),
+            lambda x, w, b: F.layer_norm(x, (width,), w, b),
+            8 * d,
+        ),
     ]
     return found
 
@@ -162,7 +213,9 @@ def doubled(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 @pytest.mark.parametrize("case", cases(), ids=lambda c: c.name)
 def test_op(case: Case, implementation: str, benchmark, copy_bandwidth: float) -> None:
     torch.manual_seed(0)
-    function = {"snows": case.op, "eager": case.eager, "compile": None}[implementation] or torch.compile(case.eager)
+    function = {"snows": case.op, "eager": case.eager, "compile": None}[implementation] or torch.compile(
+        case.eager
+    )
     inputs = case.make()
     assert difference(case, inputs) < 1e-5
     turns = [inputs, *(case.make() for _ in range(SETS - 1))]
@@ -175,6 +228,13 @@ def test_op(case: Case, implementation: str, benchmark, copy_bandwidth: float) -
     one()
     benchmark.pedantic(one, rounds=40 if LARGE else 15, warmup_rounds=SETS)
     rate = case.bytes / benchmark.stats.stats.median / 1e9
-    benchmark.extra_info |= {"case": case.name, "implementation": implementation, "device": DEVICE, "threads": torch.get_num_threads(),
-                             "runs": ops.implementation(case.name.split()[0], DEVICE.upper()), "bytes": case.bytes, "GB/s": rate,
-                             "share of copy": rate / copy_bandwidth}
+    benchmark.extra_info |= {
+        "case": case.name,
+        "implementation": implementation,
+        "device": DEVICE,
+        "threads": torch.get_num_threads(),
+        "runs": ops.implementation(case.name.split()[0], DEVICE.upper()),
+        "bytes": case.bytes,
+        "GB/s": rate,
+        "share of copy": rate / copy_bandwidth,
+    }

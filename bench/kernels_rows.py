@@ -37,7 +37,9 @@ def cholesky(gram: Tensor, right: Tensor, mask: Tensor) -> Tensor:
     for rows in torch.arange(ROWS, device=DEVICE).split(2**28 // (4 * kept.shape[1] ** 2)):
         index = kept[rows]
         blocks = damped[index[:, :, None], index[:, None, :]]
-        solved = torch.cholesky_solve(right[0][rows].gather(1, index)[..., None], torch.linalg.cholesky(blocks))[..., 0]
+        solved = torch.cholesky_solve(
+            right[0][rows].gather(1, index)[..., None], torch.linalg.cholesky(blocks)
+        )[..., 0]
         found[rows] = found[rows].scatter(1, index, solved)
     return found[None]
 
@@ -45,10 +47,19 @@ def cholesky(gram: Tensor, right: Tensor, mask: Tensor) -> Tensor:
 @pytest.mark.parametrize("implementation", ["snows", "Cholesky"])
 def test_rows(implementation: str, benchmark) -> None:
     gram, right, mask = system()
-    solve = {"snows": lambda: batched_cg(gram, right, mask, damping=0.01, rtol=1e-4), "Cholesky": lambda: cholesky(gram, right, mask)}[implementation]
+    solve = {
+        "snows": lambda: batched_cg(gram, right, mask, damping=0.01, rtol=1e-4),
+        "Cholesky": lambda: cholesky(gram, right, mask),
+    }[implementation]
     wanted = cholesky(gram.double(), right.double(), mask)
     found = solve()
-    residual = ((found.double() @ (gram[0].double() + 0.01 * gram[0].diagonal().mean().double() * torch.eye(WIDTH, device=DEVICE))) - right) * mask
+    residual = (
+        (
+            found.double()
+            @ (gram[0].double() + 0.01 * gram[0].diagonal().mean().double() * torch.eye(WIDTH, device=DEVICE))
+        )
+        - right
+    ) * mask
     assert (residual.norm(dim=-1) / (right * mask).norm(dim=-1)).max().item() < 2e-4
     assert ((found.double() - wanted).norm() / wanted.norm()).item() < 1e-2
 

@@ -25,8 +25,22 @@ from snows.packing import pack
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 CACHE = 128 * 2**20  # more than a second-level cache, the packed weights counted at half
 MANY = 197 * 64  # tokens
-VIT = [(768, 768), (2304, 768), (3072, 768), (768, 3072), (1024, 1024), (3072, 1024), (4096, 1024), (1024, 4096)]  # out, in: ViT-B, ViT-L
-TOKENS = [*((out, width, MANY) for out, width in VIT), *((1024, 4096, n) for n in (1, 2, 4, 8, 16)), (3072, 768, 197), (768, 3072, 197)]
+VIT = [
+    (768, 768),
+    (2304, 768),
+    (3072, 768),
+    (768, 3072),
+    (1024, 1024),
+    (3072, 1024),
+    (4096, 1024),
+    (1024, 4096),
+]  # out, in: ViT-B, ViT-L
+TOKENS = [
+    *((out, width, MANY) for out, width in VIT),
+    *((1024, 4096, n) for n in (1, 2, 4, 8, 16)),
+    (3072, 768, 197),
+    (768, 3072, 197),
+]
 IMAGES = [(256, 14), (128, 28), (512, 7), (64, 56)]  # channels in and out, side; 64 images, 3 x 3
 
 
@@ -36,7 +50,9 @@ class Case(NamedTuple):
     weight: Tensor
     input: Tensor
     exact: Callable[[], Tensor]
-    calls: dict[str, Callable[[], Callable[[], Tensor]]]  # each sets up, searches included, and returns what is timed
+    calls: dict[
+        str, Callable[[], Callable[[], Tensor]]
+    ]  # each sets up, searches included, and returns what is timed
 
 
 def two_of_four(*shape: int) -> Tensor:
@@ -61,21 +77,33 @@ def linear(out: int, width: int, tokens: int) -> Case:
         assert layer.order.numel() > 0
         return lambda: layer(x)
 
-    calls = {"snows mma.sp": snows, "snows wgmma.sp": snows, "dense": lambda: lambda: F.linear(x, w), "cuSPARSELt": cusparselt}
+    calls = {
+        "snows mma.sp": snows,
+        "snows wgmma.sp": snows,
+        "dense": lambda: lambda: F.linear(x, w),
+        "cuSPARSELt": cusparselt,
+    }
     return Case(w, x, lambda: x.double() @ w.double().T, calls)
 
 
 def convolution(channels: int, side: int) -> Case:
     last = torch.channels_last
     w = two_of_four(channels, channels, 3, 3).contiguous(memory_format=last)
-    x = torch.randn(64, channels, side, side, device="cuda", dtype=torch.bfloat16).contiguous(memory_format=last)
+    x = torch.randn(64, channels, side, side, device="cuda", dtype=torch.bfloat16).contiguous(
+        memory_format=last
+    )
 
     def snows() -> Callable[[], Tensor]:
         layer = SparseConv2d(pack(w, None, NM(2, 4)), padding=1)
         assert layer.order.numel() > 0
         return lambda: layer(x)
 
-    return Case(w, x, lambda: F.conv2d(x.double(), w.double(), padding=1), {"snows": snows, "dense": lambda: lambda: F.conv2d(x, w, padding=1)})
+    return Case(
+        w,
+        x,
+        lambda: F.conv2d(x.double(), w.double(), padding=1),
+        {"snows": snows, "dense": lambda: lambda: F.conv2d(x, w, padding=1)},
+    )
 
 
 def graph_of(calls: list[Callable[[], Tensor]]) -> tuple[Callable[[], object], str]:
@@ -116,13 +144,23 @@ def measure(make: Callable[[], Case], implementation: str, multiplications: int,
 
     benchmark.pedantic(one, rounds=30, warmup_rounds=5)
     seconds = benchmark.stats.stats.median / count
-    benchmark.extra_info |= {"implementation": implementation, "device": torch.cuda.get_device_name(), "torch": torch.__version__, "calls": count,
-                             "timed as": how, "error": error, "us a call": 1e6 * seconds, "TFLOP/s": 2 * multiplications / seconds / 1e12}
+    benchmark.extra_info |= {
+        "implementation": implementation,
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "calls": count,
+        "timed as": how,
+        "error": error,
+        "us a call": 1e6 * seconds,
+        "TFLOP/s": 2 * multiplications / seconds / 1e12,
+    }
 
 
 @pytest.mark.parametrize("implementation", ["snows mma.sp", "snows wgmma.sp", "dense", "cuSPARSELt"])
 @pytest.mark.parametrize(("out", "width", "tokens"), TOKENS)
-def test_linear(out: int, width: int, tokens: int, implementation: str, benchmark, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_linear(
+    out: int, width: int, tokens: int, implementation: str, benchmark, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if implementation == "snows wgmma.sp" and (tokens < MANY or torch.cuda.get_device_capability() != (9, 0)):
         pytest.skip("for many tokens on Hopper")
     monkeypatch.setenv("SNOWS_WGMMA", str(int(implementation == "snows wgmma.sp")))
@@ -131,6 +169,8 @@ def test_linear(out: int, width: int, tokens: int, implementation: str, benchmar
 
 @pytest.mark.parametrize("implementation", ["snows", "dense"])
 @pytest.mark.parametrize(("channels", "side"), IMAGES)
-def test_convolution(channels: int, side: int, implementation: str, benchmark, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_convolution(
+    channels: int, side: int, implementation: str, benchmark, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
     measure(lambda: convolution(channels, side), implementation, 64 * side**2 * 9 * channels**2, benchmark)

@@ -39,11 +39,15 @@ def rivals(x: Tensor, layer: nn.Module) -> dict[str, Callable[[], Tensor]]:
     weight, bias = layer.weight, layer.bias
     if isinstance(layer, nn.Linear):
         packed = torch.ops.mkldnn._reorder_linear_weight(weight, len(x))
-        return {"F.linear": lambda: F.linear(x, weight, bias),
-                "oneDNN packed": lambda: torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")}
+        return {
+            "F.linear": lambda: F.linear(x, weight, bias),
+            "oneDNN packed": lambda: torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], ""),
+        }
     last, last_weight = (t.contiguous(memory_format=torch.channels_last) for t in (x, weight))
-    return {"F.conv2d": lambda: F.conv2d(x, weight, bias, padding=1),
-            "channels last": lambda: F.conv2d(last, last_weight, bias, padding=1)}
+    return {
+        "F.conv2d": lambda: F.conv2d(x, weight, bias, padding=1),
+        "channels last": lambda: F.conv2d(last, last_weight, bias, padding=1),
+    }
 
 
 def ours(x: Tensor, layer: nn.Module) -> dict[str, Callable[[], Tensor]]:
@@ -51,11 +55,19 @@ def ours(x: Tensor, layer: nn.Module) -> dict[str, Callable[[], Tensor]]:
     found: dict[str, Callable[[], Tensor]] = {}
     for text in PATTERNS:
         pattern, dense = snows.parse_pattern(text), type(layer)
-        masked = dense(layer.in_features, layer.out_features) if dense is nn.Linear else dense(layer.in_channels, layer.out_channels, 3, padding=1)
+        masked = (
+            dense(layer.in_features, layer.out_features)
+            if dense is nn.Linear
+            else dense(layer.in_channels, layer.out_channels, 3, padding=1)
+        )
         masked.to(x.dtype).load_state_dict(layer.state_dict())
         masked.weight.data *= pattern.mask(masked.weight.data.abs())
-        packed = (snows.SparseLinear if dense is nn.Linear else snows.SparseConv2d).from_dense(masked, pattern)
-        inputs = {text: x} | ({f"{text} innermost": innermost_images(x)} if x.ndim == 4 and len(x) % 16 == 0 else {})
+        packed = (snows.SparseLinear if dense is nn.Linear else snows.SparseConv2d).from_dense(
+            masked, pattern
+        )
+        inputs = {text: x} | (
+            {f"{text} innermost": innermost_images(x)} if x.ndim == 4 and len(x) % 16 == 0 else {}
+        )
         wanted = masked.double()(x.double())
         for name, given in inputs.items():
             assert ((packed(given) - wanted).norm() / wanted.norm()).item() < limit, name
@@ -64,7 +76,9 @@ def ours(x: Tensor, layer: nn.Module) -> dict[str, Callable[[], Tensor]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--group", choices=list(GROUPS), required=True)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--out", type=Path)
@@ -74,9 +88,17 @@ def main() -> None:
     torch.manual_seed(0)
     with torch.no_grad():
         for kind, size, a, b in GROUPS[args.group]:
-            layer = (nn.Linear(b, a) if kind == "linear" else nn.Conv2d(a, a, 3, padding=1)).requires_grad_(False).to(dtype)
+            layer = (
+                (nn.Linear(b, a) if kind == "linear" else nn.Conv2d(a, a, 3, padding=1))
+                .requires_grad_(False)
+                .to(dtype)
+            )
             x = (torch.randn(size, b) if kind == "linear" else torch.randn(size, a, b, b)).to(dtype)
-            case = f"{a} x {b}, {size} tokens" if kind == "linear" else f"3 x 3, {a} channels, {b} a side, {size} images"
+            case = (
+                f"{a} x {b}, {size} tokens"
+                if kind == "linear"
+                else f"3 x 3, {a} channels, {b} a side, {size} images"
+            )
             flop = 2 * layer(x).numel() * layer.weight[0].numel()
             rows += in_turns(case, {**rivals(x, layer), **ours(x, layer)}, args.rounds, flop=flop)
             keep(args.out, rows)

@@ -31,7 +31,9 @@ with contextlib.suppress(ImportError):  # torchvision beside a CPU build of torc
 
 def masked(source: str, pattern: snows.NM | snows.Unstructured, example):
     model = load_model(source, random_weights=not source.startswith("zoo:")).model
-    return snows.prune(model, [example], pattern, select=snows.magnitude, solver=None, recalibrate=False, progress=False).network
+    return snows.prune(
+        model, [example], pattern, select=snows.magnitude, solver=None, recalibrate=False, progress=False
+    ).network
 
 
 def frozen(model, example):
@@ -46,9 +48,15 @@ def frozen(model, example):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--networks", default="zoo:resnet20=1:4@8,zoo:resnet20=1:4@64,zoo:vit=1:4@8,"
-                        "torchvision:resnet50=1:4@8,torchvision:vit_b_16=2:4@8", help="source=pattern@images")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--networks",
+        default="zoo:resnet20=1:4@8,zoo:resnet20=1:4@64,zoo:vit=1:4@8,"
+        "torchvision:resnet50=1:4@8,torchvision:vit_b_16=2:4@8",
+        help="source=pattern@images",
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
@@ -61,14 +69,23 @@ def main() -> None:
         deployed, report = snows.deploy(net, x)
         last = copy.deepcopy(net).to(memory_format=torch.channels_last)
         x_last = x.contiguous(memory_format=torch.channels_last) if source != "zoo:vit" else x
-        runs = {"eager": (net, x), "eager channels last": (last, x_last), "torch.compile frozen": (frozen(net, x), x),
-                "snows": (deployed, x), "snows, torch.compile frozen": (frozen(deployed, x), x)}
+        runs = {
+            "eager": (net, x),
+            "eager channels last": (last, x_last),
+            "torch.compile frozen": (frozen(net, x), x),
+            "snows": (deployed, x),
+            "snows, torch.compile frozen": (frozen(deployed, x), x),
+        }
         wanted = outputs(net, Batch.of(x))
         case = f"{source} {text}, {images} images, {sum(not r.reason for r in report.layers)} of {len(report.layers)} packed"
         with torch.no_grad():
             for name, (run, example) in runs.items():
-                assert difference(wanted, outputs(run, Batch.of(example))) < 1e-3, name  # random weights grow from layer to layer
-            rows += in_turns(case, {name: (lambda pair=pair: pair[0](pair[1])) for name, pair in runs.items()}, args.rounds)
+                assert difference(wanted, outputs(run, Batch.of(example))) < 1e-3, (
+                    name
+                )  # random weights grow from layer to layer
+            rows += in_turns(
+                case, {name: (lambda pair=pair: pair[0](pair[1])) for name, pair in runs.items()}, args.rounds
+            )
         keep(args.out, rows)
     print(race(rows))
 

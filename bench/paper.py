@@ -53,14 +53,23 @@ CASES = {
 
 def cifar10_resnet20() -> torch.nn.Module:
     """Fetch a trained ResNet-20 of CIFAR-10 through torch.hub, which runs that repository's code."""
-    net: torch.nn.Module = torch.hub.load("chenyaofo/pytorch-cifar-models", "cifar10_resnet20", pretrained=True, trust_repo=True)
+    net: torch.nn.Module = torch.hub.load(
+        "chenyaofo/pytorch-cifar-models", "cifar10_resnet20", pretrained=True, trust_repo=True
+    )
     return net.eval()
 
 
 def settings_of(case: Case, args: argparse.Namespace) -> dict[str, object]:
     """What a row was measured with; one with others is another row."""
-    return {"model": args.model or case.model, "weights": str(args.weights) if args.weights else None, "data": args.data,
-            "calibration": args.samples or case.samples, "batch": args.batch, "seed": args.seed, "judged": args.judge}
+    return {
+        "model": args.model or case.model,
+        "weights": str(args.weights) if args.weights else None,
+        "data": args.data,
+        "calibration": args.samples or case.samples,
+        "batch": args.batch,
+        "seed": args.seed,
+        "judged": args.judge,
+    }
 
 
 def measure(case: Case, data: str, pattern: str, args: argparse.Namespace) -> dict[str, object]:
@@ -68,7 +77,9 @@ def measure(case: Case, data: str, pattern: str, args: argparse.Namespace) -> di
     device = device_of(args.device)
     network = sources.load_model(args.model or case.model, args.weights)
     preparation = network.preparation.override(**case.preparation)
-    batches = sources.load_data(data, network, "calibration", preparation=preparation).draw(args.samples or case.samples, args.batch, args.seed)
+    batches = sources.load_data(data, network, "calibration", preparation=preparation).draw(
+        args.samples or case.samples, args.batch, args.seed
+    )
     test = sources.load_data(data, network, "test", preparation=preparation, classes=args.classes)
     net, asked = network.model.to(device), snows.parse_pattern(pattern)
     row: dict[str, object] = {"pattern": pattern, **settings_of(case, args)}
@@ -77,13 +88,21 @@ def measure(case: Case, data: str, pattern: str, args: argparse.Namespace) -> di
         pruned, _ = snows.prune(net, batches, asked, seed=args.seed, **settings)
         seconds = time.perf_counter() - began
         dense, scores = compare(net, pruned, test.spread(args.judge, args.batch))
-        row |= {"images": dense.images, "dense": dense.top1, method: scores.top1, f"{method} agreement": scores.agreement,
-                f"{method} divergence": scores.divergence, f"{method} seconds": round(seconds, 1)}
+        row |= {
+            "images": dense.images,
+            "dense": dense.top1,
+            method: scores.top1,
+            f"{method} agreement": scores.agreement,
+            f"{method} divergence": scores.divergence,
+            f"{method} seconds": round(seconds, 1),
+        }
     return row
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--case", choices=CASES, required=True)
     parser.add_argument("--data", required=True, help="as snows prune --data")
     parser.add_argument("--out", type=Path, required=True)

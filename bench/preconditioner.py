@@ -58,7 +58,9 @@ def layer_counts(net, layer, streams, sensitivities, pattern, damping=1e-3):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--network", default="resnet20")
     parser.add_argument("--pattern", default="1:4")
     parser.add_argument("--out", type=Path)
@@ -69,11 +71,23 @@ def main():
     plan = Schedule(net, watched)
     streams = [Stream(plan, x) for x in inputs]
     sensitivities = OutputSensitivity(net, inputs[-1], torch.Generator().manual_seed(0))
-    rows = [row for layer in list(watched.start)[1:-1] if (row := layer_counts(net, layer, streams, sensitivities, parse_pattern(args.pattern)))]
+    rows = [
+        row
+        for layer in list(watched.start)[1:-1]
+        if (row := layer_counts(net, layer, streams, sensitivities, parse_pattern(args.pattern)))
+    ]
     medians = {name: statistics.median(row[name] for row in rows) for name in ("none", "kronecker", "rows")}
     ratio = statistics.median(row["rows"] / row["none"] for row in rows)
-    result = {"network": args.network, "pattern": args.pattern, "torch": torch.__version__, "machine": platform.machine(),
-              "threads": torch.get_num_threads(), "medians": medians, "median of rows / none": ratio, "layers": rows}
+    result = {
+        "network": args.network,
+        "pattern": args.pattern,
+        "torch": torch.__version__,
+        "machine": platform.machine(),
+        "threads": torch.get_num_threads(),
+        "medians": medians,
+        "median of rows / none": ratio,
+        "layers": rows,
+    }
     print(json.dumps({k: v for k, v in result.items() if k != "layers"}, indent=1))
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -56,7 +56,12 @@ class Bottleneck(nn.Module):
 CASES = {
     "ViT-B block, qkv": (lambda: nn.Sequential(EncoderBlock(768, 12)), "0.qkv", (16, 197, 768), 3),
     "ViT-B block, fc1": (lambda: nn.Sequential(EncoderBlock(768, 12)), "0.fc1", (16, 197, 768), 3),
-    "ResNet-50 stage 2, conv2": (lambda: nn.Sequential(*(Bottleneck(512) for _ in range(3))), "0.conv2", (32, 512, 28, 28), 6),
+    "ResNet-50 stage 2, conv2": (
+        lambda: nn.Sequential(*(Bottleneck(512) for _ in range(3))),
+        "0.conv2",
+        (32, 512, 28, 28),
+        6,
+    ),
 }
 
 
@@ -85,8 +90,10 @@ def flop_of(operator: GaussNewton, v: Tensor) -> int:
     def four(q: torch.Size, k: torch.Size) -> int:
         return 4 * 2 * q.numel() * k[-2]
 
-    formulas = {torch.ops.snows.attention_grad: lambda g, q, k, *_, **__: four(q, k),
-                torch.ops.snows.attention_tangent: lambda dq, dk, dv, q, k, *_, **__: four(q, k)}
+    formulas = {
+        torch.ops.snows.attention_grad: lambda g, q, k, *_, **__: four(q, k),
+        torch.ops.snows.attention_tangent: lambda dq, dk, dv, q, k, *_, **__: four(q, k),
+    }
     with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
         operator.product(v)
     total: int = counter.get_total_flops()
@@ -102,11 +109,15 @@ def compiled(operator: GaussNewton, v: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=50 if DEVICE == "cuda" else 7)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # products are compared to 1e-4; cuDNN's default is TF32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = (
+        False  # products are compared to 1e-4; cuDNN's default is TF32
+    )
     rows: list[dict[str, object]] = []
     for case in CASES:
         ours, eager = product(case, "snows"), product(case, "eager")
@@ -118,17 +129,31 @@ def main() -> None:
         try:
             runs["torch.compile"] = compiled(eager, v)
         except Exception as error:
-            rows.append({"case": case, "implementation": "torch.compile", "cannot be compiled": f"{type(error).__name__}: {error}"[:500]})
+            rows.append(
+                {
+                    "case": case,
+                    "implementation": "torch.compile",
+                    "cannot be compiled": f"{type(error).__name__}: {error}"[:500],
+                }
+            )
         seconds = time.perf_counter() - began
         wanted = eager @ v
         for name, run in runs.items():
             for _ in range(3):  # the third is a replay
                 assert ((run(v) - wanted).norm() / wanted.norm()).item() < 1e-4, name
         flop, (large, large_flop) = flop_of(ours, v), large_product(DEVICE)
-        *found, ceiling = in_turns(case, {name: partial(run, v) for name, run in runs.items()} | {"matmul": large}, args.rounds)
+        *found, ceiling = in_turns(
+            case, {name: partial(run, v) for name, run in runs.items()} | {"matmul": large}, args.rounds
+        )
         for row in found:
-            row |= {"flop": flop, "share of matmul": flop / large_flop * ceiling["median ms"] / row["median ms"]}
-        rows += [row | ({"seconds to compile": seconds} if row["implementation"] == "torch.compile" else {}) for row in found]
+            row |= {
+                "flop": flop,
+                "share of matmul": flop / large_flop * ceiling["median ms"] / row["median ms"],
+            }
+        rows += [
+            row | ({"seconds to compile": seconds} if row["implementation"] == "torch.compile" else {})
+            for row in found
+        ]
         keep(args.out, rows)
         torch.compiler.reset()
     print(race(rows))

@@ -21,8 +21,12 @@ LABELS = ("network", "pattern", "method", "layer")
 
 
 # Implementations that are ours; all others are rivals.
-OURS = ("snows", "snows without its graph", "snows, torch.compile frozen",
-        *(f"{pattern}{layout}" for layout in ("", " innermost") for pattern in ("2:4", "1:4", "0.9")))
+OURS = (
+    "snows",
+    "snows without its graph",
+    "snows, torch.compile frozen",
+    *(f"{pattern}{layout}" for layout in ("", " innermost") for pattern in ("2:4", "1:4", "0.9")),
+)
 
 
 def milliseconds(x: float) -> str:
@@ -38,12 +42,20 @@ def race(rows: list[dict]) -> str:
     cases: dict[str, dict[str, dict]] = {}
     for row in rows:
         cases.setdefault(row["case"], {})[row["implementation"]] = row
-    heads = ["case", *(f"{name}, ms" for name in names), *(f"{name}, times as fast" for name in ours), *shares]
+    heads = [
+        "case",
+        *(f"{name}, ms" for name in names),
+        *(f"{name}, times as fast" for name in ours),
+        *shares,
+    ]
     lines = ["| " + " | ".join(heads) + " |", "| --- |" + " ---: |" * (len(heads) - 1)]
     for case, found in cases.items():
         rivals = [row["median ms"] for name, row in found.items() if name not in ours]
         cells = [milliseconds(found[name]["median ms"]) if name in found else "" for name in names]
-        cells += [f"{min(rivals) / found[name]['median ms']:.2f}" if rivals and name in found else "" for name in ours]
+        cells += [
+            f"{min(rivals) / found[name]['median ms']:.2f}" if rivals and name in found else ""
+            for name in ours
+        ]
         cells += [f"{found[ours[0]][x]:.2f}" for x in shares]
         lines.append("| " + " | ".join([case, *cells]) + " |")
     return "\n".join(lines)
@@ -61,11 +73,16 @@ def table(result: dict) -> str:
         groups.setdefault(tuple(str(row[x]) for x in labels), []).append(row)
     dense = result.get("dense")
     lost = ["lost"] if isinstance(dense, float) and "accuracy" in numbers and "network" not in labels else []
-    lines = ["| " + " | ".join([*labels, *lost, *numbers]) + " |", "| " + " | ".join(["---"] * len(labels) + ["---:"] * len(lost + numbers)) + " |"]
+    lines = [
+        "| " + " | ".join([*labels, *lost, *numbers]) + " |",
+        "| " + " | ".join(["---"] * len(labels) + ["---:"] * len(lost + numbers)) + " |",
+    ]
     for key, group in groups.items():
         medians = {x: statistics.median(row[x] for row in group) for x in numbers}
         cells = [f"{dense - medians['accuracy']:.2f}"] if lost else []
-        cells += [f"{medians[x]:.{DIGITS.get(x, 0 if isinstance(group[0][x], int) else 3)}f}" for x in numbers]
+        cells += [
+            f"{medians[x]:.{DIGITS.get(x, 0 if isinstance(group[0][x], int) else 3)}f}" for x in numbers
+        ]
         lines.append("| " + " | ".join([*key, *cells]) + " |")
     return "\n".join(lines)
 

@@ -16,12 +16,22 @@ from snows.choosing.measuring import Stopwatch
 
 
 @memory.kept()
-def in_turns(case: str, runs: Mapping[str, Callable[[], object]], rounds: int, **more: object) -> list[dict[str, object]]:
+def in_turns(
+    case: str, runs: Mapping[str, Callable[[], object]], rounds: int, **more: object
+) -> list[dict[str, object]]:
     """One row an implementation: quartiles of its milliseconds over `rounds`, after one run that does not count."""
     race = Stopwatch(rounds=rounds, repeats=1).race(list(runs.values()))
     heads = ("quarter ms", "median ms", "three quarters ms")
-    return [{"case": case, "implementation": name, "rounds": rounds, **more, **dict(zip(heads, race.quartiles(i), strict=True))}
-            for i, name in enumerate(runs)]
+    return [
+        {
+            "case": case,
+            "implementation": name,
+            "rounds": rounds,
+            **more,
+            **dict(zip(heads, race.quartiles(i), strict=True)),
+        }
+        for i, name in enumerate(runs)
+    ]
 
 
 def large_product(device: str) -> tuple[Callable[[], object], int]:
@@ -35,5 +45,15 @@ def keep(path: Path | None, rows: list[dict[str, object]]) -> None:
     """Write what was measured so far."""
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"torch": torch.__version__, "threads": torch.get_num_threads(),
-                                    "capability": torch.backends.cpu.get_cpu_capability(), "rows": rows}, indent=1) + "\n")
+        path.write_text(
+            json.dumps(
+                {
+                    "torch": torch.__version__,
+                    "threads": torch.get_num_threads(),
+                    "capability": torch.backends.cpu.get_cpu_capability(),
+                    "rows": rows,
+                },
+                indent=1,
+            )
+            + "\n"
+        )

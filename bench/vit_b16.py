@@ -24,7 +24,9 @@ from snows.solving.newton import Newton
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--images", type=int, default=64)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--pattern", default="2:4")
@@ -46,17 +48,38 @@ def main():
             return fit
 
     began, processor = time.perf_counter(), time.process_time()
-    _, report = snows.prune(net, batches, snows.parse_pattern(args.pattern), solver=Timed(), recalibrate=False,
-                            only=lambda name, _: any(x in name for x in chosen))
+    _, report = snows.prune(
+        net,
+        batches,
+        snows.parse_pattern(args.pattern),
+        solver=Timed(),
+        recalibrate=False,
+        only=lambda name, _: any(x in name for x in chosen),
+    )
     seconds, processor = time.perf_counter() - began, time.process_time() - processor
     layers = [x for x in report.layers if not x.reason]
     result = {
-        "network": "torchvision vit_b_16", "pattern": args.pattern, "images": args.images, "batch": args.batch, "blocks": args.blocks,
-        "torch": torch.__version__, "machine": platform.machine(), "threads": torch.get_num_threads(),
-        "seconds": round(seconds, 1), "processor seconds": round(processor, 1),
+        "network": "torchvision vit_b_16",
+        "pattern": args.pattern,
+        "images": args.images,
+        "batch": args.batch,
+        "blocks": args.blocks,
+        "torch": torch.__version__,
+        "machine": platform.machine(),
+        "threads": torch.get_num_threads(),
+        "seconds": round(seconds, 1),
+        "processor seconds": round(processor, 1),
         "peak GB": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
-        "rows": [{"layer": x.name, "step": round(steps[i], 2), "seconds": round(x.seconds, 1), "before": x.before, "after": x.after}
-                 for i, x in enumerate(layers)],
+        "rows": [
+            {
+                "layer": x.name,
+                "step": round(steps[i], 2),
+                "seconds": round(x.seconds, 1),
+                "before": x.before,
+                "after": x.after,
+            }
+            for i, x in enumerate(layers)
+        ],
     }
     print(json.dumps(result, indent=1))
     if args.out:

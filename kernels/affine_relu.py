@@ -1,7 +1,7 @@
-"""The derivative of a ReLU after evaluated BatchNorm: ``scale g``, channel by channel, where the output is positive.
+"""Differentiate a ReLU after evaluated BatchNorm: ``scale g`` where the output is positive.
 
-A program takes a stretch of one channel of one image, so its scale is a scalar; with few positions a channel (below `BLOCK`) part of
-it idles. Numbers moved per element: 3.
+A program takes a stretch of one channel of one image, so its scale is a scalar; with few positions a channel
+(below `BLOCK`) part of it idles. Numbers moved per element: 3.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ def affine_relu_grad_kernel(g, y, scale, out, channels, positions, BLOCK: tl.con
     a = tl.load(scale + row % channels).to(tl.float32)
     grad = a * tl.load(g + row * positions + column, mask=inside, other=0.0).to(tl.float32)
     value = tl.load(y + row * positions + column, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + row * positions + column, tl.where(value <= 0, 0.0, grad).to(out.dtype.element_ty), mask=inside)
+    tl.store(
+        out + row * positions + column, tl.where(value <= 0, 0.0, grad).to(out.dtype.element_ty), mask=inside
+    )
 
 
 def takes(x: Tensor, *_: Any) -> bool:
@@ -41,5 +43,7 @@ def affine_relu_grad(g: Tensor, y: Tensor, scale: Tensor) -> Tensor:
     if positions := _positions(g):
         block = min(1024, max(128, triton.next_power_of_2(positions)))
         grid = (g.shape[0] * g.shape[1], triton.cdiv(positions, block))
-        affine_relu_grad_kernel[grid](g, y, scale, out, g.shape[1], positions, BLOCK=block, num_warps=block // 256 or 1)
+        affine_relu_grad_kernel[grid](
+            g, y, scale, out, g.shape[1], positions, BLOCK=block, num_warps=block // 256 or 1
+        )
     return out

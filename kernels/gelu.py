@@ -1,7 +1,7 @@
 """GELU with its slope, and its second derivative times g (Hendrycks & Gimpel 2016), element by element.
 
-Bytes moved per element: gelu 3 numbers (x in, value and slope out), gelu_curve 3. The derivative between them is one multiplication
-by the slope, which needs no kernel of its own.
+Bytes moved per element: gelu 3 numbers (x in, value and slope out), gelu_curve 3. The derivative between them
+is one multiplication by the slope, which needs no kernel of its own.
 """
 
 from __future__ import annotations
@@ -19,7 +19,10 @@ BLOCK = 1024
 
 @triton.jit
 def _tanh_parts(x):
-    """u', and tanh u, of ``u = c (x + a x³)``; ``1 - 2 / (exp 2u + 1)`` neither overflows nor loses digits against the 1 it is added to."""
+    """Compute u' and tanh u of ``u = c (x + a x³)``.
+
+    ``1 - 2 / (exp 2u + 1)`` neither overflows nor loses digits against the 1 it is added to.
+    """
     slope = 0.7978845608028654 * (1 + 3 * 0.044715 * x * x)
     u = 0.7978845608028654 * (x + 0.044715 * x * x * x)
     return slope, 1 - 2 / (tl.exp(2 * u) + 1)
@@ -64,7 +67,9 @@ def gelu(x: Tensor, approximate: str) -> tuple[Tensor, Tensor]:
     x = x.contiguous()
     value, slope = torch.empty_like(x), torch.empty_like(x)
     if n := x.numel():
-        gelu_kernel[(triton.cdiv(n, BLOCK),)](x, value, slope, n, TANH=approximate == "tanh", BLOCK=BLOCK, num_warps=4)
+        gelu_kernel[(triton.cdiv(n, BLOCK),)](
+            x, value, slope, n, TANH=approximate == "tanh", BLOCK=BLOCK, num_warps=4
+        )
     return value, slope
 
 
@@ -72,5 +77,7 @@ def gelu_curve(x: Tensor, g: Tensor, approximate: str) -> Tensor:
     x, g = x.contiguous(), g.contiguous()
     out = torch.empty_like(x)
     if n := x.numel():
-        gelu_curve_kernel[(triton.cdiv(n, BLOCK),)](x, g, out, n, TANH=approximate == "tanh", BLOCK=BLOCK, num_warps=4)
+        gelu_curve_kernel[(triton.cdiv(n, BLOCK),)](
+            x, g, out, n, TANH=approximate == "tanh", BLOCK=BLOCK, num_warps=4
+        )
     return out

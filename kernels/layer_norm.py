@@ -1,7 +1,7 @@
-"""LayerNorm, its adjoint and tangent, and its second derivative (Ba et al. 2016): one program a row, which stays in registers.
+"""LayerNorm, its adjoint, tangent and second derivative (Ba et al. 2016): one program a row, in registers.
 
-Numbers moved per element: layer_norm 2, layer_norm_grad 3, layer_norm_curve 4; weights are read once per row, from the cache. The
-formulas are the reference's.
+Numbers moved per element: layer_norm 2, layer_norm_grad 3, layer_norm_curve 4; weights are read once per row,
+from the cache. The formulas are the reference's.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ def _row(x, start, column, inside):
 
 
 @triton.jit
-def layer_norm_kernel(x, weight, bias, out, mean, rstd, n, eps, WEIGHT: tl.constexpr, BIAS: tl.constexpr, BLOCK: tl.constexpr):
+def layer_norm_kernel(
+    x, weight, bias, out, mean, rstd, n, eps, WEIGHT: tl.constexpr, BIAS: tl.constexpr, BLOCK: tl.constexpr
+):
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < n
@@ -44,7 +46,9 @@ def layer_norm_kernel(x, weight, bias, out, mean, rstd, n, eps, WEIGHT: tl.const
 
 
 @triton.jit
-def layer_norm_grad_kernel(g, x, mean, rstd, before, after, out, n, BEFORE: tl.constexpr, AFTER: tl.constexpr, BLOCK: tl.constexpr):
+def layer_norm_grad_kernel(
+    g, x, mean, rstd, before, after, out, n, BEFORE: tl.constexpr, AFTER: tl.constexpr, BLOCK: tl.constexpr
+):
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < n
@@ -52,7 +56,9 @@ def layer_norm_grad_kernel(g, x, mean, rstd, before, after, out, n, BEFORE: tl.c
     if BEFORE:
         h *= _row(before, 0, column, inside)
     r = tl.load(rstd + row).to(tl.float32)
-    normal = tl.where(inside, (_row(x, row * n, column, inside) - tl.load(mean + row).to(tl.float32)) * r, 0.0)
+    normal = tl.where(
+        inside, (_row(x, row * n, column, inside) - tl.load(mean + row).to(tl.float32)) * r, 0.0
+    )
     y = r * (h - tl.sum(h) / n - normal * (tl.sum(h * normal) / n))
     if AFTER:
         y *= _row(after, 0, column, inside)
@@ -60,7 +66,9 @@ def layer_norm_grad_kernel(g, x, mean, rstd, before, after, out, n, BEFORE: tl.c
 
 
 @triton.jit
-def layer_norm_curve_kernel(g, v, x, mean, rstd, before, after, out, n, BEFORE: tl.constexpr, AFTER: tl.constexpr, BLOCK: tl.constexpr):
+def layer_norm_curve_kernel(
+    g, v, x, mean, rstd, before, after, out, n, BEFORE: tl.constexpr, AFTER: tl.constexpr, BLOCK: tl.constexpr
+):
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < n
@@ -71,7 +79,9 @@ def layer_norm_curve_kernel(g, v, x, mean, rstd, before, after, out, n, BEFORE: 
         u *= _row(after, 0, column, inside)
     h, u = tl.where(inside, h - tl.sum(h) / n, 0.0), tl.where(inside, u - tl.sum(u) / n, 0.0)
     r = tl.load(rstd + row).to(tl.float32)
-    normal = tl.where(inside, (_row(x, row * n, column, inside) - tl.load(mean + row).to(tl.float32)) * r, 0.0)
+    normal = tl.where(
+        inside, (_row(x, row * n, column, inside) - tl.load(mean + row).to(tl.float32)) * r, 0.0
+    )
     a, b, c = tl.sum(h * normal) / n, tl.sum(u * normal) / n, tl.sum(h * u) / n
     y = -r * r * (b * h + a * u + (c - 3 * a * b) * normal)
     tl.store(out + row * n + column, y.to(out.dtype.element_ty), mask=inside)
@@ -83,13 +93,15 @@ def takes(x: Tensor, *others: Any) -> bool:
 
 
 def _sizes(x: Tensor, shape: Sequence[int]) -> tuple[int, int, dict[str, int]]:
-    """Rows, their length, and how a program is laid out: eight numbers a thread, two loads of 16 bytes."""
+    """Count rows, their length, and lay a program out: eight numbers a thread, two loads of 16 bytes."""
     n = math.prod(shape)
     block = max(128, triton.next_power_of_2(n))
     return x.numel() // n, n, {"BLOCK": block, "num_warps": min(16, max(1, block // 256))}
 
 
-def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, shape: Sequence[int], eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def layer_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, shape: Sequence[int], eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
     x = x.contiguous()
     rows, n, layout = _sizes(x, shape)
     out = torch.empty_like(x)
@@ -97,27 +109,63 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, shape: Seq
     rstd = torch.empty_like(mean)
     if rows:
         w, b = (x if y is None else y.contiguous() for y in (weight, bias))
-        layer_norm_kernel[(rows,)](x, w, b, out, mean, rstd, n, eps, WEIGHT=weight is not None, BIAS=bias is not None, **layout)
+        layer_norm_kernel[(rows,)](
+            x, w, b, out, mean, rstd, n, eps, WEIGHT=weight is not None, BIAS=bias is not None, **layout
+        )
     return out, mean, rstd
 
 
-def layer_norm_grad(g: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, before: Tensor | None, after: Tensor | None,
-                    shape: Sequence[int]) -> Tensor:
+def layer_norm_grad(
+    g: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    before: Tensor | None,
+    after: Tensor | None,
+    shape: Sequence[int],
+) -> Tensor:
     return _launch(layer_norm_grad_kernel, [g], x, mean, rstd, before, after, shape)
 
 
-def layer_norm_curve(g: Tensor, v: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, before: Tensor | None, after: Tensor | None,
-                     shape: Sequence[int]) -> Tensor:
+def layer_norm_curve(
+    g: Tensor,
+    v: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    before: Tensor | None,
+    after: Tensor | None,
+    shape: Sequence[int],
+) -> Tensor:
     return _launch(layer_norm_curve_kernel, [g, v], x, mean, rstd, before, after, shape)
 
 
-def _launch(kernel: Any, vectors: list[Tensor], x: Tensor, mean: Tensor, rstd: Tensor, before: Tensor | None, after: Tensor | None,
-            shape: Sequence[int]) -> Tensor:
+def _launch(
+    kernel: Any,
+    vectors: list[Tensor],
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    before: Tensor | None,
+    after: Tensor | None,
+    shape: Sequence[int],
+) -> Tensor:
     x = x.contiguous()
     rows, n, layout = _sizes(x, shape)
     out = torch.empty_like(x)
     if rows:
         b, a = (x if y is None else y.contiguous() for y in (before, after))
-        kernel[(rows,)](*(v.contiguous() for v in vectors), x, mean, rstd, b, a, out, n, BEFORE=before is not None,
-                        AFTER=after is not None, **layout)
+        kernel[(rows,)](
+            *(v.contiguous() for v in vectors),
+            x,
+            mean,
+            rstd,
+            b,
+            a,
+            out,
+            n,
+            BEFORE=before is not None,
+            AFTER=after is not None,
+            **layout,
+        )
     return out

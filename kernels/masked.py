@@ -1,7 +1,7 @@
 """``weight`` where its bit is set, +0.0 elsewhere.
 
-A thread holds the eight weights of one byte, so the mask costs one byte read per thread and no shuffle. Bytes moved: 2 per weight
-byte, and 1/8 for its bit: 8.125 a float32.
+A thread holds the eight weights of one byte, so the mask costs one byte read per thread and no shuffle. Bytes
+moved: 2 per weight byte, and 1/8 for its bit: 8.125 a float32.
 """
 
 from __future__ import annotations

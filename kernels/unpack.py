@@ -2,10 +2,11 @@
 
     weight[entry] = values[stored entries before it] if its code says that it is stored, else +0.0
 
-In the row view and the bit stream of `snows.packing`. A program takes whole groups of one row, a thread eight neighbouring entries, and
-a running sum over what is stored is where each finds its value. N:M stores n a group, so a program knows where its values begin;
-unstructured are groups of one, counted before. Nothing is computed with values: every bit pattern survives. Bytes moved: the packed
-weight read once, the bits of an unstructured one twice; the dense weight written once, and copied once more for taps beyond 1 x 1.
+In the row view and the bit stream of `snows.packing`. A program takes whole groups of one row, a thread eight
+neighbouring entries, and a running sum over what is stored is where each finds its value. N:M stores n a
+group, so a program knows where its values begin; unstructured are groups of one, counted before. Nothing is
+computed with values: every bit pattern survives. Bytes moved: the packed weight read once, the bits of an
+unstructured one twice; the dense weight written once, and copied once more for taps beyond 1 x 1.
 """
 
 from __future__ import annotations
@@ -40,8 +41,20 @@ def count_kernel(codes, counts, size, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def unpack_kernel(values, codes, starts, out, columns, blocks, stored, size, N: tl.constexpr, M: tl.constexpr, WIDTH: tl.constexpr,
-                  BLOCK: tl.constexpr):
+def unpack_kernel(
+    values,
+    codes,
+    starts,
+    out,
+    columns,
+    blocks,
+    stored,
+    size,
+    N: tl.constexpr,
+    M: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     program = tl.program_id(0).to(tl.int64)
     row, block = program // blocks, program % blocks
     lane = tl.arange(0, BLOCK)
@@ -56,7 +69,9 @@ def unpack_kernel(values, codes, starts, out, columns, blocks, stored, size, N: 
     start = group * N if N else tl.load(starts + program)
     at = start + tl.cumsum(here, 0) - here
     value = tl.load(values + at, mask=(here != 0) & (at < stored), other=0)
-    tl.store(out + row * columns + column, value, mask=column < columns)  # beyond its groups, what the next program stores there too
+    tl.store(
+        out + row * columns + column, value, mask=column < columns
+    )  # beyond its groups, what the next program stores there too
 
 
 def takes(values: Tensor, codes: Tensor, shape: Sequence[int], n: int, m: int) -> bool:
@@ -80,6 +95,18 @@ def unpack(values: Tensor, codes: Tensor, shape: Sequence[int], n: int, m: int) 
             starts = codes.new_empty(blocks, dtype=torch.int64)
             count_kernel[(blocks,)](codes, starts, codes.numel(), **layout)
             starts = starts.cumsum(0) - starts
-        unpack_kernel[(rows * blocks,)](values, codes, starts, weight, columns, blocks, values.numel(), codes.numel(), N=n, M=m, WIDTH=width,
-                                        **layout)
+        unpack_kernel[(rows * blocks,)](
+            values,
+            codes,
+            starts,
+            weight,
+            columns,
+            blocks,
+            values.numel(),
+            codes.numel(),
+            N=n,
+            M=m,
+            WIDTH=width,
+            **layout,
+        )
     return weight.movedim(-1, 1).contiguous()

@@ -1,7 +1,7 @@
 """One-shot pruning of vision networks by Hessian-free Newton steps (SNOWS).
 
-A name is imported when it is first used, so that `import snows` alone costs no time. `import snows.ops` registers the operations that an
-exported program of a packed network calls.
+A name is imported when it is first used, so that `import snows` alone costs no time. `import snows.ops`
+registers the operations that an exported program of a packed network calls.
 """
 
 import importlib
@@ -29,16 +29,40 @@ __version__ = "0.1.0"
 build.warn()
 
 _MODULES = {
-    "deployment": ["Deployed", "deploy"], "evaluation": ["evaluate"], "layers": ["SparseConv2d", "SparseLinear"],
-    "matching.losses": ["Matching"], "networks.masks": ["mask_of"], "pruning": ["Pruned", "prune"],
-    "results.files": ["load", "save"], "selectors": ["alps", "least_squares", "magnitude", "sparsegpt", "wanda"],
-    "solving.newton": ["Newton"], "sparsity": ["NM", "Unstructured", "parse_pattern"],
+    "deployment": ["Deployed", "deploy"],
+    "evaluation": ["evaluate"],
+    "layers": ["SparseConv2d", "SparseLinear"],
+    "matching.losses": ["Matching"],
+    "networks.masks": ["mask_of"],
+    "pruning": ["Pruned", "prune"],
+    "results.files": ["load", "save"],
+    "selectors": ["alps", "least_squares", "magnitude", "sparsegpt", "wanda"],
+    "solving.newton": ["Newton"],
+    "sparsity": ["NM", "Unstructured", "parse_pattern"],
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
-    "NM", "Deployed", "Matching", "Newton", "Pruned", "SparseConv2d", "SparseLinear", "Unstructured", "alps", "deploy", "evaluate",
-    "least_squares", "load", "magnitude", "mask_of", "parse_pattern", "prune", "save", "sparsegpt", "wanda",
+    "NM",
+    "Deployed",
+    "Matching",
+    "Newton",
+    "Pruned",
+    "SparseConv2d",
+    "SparseLinear",
+    "Unstructured",
+    "alps",
+    "deploy",
+    "evaluate",
+    "least_squares",
+    "load",
+    "magnitude",
+    "mask_of",
+    "parse_pattern",
+    "prune",
+    "save",
+    "sparsegpt",
+    "wanda",
 ]
 
 

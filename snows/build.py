@@ -14,17 +14,23 @@ class MissingKernelWarning(UserWarning):
 
 
 def outcome() -> str:
-    """Give the kernels that were built: "CPU", "CPU and CUDA (9.0a)", "none", or "unknown" in a source tree that was not built."""
+    """Return the kernels that were built.
+
+    That is "CPU", "CPU and CUDA (9.0a)", "none", or "unknown" in a source tree that was not built.
+    """
     return _lines()[0]
 
 
 def complaint() -> str:
-    """Give the sentence that names missing kernels, why they are missing and what to do; "" where none are."""
+    """Return the sentence that names missing kernels, why, and what to do; "" where none are missing."""
     return _lines()[1].replace("{log}", str(_FOLDER / "build.log"))
 
 
 def warn() -> None:
-    """Warn of missing kernels, at the package's import; not where SNOWS_REFERENCE=1 leaves them out anyway."""
+    """Warn of missing kernels when the package is imported.
+
+    `SNOWS_REFERENCE=1`, which leaves them out anyway, gives no warning.
+    """
     if complaint() and os.environ.get("SNOWS_REFERENCE") != "1":
         warnings.warn(complaint(), MissingKernelWarning, stacklevel=3)
 

@@ -32,7 +32,10 @@ from snows.selectors import magnitude
 from snows.sparsity import NM, Pattern, Unstructured
 
 CASES: tuple[tuple[str, Pattern], ...] = (
-    ("resnet20", NM(2, 4)), ("resnet20", NM(1, 4)), ("resnet20", Unstructured(0.9)), ("vit", NM(2, 4)),
+    ("resnet20", NM(2, 4)),
+    ("resnet20", NM(1, 4)),
+    ("resnet20", Unstructured(0.9)),
+    ("vit", NM(2, 4)),
 )
 SAMPLES, BATCH = 1024, 128
 JUDGED = 4_000  # test images of the 10,000: thirteen passes over them in 40 seconds on two cores
@@ -46,15 +49,25 @@ def calibration(samples: int = SAMPLES, batch: int = BATCH, seed: int = 0) -> li
 
 
 @memory.kept()
-def run(out: Path, console: Console, judged: int = JUDGED, device: torch.device | None = None, *,
-        cases: Sequence[tuple[str, Pattern]] = CASES, batches: Sequence[Tensor] | None = None,
-        stopwatch: Stopwatch = Stopwatch()) -> list[dict[str, object]]:  # noqa: B008 - frozen
-    """Prune each case at the default settings, next to magnitude pruning, deploy it, and leave weights and a page in `out`.
+def run(
+    out: Path,
+    console: Console,
+    judged: int = JUDGED,
+    device: torch.device | None = None,
+    *,
+    cases: Sequence[tuple[str, Pattern]] = CASES,
+    batches: Sequence[Tensor] | None = None,
+    stopwatch: Stopwatch = Stopwatch(),
+) -> list[dict[str, object]]:
+    """Prune each case at the default settings, next to magnitude pruning, and deploy it.
+
+    Weights and a page are left in `out`.
 
     Args:
         out: the folder.
         console: where the tables go.
-        judged: how many of the zoo's 10,000 test images accuracy and divergence are measured on, from the first on.
+        judged: how many of the zoo's 10,000 test images accuracy and divergence are measured on, from the
+            first on.
         device: that the networks are pruned and measured on; by default the CPU.
         cases: networks of the zoo, and a pattern each.
         batches: calibration images; by default those of `calibration`.
@@ -65,7 +78,9 @@ def run(out: Path, console: Console, judged: int = JUDGED, device: torch.device 
     images, labels = zoo.images("test")
     assert labels is not None
     images, labels = images[:judged], labels[:judged]
-    test = list(zip(images.split(80), labels.split(80), strict=True))  # small batches stay in the cache; 16 times a whole number
+    test = list(
+        zip(images.split(80), labels.split(80), strict=True)
+    )  # small batches stay in the cache; 16 times a whole number
     batches = calibration() if batches is None else batches
     rows: list[dict[str, object]] = []
     reports: list[tuple[str, Report]] = []
@@ -80,7 +95,7 @@ def run(out: Path, console: Console, judged: int = JUDGED, device: torch.device 
         clock[share] += time.perf_counter() - began
 
     def fast(net: nn.Module) -> nn.Module:
-        """A copy that computes the same a little sooner: channels last, normalisation in the convolutions."""
+        """Copy a network to compute the same a little sooner: channels last, normalisation folded."""
         net = copied(net).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         example = Batch.of(test[0]).to(device)
         fold_normalisations(net, example, Trace.of(net, example))
@@ -99,9 +114,15 @@ def run(out: Path, console: Console, judged: int = JUDGED, device: torch.device 
                 with timed("evaluation"):
                     references[name] = [logits_of(net, x) for net in (fast(dense),) for x, _ in test]
             right = torch.cat(references[name]).argmax(1).cpu() == labels
-            row: dict[str, object] = {"network": name, "pattern": str(pattern), "dense": 100 * right.double().mean().item()}
+            row: dict[str, object] = {
+                "network": name,
+                "pattern": str(pattern),
+                "dense": 100 * right.double().mean().item(),
+            }
             with timed("pruning"):
-                net, _ = prune(dense, batches, pattern, select=magnitude, solver=None, recalibrate=False, progress=False)
+                net, _ = prune(
+                    dense, batches, pattern, select=magnitude, solver=None, recalibrate=False, progress=False
+                )
             row["magnitude"] = row["magnitude + statistics"] = measure(fast(net), name).top1
             if any(isinstance(m, nn.BatchNorm2d) for m in net.modules()):
                 with timed("pruning"):
@@ -120,37 +141,71 @@ def run(out: Path, console: Console, judged: int = JUDGED, device: torch.device 
             if count:
                 files.save(packed, packed_path)
             scores = measure(packed, name)
-            row |= {"snows": scores.top1, "divergence": scores.divergence, "packed": f"{count} of {len(found.layers)}",
-                    "dense ms": found.dense_ms, "packed ms": found.sparse_ms, "ratio": found.dense_ms / found.sparse_ms,
-                    "MB": path.stat().st_size / 1e6, "packed MB": packed_path.stat().st_size / 1e6 if count else "",
-                    "outputs": f"{found.difference:.0e}"}
+            row |= {
+                "snows": scores.top1,
+                "divergence": scores.divergence,
+                "packed": f"{count} of {len(found.layers)}",
+                "dense ms": found.dense_ms,
+                "packed ms": found.sparse_ms,
+                "ratio": found.dense_ms / found.sparse_ms,
+                "MB": path.stat().st_size / 1e6,
+                "packed MB": packed_path.stat().st_size / 1e6 if count else "",
+                "outputs": f"{found.difference:.0e}",
+            }
             rows.append(row)
             reports.append((f"{name} {pattern}", report))
             deployments.append((f"{name} {pattern}", found))
             bar.advance(task)
     pruned, deployed = table(rows, PRUNED), table(rows, DEPLOYED)
     console.print(pruned, deployed)
-    console.print(f"{SAMPLES:,} unlabelled images; accuracy in % on the first {len(images):,} test images, of snows through the packed "
-                  f"layers, whose outputs differ from the masked network's by so much of the largest; times of {len(test[0][0])} images; "
-                  f"{', '.join(f'{share} {seconds:.0f} s' for share, seconds in clock.items())}; weights and page in {out}", highlight=False)
+    console.print(
+        f"{SAMPLES:,} unlabelled images; accuracy in % on the first {len(images):,} test images, of snows "
+        "through the packed "
+        "layers, whose outputs differ from the masked network's by so much of the largest; times of "
+        f"{len(test[0][0])} images; "
+        f"{', '.join(f'{share} {seconds:.0f} s' for share, seconds in clock.items())}; weights and page in "
+        f"{out}",
+        highlight=False,
+    )
     if build.outcome() == "none":
-        console.print(f"packed layers are slower than dense ones here: {build.complaint()}", highlight=False, markup=False)
+        console.print(
+            f"packed layers are slower than dense ones here: {build.complaint()}",
+            highlight=False,
+            markup=False,
+        )
     details = []
-    for title, part in [(title, r.table()) for title, r in reports] + [(f"{title}, deployed", d.table()) for title, d in deployments]:
+    for title, part in [(title, r.table()) for title, r in reports] + [
+        (f"{title}, deployed", d.table()) for title, d in deployments
+    ]:
         part.title = title
         details.append(part)
-    write(out / "report.html", page("snows demo", [pruned, deployed, *details],
-                                    [r.summary() for _, r in reports] + [d.summary() for _, d in deployments],
-                                    [f"<h2>{title}</h2>{plot(r)}" for title, r in reports]).encode())
+    write(
+        out / "report.html",
+        page(
+            "snows demo",
+            [pruned, deployed, *details],
+            [r.summary() for _, r in reports] + [d.summary() for _, d in deployments],
+            [f"<h2>{title}</h2>{plot(r)}" for title, r in reports],
+        ).encode(),
+    )
     return rows
 
 
-PRUNED = ("network", "pattern", "dense", "magnitude", "magnitude + statistics", "snows", "divergence", "seconds")
+PRUNED = (
+    "network",
+    "pattern",
+    "dense",
+    "magnitude",
+    "magnitude + statistics",
+    "snows",
+    "divergence",
+    "seconds",
+)
 DEPLOYED = ("network", "pattern", "packed", "dense ms", "packed ms", "ratio", "MB", "packed MB", "outputs")
 
 
 def table(rows: list[dict[str, object]], columns: tuple[str, ...]) -> Table:
-    """One line a case."""
+    """Make a table of one line a case."""
     result = Table(*columns)
     for row in rows:
         cells = []

@@ -12,7 +12,7 @@ from snows.networks.batches import Batch, labels_of, output_of, output_tensors
 
 
 class Scores(NamedTuple):
-    """What was measured; NaN where there were no labels, or no reference.
+    """Hold what was measured; NaN where there were no labels, or no reference.
 
     Attributes:
         images: how many.
@@ -59,23 +59,33 @@ class Tally:
             reference: the other network's logits, (B, classes), on any device.
 
         Raises:
-            ValueError: there are not as many labels, or not as many reference logits, or a class number is that of no output.
+            ValueError: there are not as many labels, or not as many reference logits, or a class number is
+                that of no output.
         """
         self.images += len(logits)
         if labels is not None:
             labels = labels.to(logits.device)
             if labels.shape != logits.shape[:1]:
-                raise ValueError(f"evaluate: expected a class number for each of {len(logits)} images, got labels of {tuple(labels.shape)}")
+                raise ValueError(
+                    f"evaluate: expected a class number for each of {len(logits)} images, got labels of "
+                    f"{tuple(labels.shape)}"
+                )
             known = labels >= 0
             if known.any() and int(labels.max()) >= logits.shape[1]:
-                raise ValueError(f"evaluate: expected class numbers below {logits.shape[1]}, the model's outputs, got {int(labels.max())}")
+                raise ValueError(
+                    f"evaluate: expected class numbers below {logits.shape[1]}, the model's outputs, got "
+                    f"{int(labels.max())}"
+                )
             ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
             self.labelled += int(known.sum())
             self.hits += int(ranked[known, 0].sum())
             self.hits5 += int(ranked[known].any(1).sum())
         if reference is not None:
             if reference.shape != logits.shape:
-                raise ValueError(f"evaluate: expected reference logits of {tuple(logits.shape)}, got {tuple(reference.shape)}")
+                raise ValueError(
+                    f"evaluate: expected reference logits of {tuple(logits.shape)}, got "
+                    f"{tuple(reference.shape)}"
+                )
             reference = reference.to(logits)
             self.compared += len(logits)
             self.same += int((reference.argmax(1) == logits.argmax(1)).sum())
@@ -84,11 +94,17 @@ class Tally:
 
     def scores(self) -> Scores:
         """Divide by how many were counted."""
+
         def share(count: float, whole: int) -> float:
             return count / whole if whole else float("nan")
 
-        return Scores(self.images, 100 * share(self.hits, self.labelled), 100 * share(self.hits5, self.labelled),
-                      100 * share(self.same, self.compared), share(self.divergence, self.compared))
+        return Scores(
+            self.images,
+            100 * share(self.hits, self.labelled),
+            100 * share(self.hits5, self.labelled),
+            100 * share(self.same, self.compared),
+            share(self.divergence, self.compared),
+        )
 
 
 def evaluate(net: nn.Module, batches: Iterable[Any], reference: Iterable[Tensor] | None = None) -> Scores:
@@ -96,12 +112,13 @@ def evaluate(net: nn.Module, batches: Iterable[Any], reference: Iterable[Tensor]
 
     Args:
         net: in evaluation mode.
-        batches: as `prune` takes them, on any device; class numbers as `(images, labels)`, or under `labels` or `label` of a mapping, int64 of
-            (B,), -1 or None for no label.
+        batches: as `prune` takes them, on any device; class numbers as `(images, labels)`, or under `labels`
+            or `label` of a mapping, int64 of (B,), -1 or None for no label.
         reference: the other network's logits, a batch each.
 
     Raises:
-        ValueError: the network cannot run a batch, returns no (B, classes) logits, or labels or reference logits do not belong to the images.
+        ValueError: the network cannot run a batch, returns no (B, classes) logits, or labels or reference
+            logits do not belong to the images.
     """
     tally, others = Tally(), iter(reference) if reference is not None else None
     for batch in batches:

@@ -1,4 +1,4 @@
-"""Memory that is freed stays with the process while a layer is fitted: passes over the same tensors take it up again."""
+"""Memory that is freed stays with the process: passes over the same tensors take it up again."""
 
 from __future__ import annotations
 
@@ -17,15 +17,20 @@ _LARGEST = 2**25  # the mmap threshold up to which glibc adapts on its own; it t
 def kept() -> Iterator[None]:
     """Keep freed memory from going back to the system, and give it back at the end.
 
-    By default glibc returns what is freed at the top of its heap, and every tensor of some megabytes is then mapped and cleared
-    anew, page by page: half the time of a Gauss-Newton product of a small network. Does nothing where the C library is
-    another one, or where the environment sets these thresholds. The last of several to end, in threads or one in another, gives back.
+    By default glibc returns what is freed at the top of its heap, and every tensor of some megabytes is then
+    mapped and cleared
+    anew, page by page: half the time of a Gauss-Newton product of a small network. Does nothing where the C
+    library is another one, or where the environment sets these thresholds. The last of several to end, in
+    threads or one in another, gives back.
     """
     global _inside
     library = ctypes.CDLL(None) if os.name == "posix" else None
     mallopt, trim = getattr(library, "mallopt", None), getattr(library, "malloc_trim", None)
     tunables = os.environ.get("GLIBC_TUNABLES", "")
-    chosen = any(f"MALLOC_{name.upper()}_THRESHOLD_" in os.environ or f"glibc.malloc.{name}_threshold" in tunables for name in ("trim", "mmap"))
+    chosen = any(
+        f"MALLOC_{name.upper()}_THRESHOLD_" in os.environ or f"glibc.malloc.{name}_threshold" in tunables
+        for name in ("trim", "mmap")
+    )
     if mallopt is None or trim is None or chosen:
         yield
         return
@@ -36,7 +41,8 @@ def kept() -> Iterator[None]:
         mallopt(_TRIM_THRESHOLD, 2**31 - 1)
     try:
         yield
-    finally:  # what they were is not to be had; these are what glibc comes to in any process with large tensors
+    # what they were is not to be had; these are what glibc comes to in any process with large tensors
+    finally:
         with _lock:
             _inside -= 1
             if not _inside:

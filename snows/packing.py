@@ -1,18 +1,24 @@
-"""The packed format of a sparse weight: the kept values in order, their positions as codes. The same on every machine.
+"""The packed format of a sparse weight: kept values in order, their positions as codes.
 
-Everything is in the row view `sparsity.rows`: (out, columns), a group of m being m consecutive entries of a row.
+It is the same on every machine.
 
-- **N:M** stores exactly n values of every group, `values` being (rows, groups * n). `codes` is one stream of bits without
-  gaps, least significant bit first: for each value its position in the group in ceil(log2 m) bits, ascending within the
-  group; or, where that takes more than m bits a group, the group's m-bit mask. So 2:4 is the hardware's nibble
-  `first | second << 2`, two groups a byte:
+Everything is in the row view `sparsity.rows`: (out, columns), a group of m being m consecutive entries of a
+row.
+
+- **N:M** stores exactly n values of every group, `values` being (rows, groups * n). `codes` is one stream of
+bits without
+  gaps, least significant bit first: for each value its position in the group in ceil(log2 m) bits, ascending
+  within the group; or, where that takes more than m bits a group, the group's m-bit mask. So 2:4 is the
+  hardware's nibble `first | second << 2`, two groups a byte:
 
       weight    0  a  0  b | c  0  0  d       values  a b c d
-      position  0  1  2  3 | 0  1  2  3       codes   0b1100_1101   (second group: 0 and 3; first group: 1 and 3)
+      position  0  1  2  3 | 0  1  2  3       codes   0b1100_1101   (second group: 0 and 3; first group: 1 and
+      3)
 
-  A group with fewer than n kept is filled up with its lowest free positions, holding +0.0. A last group of fewer than m
-  columns is a whole group whose missing columns come last.
-- **Unstructured** stores the kept values, `values` being (kept,), and a bit for every entry, in the same stream.
+  A group with fewer than n kept is filled up with its lowest free positions, holding +0.0. A last group of
+  fewer than m columns is a whole group whose missing columns come last.
+- **Unstructured** stores the kept values, `values` being (kept,), and a bit for every entry, in the same
+stream.
 
 Codes come from the mask and never from `weight != 0`: kept zeros, and their signs, survive.
 """
@@ -33,11 +39,13 @@ from snows.sparsity import NM, Unstructured, rows
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 WIDEST = 32  # entries in a group
-CANDIDATES = tuple(NM(n, m) for n, m in ((1, 32), (1, 16), (1, 8), (1, 4), (2, 8), (2, 4), (1, 2), (4, 8), (3, 4)))  # sparsest first
+CANDIDATES = tuple(
+    NM(n, m) for n, m in ((1, 32), (1, 16), (1, 8), (1, 4), (2, 8), (2, 4), (1, 2), (4, 8), (3, 4))
+)  # sparsest first
 
 
 class Packed(NamedTuple):
-    """A packed weight: plain tensors, and what is needed to read them."""
+    """Hold a packed weight: plain tensors, and what is needed to read them."""
 
     values: Tensor
     codes: Tensor
@@ -64,8 +72,8 @@ def pack(weight: Tensor, mask: Tensor | None, pattern: NM | Unstructured) -> Pac
         pattern: what the mask obeys. The share of an unstructured pattern is not held against the mask.
 
     Raises:
-        ValueError: a group keeps more than n, the weight is not zero off the mask, holds NaN, or has a dtype, shape or
-            pattern that cannot be packed.
+        ValueError: a group keeps more than n, the weight is not zero off the mask, holds NaN, or has a dtype,
+            shape or pattern that cannot be packed.
 
     Example:
         >>> packed = pack(torch.tensor([[0.0, 5.0, 0.0, 6.0, 7.0, 0.0, 0.0, 8.0]]), None, NM(2, 4))
@@ -83,12 +91,12 @@ def pack(weight: Tensor, mask: Tensor | None, pattern: NM | Unstructured) -> Pac
 
 
 def unpack(packed: Packed) -> Tensor:
-    """The weight, exactly: stored values bit for bit, +0.0 elsewhere."""
+    """Return the weight, exactly: stored values bit for bit, +0.0 elsewhere."""
     return ops.unpack(packed.values, packed.codes, packed.shape, *packed.group)
 
 
 def find_pattern(weight: Tensor, mask: Tensor | None = None) -> NM | Unstructured:
-    """The sparsest usual N:M that the mask obeys, or unstructured with the mask's share.
+    """Find the sparsest usual N:M that the mask obeys, or unstructured with the mask's share.
 
     Args:
         weight: (out, in) or (out, in, kernel height, kernel width).
@@ -103,11 +111,20 @@ def find_pattern(weight: Tensor, mask: Tensor | None = None) -> NM | Unstructure
     """
     mask = _mask(weight, mask)
     if mask.all():
-        raise ValueError(f"find_pattern: expected a weight with zeros, got {tuple(weight.shape)} without one; prune it first")
+        raise ValueError(
+            f"find_pattern: expected a weight with zeros, got {tuple(weight.shape)} without one; prune it "
+            "first"
+        )
     kept, density = rows(mask), float(mask.sum()) / mask.numel()
     for pattern in CANDIDATES:
-        mostly_used = density >= pattern.density / 2  # else the places that hold no kept weight cost more than they help
-        if mostly_used and not pattern.fits(weight.shape) and int(kept.unflatten(1, (-1, pattern.m)).sum(-1).max()) <= pattern.n:
+        mostly_used = (
+            density >= pattern.density / 2
+        )  # else the places that hold no kept weight cost more than they help
+        if (
+            mostly_used
+            and not pattern.fits(weight.shape)
+            and int(kept.unflatten(1, (-1, pattern.m)).sum(-1).max()) <= pattern.n
+        ):
             return pattern
     return Unstructured(min(1 - density, math.nextafter(1, 0)))  # nothing kept at all is a pattern too
 
@@ -121,32 +138,50 @@ def check(packed: Packed) -> None:
     n, m = packed.group
     out, columns = packed.shape[0], math.prod(packed.shape[1:])
     if packed.values.dtype not in DTYPES:
-        raise ValueError(f"packed weight: expected values in float32, float16, bfloat16 or float64, got {packed.values.dtype}")
+        raise ValueError(
+            "packed weight: expected values in float32, float16, bfloat16 or float64, got "
+            f"{packed.values.dtype}"
+        )
     groups = -(-columns // m) if m else 0
     bits = out * groups * code_bits(n, m) if m else out * columns
     if packed.codes.dtype != torch.uint8 or packed.codes.shape != (-(-bits // 8),):
-        raise ValueError(f"packed weight: expected {-(-bits // 8)} bytes of codes for {packed.shape} in {packed.pattern}, "
-                         f"got {tuple(packed.codes.shape)} {packed.codes.dtype}")
+        raise ValueError(
+            f"packed weight: expected {-(-bits // 8)} bytes of codes for {packed.shape} in {packed.pattern}, "
+            f"got {tuple(packed.codes.shape)} {packed.codes.dtype}"
+        )
     if m and packed.values.shape != (out, groups * n):
-        raise ValueError(f"packed weight: expected {(out, groups * n)} values, got {tuple(packed.values.shape)}")
+        raise ValueError(
+            f"packed weight: expected {(out, groups * n)} values, got {tuple(packed.values.shape)}"
+        )
     stored = _legal(packed.codes, out, groups, n, m) if m else masks.unpack_bits(packed.codes, (bits,)).sum()
     if int(stored) != packed.values.numel():
-        raise ValueError(f"packed weight: expected codes for {packed.values.numel()} stored values, got codes for {int(stored)}; "
-                         "they are corrupt, or from another weight")
+        raise ValueError(
+            f"packed weight: expected codes for {packed.values.numel()} stored values, got codes for "
+            f"{int(stored)}; "
+            "they are corrupt, or from another weight"
+        )
 
 
 def _mask(weight: Tensor, mask: Tensor | None) -> Tensor:
     if weight.dtype not in DTYPES or weight.ndim not in (2, 4):
-        raise ValueError(f"pack: expected a float32, float16, bfloat16 or float64 weight of 2 (Linear) or 4 (Conv2d) "
-                         f"dimensions, got {tuple(weight.shape)} {weight.dtype}")
+        raise ValueError(
+            f"pack: expected a float32, float16, bfloat16 or float64 weight of 2 (Linear) or 4 (Conv2d) "
+            f"dimensions, got {tuple(weight.shape)} {weight.dtype}"
+        )
     if weight.isnan().any():
         raise ValueError("pack: expected a weight without NaN, got NaN; check how it was made")
     if mask is None:
         return weight.detach() != 0
     if mask.shape != weight.shape or mask.dtype != torch.bool:
-        raise ValueError(f"pack: expected a bool mask of the weight's {tuple(weight.shape)}, got {tuple(mask.shape)} {mask.dtype}")
+        raise ValueError(
+            f"pack: expected a bool mask of the weight's {tuple(weight.shape)}, got {tuple(mask.shape)} "
+            f"{mask.dtype}"
+        )
     if (lost := weight.detach().ne(0) & ~mask).any():
-        raise ValueError(f"pack: expected zeros wherever the mask is False, got {int(lost.sum())} other weights; apply the mask first")
+        raise ValueError(
+            f"pack: expected zeros wherever the mask is False, got {int(lost.sum())} other weights; apply "
+            "the mask first"
+        )
     return mask
 
 
@@ -159,8 +194,12 @@ def _pack_groups(matrix: Tensor, kept: Tensor, pattern: NM) -> tuple[Tensor, Ten
     counts = groups.sum(-1)
     if (counts > n).any():
         row, group = (counts > n).nonzero()[0].tolist()
-        raise ValueError(f"pack: expected at most {n} kept of every {m}, got {int(counts[row, group])} in row {row}, group {group} "
-                         f"(columns {group * m} to {group * m + m - 1} of the row view); mask the weight, or pack it as unstructured")
+        raise ValueError(
+            f"pack: expected at most {n} kept of every {m}, got {int(counts[row, group])} in row {row}, "
+            f"group {group} "
+            f"(columns {group * m} to {group * m + m - 1} of the row view); mask the weight, or pack it as "
+            "unstructured"
+        )
     # Kept entries first, then the free ones from the lowest; both sorts leave the order of the rest alone.
     positions = groups.byte().argsort(dim=-1, descending=True, stable=True)[..., :n].sort(-1).values
     values = F.pad(matrix, pad).unflatten(1, (-1, m)).gather(-1, positions).flatten(1)
@@ -172,7 +211,10 @@ def _pack_groups(matrix: Tensor, kept: Tensor, pattern: NM) -> tuple[Tensor, Ten
 
 
 def _legal(codes: Tensor, out: int, groups: int, n: int, m: int) -> int:
-    """How many values the codes of groups have places for: n for a group whose code `pack` could have written."""
+    """Count the values that the codes of groups have places for.
+
+    That is n for a group whose code `pack` could have written.
+    """
     bits, width = code_bits(n, m), (m - 1).bit_length()
     stream = masks.unpack_bits(codes, (out * groups, bits))
     if n * width > m:

@@ -1,4 +1,4 @@
-"""`prune`: walk a network layer by layer, choose each mask, re-fit the weights that stay, and keep what was done."""
+"""`prune`: walk a network layer by layer, choose each mask, and re-fit the weights that stay."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ class Pruned:
     """Hold what `prune` made; unpacks into network and report.
 
     Attributes:
-        network: the pruned copy, of the same class and with the same `state_dict` keys; beside each pruned layer's weight
-            lies its mask, see `snows.mask_of`.
+        network: the pruned copy, of the same class and with the same `state_dict` keys; beside each pruned
+            layer's weight lies its mask, see `snows.mask_of`.
         report: what happened, layer by layer.
         masks: by layer, bool, True where a weight is kept.
     """
@@ -55,8 +55,8 @@ def prune(
     pattern: PatternChoice,
     *,
     select: Choosing = alps,
-    solver: Newton | None = Newton(),  # noqa: B008 - frozen
-    matching: Matching = Matching(),  # noqa: B008 - frozen
+    solver: Newton | None = Newton(),
+    matching: Matching = Matching(),
     cap: float = 0.95,
     only: Only | None = None,
     recalibrate: bool = True,
@@ -69,13 +69,14 @@ def prune(
 
     Args:
         model: any module in evaluation mode, in float32 or float64; left as it was.
-        batches: unlabelled calibration batches: tensors, `(images, labels)` pairs (labels ignored) or mappings of
-            keyword inputs. Read once and kept. The last of the largest (or an eighth of the last, with fewer than four) is
-            held back: each layer keeps the weight that is best there.
-        pattern: for all layers, by layer name, or a function of name and module that may return None for dense. An
-            `Unstructured` given alone is one exact budget over the prunable weights. None with masks from elsewhere.
-        select: a rule, masks by layer name (bool, weight.shape), or a network that is already pruned. By default
-            ALPS: a mask by ADMM and least squares on it.
+        batches: unlabelled calibration batches: tensors, `(images, labels)` pairs (labels ignored) or
+            mappings of keyword inputs. Read once and kept. The last of the largest (or an eighth of the last,
+            with fewer than four) is held back: each layer keeps the weight that is best there.
+        pattern: for all layers, by layer name, or a function of name and module that may return None for
+            dense. An `Unstructured` given alone is one exact budget over the prunable weights. None with
+            masks from elsewhere.
+        select: a rule, masks by layer name (bool, weight.shape), or a network that is already pruned. By
+            default ALPS: a mask by ADMM and least squares on it.
         solver: Newton's settings; None keeps what `select` gives.
         matching: which features of the dense network are matched, and how a mismatch is measured.
         cap: the largest share a layer may lose under an `Unstructured` budget.
@@ -101,10 +102,16 @@ def prune(
         tell.layers(len(plan.choices))
         objective = Objective(twins, matching, seed)
         settings = _settings(pattern, select, solver, matching, cap, recalibrate, seed, plan)
-        opened = Run.open(Path(out), settings, model, twins.batches, plan.starts(), resume) if out is not None else nullcontext()
+        opened = (
+            Run.open(Path(out), settings, model, twins.batches, plan.starts(), resume)
+            if out is not None
+            else nullcontext()
+        )
         with opened as run:
-            rows = [_pruned(index, name, choice, twins, objective, solver, run, seed, tell)
-                    for index, (name, choice) in enumerate(plan.choices.items())]
+            rows = [
+                _pruned(index, name, choice, twins, objective, solver, run, seed, tell)
+                for index, (name, choice) in enumerate(plan.choices.items())
+            ]
             if recalibrate:
                 tell.doing("correcting BatchNorm's statistics")
                 recalibrate_statistics(twins.sparse, twins.dense, twins.batches)
@@ -115,8 +122,17 @@ def prune(
     return Pruned(network, report, twins.masks)
 
 
-def _pruned(index: int, name: str, choice: Choice, twins: Twins, objective: Objective, solver: Newton | None, run: Run | None,
-            seed: int, tell: Tell) -> LayerReport:
+def _pruned(
+    index: int,
+    name: str,
+    choice: Choice,
+    twins: Twins,
+    objective: Objective,
+    solver: Newton | None,
+    run: Run | None,
+    seed: int,
+    tell: Tell,
+) -> LayerReport:
     """Prune one layer, or take it from the run's folder; return its line of the report."""
     weight: Tensor = twins.sparse.get_submodule(name).weight  # type: ignore[assignment]
     done = run.finished(index, weight) if run is not None else None
@@ -124,7 +140,9 @@ def _pruned(index: int, name: str, choice: Choice, twins: Twins, objective: Obje
         began = time.perf_counter()
         site = twins.at(name)
         if not site.training:
-            return LayerReport(name, tuple(weight.shape), "dense", weight.numel(), "no calibration batch reaches it")
+            return LayerReport(
+                name, tuple(weight.shape), "dense", weight.numel(), "no calibration batch reaches it"
+            )
         generator = torch.Generator().manual_seed(seed * 100_003 + index)
         found = _fit(site, choice, objective, solver, generator, tell)
         row = _row(site, choice, found, solver, time.perf_counter() - began)
@@ -137,8 +155,14 @@ def _pruned(index: int, name: str, choice: Choice, twins: Twins, objective: Obje
     return row
 
 
-def _fit(site: Site, choice: Choice, objective: Objective, solver: Newton | None, generator: torch.Generator,
-         tell: Tell) -> Fit:
+def _fit(
+    site: Site,
+    choice: Choice,
+    objective: Objective,
+    solver: Newton | None,
+    generator: torch.Generator,
+    tell: Tell,
+) -> Fit:
     """Choose one layer's mask, then re-fit what stays."""
     tell.doing(f"{site.name}: statistics and mask")
     losses = objective.at(site)
@@ -157,20 +181,36 @@ def _row(site: Site, choice: Choice, found: Fit, solver: Newton | None, seconds:
     if stop is Stop.ITERATIONS and solver is not None:
         said = f"{solver.max_iterations} iterations, as set"
     return LayerReport(
-        name=site.name, shape=tuple(site.weight.shape), pattern=str(choice.pattern) if choice.pattern else "mask",
-        kept=int(found.masked.mask.sum()), before=found.before, after=found.after,
-        iterations=sum(s.iterations for s in found.steps), steps=len(found.steps), stop=said, seconds=seconds)
+        name=site.name,
+        shape=tuple(site.weight.shape),
+        pattern=str(choice.pattern) if choice.pattern else "mask",
+        kept=int(found.masked.mask.sum()),
+        before=found.before,
+        after=found.after,
+        iterations=sum(s.iterations for s in found.steps),
+        steps=len(found.steps),
+        stop=said,
+        seconds=seconds,
+    )
 
 
-def _report(twins: Twins, plan: Plan, rows: list[LayerReport], settings: dict[str, Any], run: Run | None) -> Report:
+def _report(
+    twins: Twins, plan: Plan, rows: list[LayerReport], settings: dict[str, Any], run: Run | None
+) -> Report:
     """Put the layers' lines together, with what a reader should know of the whole."""
     fitted = {row.name: row for row in rows}
     notes = list(twins.notes)
-    notes += [f"{row.name}: numbers stopped being finite; it keeps the best weight found before."
-              for row in rows if row.stop == Stop.NOT_FINITE.value]
+    notes += [
+        f"{row.name}: numbers stopped being finite; it keeps the best weight found before."
+        for row in rows
+        if row.stop == Stop.NOT_FINITE.value
+    ]
     if run is not None and run.threads != torch.get_num_threads():
-        notes.append(f"The run began with {run.threads} threads and ended with {torch.get_num_threads()}; the last bits of its "
-                     "numbers may differ from those of a run that was not interrupted.")
+        notes.append(
+            f"The run began with {run.threads} threads and ended with {torch.get_num_threads()}; the last "
+            "bits of its "
+            "numbers may differ from those of a run that was not interrupted."
+        )
     size = sum(p.numel() for p in twins.model.parameters())
     return Report([fitted.get(row.name, row) for row in plan.rows], size, settings, notes)
 
@@ -178,13 +218,27 @@ def _report(twins: Twins, plan: Plan, rows: list[LayerReport], settings: dict[st
 # ---------------------------------------------------------------- settings
 
 
-def _settings(pattern: Any, select: Any, solver: Any, matching: Matching, cap: float, recalibrate: bool, seed: int,
-              plan: Plan) -> dict[str, Any]:
+def _settings(
+    pattern: Any,
+    select: Any,
+    solver: Any,
+    matching: Matching,
+    cap: float,
+    recalibrate: bool,
+    seed: int,
+    plan: Plan,
+) -> dict[str, Any]:
     """Write down what was asked; a run that was interrupted goes on with the same alone."""
     several = isinstance(pattern, Mapping) or callable(pattern)
     return {
-        "pattern": plan.patterns if several else str(pattern), "select": _name(select), "solver": str(solver), **asdict(matching),
-        "cap": cap, "recalibrate": recalibrate, "seed": seed, "layers": list(plan.patterns),
+        "pattern": plan.patterns if several else str(pattern),
+        "select": _name(select),
+        "solver": str(solver),
+        **asdict(matching),
+        "cap": cap,
+        "recalibrate": recalibrate,
+        "seed": seed,
+        "layers": list(plan.patterns),
     }
 
 
@@ -211,4 +265,8 @@ def _check_settings(solver: Any, matching: Any, out: Any, resume: Any, seed: Any
 def _autocast_off(model: Any) -> Any:
     """Compute in the weights' own precision, whatever is around the call."""
     first = next(iter(model.parameters()), None) if isinstance(model, nn.Module) else None
-    return torch.autocast(first.device.type, enabled=False) if first is not None and not first.is_meta else nullcontext()
+    return (
+        torch.autocast(first.device.type, enabled=False)
+        if first is not None and not first.is_meta
+        else nullcontext()
+    )

@@ -19,7 +19,8 @@ def rows(weight: Tensor) -> Tensor:
     """View a layer's weight as (out, in): a group of m is m consecutive entries of a row.
 
     A Linear's weight is that already; a Conv2d's (out, in, kh, kw) becomes (out, kh * kw * in), input channel
-    fastest, so that a group lies along the input channels at one kernel position, as sparse hardware wants it.
+    fastest, so that a group lies along the input channels at one kernel position, as sparse hardware wants
+    it.
 
     Raises:
         ValueError: `weight` has neither two nor four dimensions.
@@ -28,7 +29,9 @@ def rows(weight: Tensor) -> Tensor:
         return weight
     if weight.ndim == 4:
         return weight.permute(0, 2, 3, 1).flatten(1)
-    raise ValueError(f"rows: expected a weight of 2 (Linear) or 4 (Conv2d) dimensions, got {tuple(weight.shape)}")
+    raise ValueError(
+        f"rows: expected a weight of 2 (Linear) or 4 (Conv2d) dimensions, got {tuple(weight.shape)}"
+    )
 
 
 def unrows(matrix: Tensor, shape: torch.Size) -> Tensor:
@@ -40,7 +43,10 @@ def unrows(matrix: Tensor, shape: torch.Size) -> Tensor:
 
 
 class MaskedWeight(NamedTuple):
-    """Hold a weight that is zero wherever its mask is False; the mask is never re-derived from `weight != 0`."""
+    """Hold a weight that is zero wherever its mask is False.
+
+    The mask is never re-derived from `weight != 0`.
+    """
 
     weight: Tensor
     mask: Tensor
@@ -48,7 +54,7 @@ class MaskedWeight(NamedTuple):
 
 @runtime_checkable
 class Pattern(Protocol):
-    """Which weights may stay."""
+    """Say which weights may stay."""
 
     def mask(self, scores: Tensor) -> Tensor:
         """Choose by `scores` (weight.shape, higher stays); bool, weight.shape."""
@@ -72,7 +78,9 @@ class Pattern(Protocol):
 def refuse_nan(scores: Tensor) -> None:
     """Raise a ValueError for scores that cannot be ranked."""
     if scores.isnan().any():
-        raise ValueError("mask: expected scores without NaN, got NaN; check the weights and the calibration images")
+        raise ValueError(
+            "mask: expected scores without NaN, got NaN; check the weights and the calibration images"
+        )
 
 
 @dataclass(frozen=True)
@@ -88,7 +96,9 @@ class NM:
 
     def __post_init__(self) -> None:
         if not (isinstance(self.n, int) and isinstance(self.m, int) and 0 < self.n < self.m):
-            raise ValueError(f"NM: expected whole numbers 0 < n < m (n of every m weights are kept), got {self.n}:{self.m}")
+            raise ValueError(
+                f"NM: expected whole numbers 0 < n < m (n of every m weights are kept), got {self.n}:{self.m}"
+            )
 
     def __str__(self) -> str:
         return f"{self.n}:{self.m}"
@@ -112,7 +122,9 @@ class NM:
     def mask(self, scores: Tensor) -> Tensor:
         """Keep the `n` highest scores of every group; bool, scores.shape."""
         if self.fits(scores.shape):
-            raise ValueError(f"NM: expected input channels divisible by {self.m}, got a weight of {tuple(scores.shape)}")
+            raise ValueError(
+                f"NM: expected input channels divisible by {self.m}, got a weight of {tuple(scores.shape)}"
+            )
         return unrows(ops.nm_mask(rows(scores), self.n, self.m), scores.shape)
 
 
@@ -177,4 +189,6 @@ def parse_pattern(text: str) -> NM | Unstructured:
         return NM(int(match[1]), int(match[2]))
     if match := re.fullmatch(r"(\d*\.?\d+(?:[eE]-?\d+)?)(%?)", text):
         return Unstructured(float(match[1]) / (100 if match[2] else 1))
-    raise ValueError(f'parse_pattern: expected N:M like "2:4" or a sparsity like "0.7" or "70%", got {text!r}')
+    raise ValueError(
+        f'parse_pattern: expected N:M like "2:4" or a sparsity like "0.7" or "70%", got {text!r}'
+    )

@@ -36,7 +36,10 @@ def calls():
     yield "masked", (scores, torch.randint(0, 256, (24,), dtype=torch.uint8))
     yield "cg_direction", (*vectors[:3], state)
     yield "cg_update", (*vectors, state, 0.01)
-    yield "batched_cg_update", (*grid[:3], rz, grid[3], torch.rand(2, 3, 8) < 0.5, torch.rand(2, 8) + 1, target)
+    yield (
+        "batched_cg_update",
+        (*grid[:3], rz, grid[3], torch.rand(2, 3, 8) < 0.5, torch.rand(2, 8) + 1, target),
+    )
     yield "gelu", (scores, "none")
     yield "gelu_curve", (scores, torch.randn(6, 32), "none")
     yield "affine_relu", (torch.randn(2, 4, 3, 3), torch.randn(2, 4, 3, 3), torch.randn(4))
@@ -53,9 +56,37 @@ def calls():
         yield "unpack", (given.values, given.codes, shape, *group)
         yield "kernel_order", (given.values, given.codes, shape, *group)
     for tokens in (1, 7):
-        yield "sparse_linear", (torch.randn(tokens, 64), linear.values, linear.codes, torch.randn(24), [24, 64], 2, 4, "relu", orders["linear"])
-    yield "sparse_conv2d", (torch.randn(2, 16, 8, 8), conv.values, conv.codes, torch.randn(12), [12, 16, 3, 3], 1, 4, [1, 1], [1, 1], [1, 1], "none",
-                            orders["conv"])
+        yield (
+            "sparse_linear",
+            (
+                torch.randn(tokens, 64),
+                linear.values,
+                linear.codes,
+                torch.randn(24),
+                [24, 64],
+                2,
+                4,
+                "relu",
+                orders["linear"],
+            ),
+        )
+    yield (
+        "sparse_conv2d",
+        (
+            torch.randn(2, 16, 8, 8),
+            conv.values,
+            conv.codes,
+            torch.randn(12),
+            [12, 16, 3, 3],
+            1,
+            4,
+            [1, 1],
+            [1, 1],
+            [1, 1],
+            "none",
+            orders["conv"],
+        ),
+    )
 
 
 def wrong(value, generator):
@@ -64,10 +95,17 @@ def wrong(value, generator):
     if isinstance(value, torch.Tensor):
         flat = value.flatten()
         return [
-            flat[: flat.numel() // 2].clone(), flat[:0].clone(), torch.cat([flat, flat]),
+            flat[: flat.numel() // 2].clone(),
+            flat[:0].clone(),
+            torch.cat([flat, flat]),
             value.double() if value.dtype != torch.float64 else value.float(),
-            value.to(torch.uint8), value.reshape(-1)[:1].squeeze(), value[None].clone(), value.transpose(0, -1), value.to("meta"),
-            torch.full_like(value, 127 if not value.is_floating_point() else torch.nan), torch.randn_like(value.float()).to(value.dtype) * 100,
+            value.to(torch.uint8),
+            value.reshape(-1)[:1].squeeze(),
+            value[None].clone(),
+            value.transpose(0, -1),
+            value.to("meta"),
+            torch.full_like(value, 127 if not value.is_floating_point() else torch.nan),
+            torch.randn_like(value.float()).to(value.dtype) * 100,
             value.repeat_interleave(2, 0)[::2] if value.ndim else value,
         ][pick]
     if isinstance(value, bool | str):
@@ -79,15 +117,33 @@ def wrong(value, generator):
     if isinstance(value, list):
         changed = list(value)
         where = int(torch.randint(0, len(value), (), generator=generator))
-        changed[where] = [-1, 0, 1, 2, 5, 1000, 2**31 - 1, 2**31, 2**40, -(2**40), 2**62, value[where] + 1][pick]
-        return [changed, value[:-1], [*value, 1]][int(torch.randint(0, 6, (), generator=generator)) % 6 // 4 + (pick == 11)] if pick > 9 else changed
+        changed[where] = [-1, 0, 1, 2, 5, 1000, 2**31 - 1, 2**31, 2**40, -(2**40), 2**62, value[where] + 1][
+            pick
+        ]
+        return (
+            [changed, value[:-1], [*value, 1]][
+                int(torch.randint(0, 6, (), generator=generator)) % 6 // 4 + (pick == 11)
+            ]
+            if pick > 9
+            else changed
+        )
     return torch.randn(3)  # for a tensor that was left out
 
 
 def same(found, wanted):
-    pairs = zip(found if isinstance(found, tuple) else (found,), wanted if isinstance(wanted, tuple) else (wanted,), strict=True)
-    return all(a is None or (a.shape == b.shape and torch.allclose(a.double(), b.double(), rtol=1e-4, atol=1e-4 * size(b), equal_nan=True))
-               for a, b in pairs)
+    pairs = zip(
+        found if isinstance(found, tuple) else (found,),
+        wanted if isinstance(wanted, tuple) else (wanted,),
+        strict=True,
+    )
+    return all(
+        a is None
+        or (
+            a.shape == b.shape
+            and torch.allclose(a.double(), b.double(), rtol=1e-4, atol=1e-4 * size(b), equal_nan=True)
+        )
+        for a, b in pairs
+    )
 
 
 def size(x):
@@ -97,7 +153,12 @@ def size(x):
 
 
 def clones(arguments):
-    return [x.clone() if isinstance(x, torch.Tensor) and not x.is_meta and x.is_contiguous() and x.dtype != torch.int32 else x for x in arguments]
+    return [
+        x.clone()
+        if isinstance(x, torch.Tensor) and not x.is_meta and x.is_contiguous() and x.dtype != torch.int32
+        else x
+        for x in arguments
+    ]
 
 
 def main(rounds):
@@ -111,7 +172,9 @@ def main(rounds):
         for number in range(rounds * len(arguments)):
             bad = list(arguments)
             bad[number % len(arguments)] = wrong(bad[number % len(arguments)], generator)
-            said = f"{name} {number}: argument {number % len(arguments)} is {str(bad[number % len(arguments)])[:60]!r}".replace("\n", " ")
+            said = f"{name} {number}: argument {number % len(arguments)} is {str(bad[number % len(arguments)])[:60]!r}".replace(
+                "\n", " "
+            )
             print(said, flush=True)
             tried += 1
             copied = clones(bad)
@@ -120,8 +183,15 @@ def main(rounds):
             except Exception:
                 refused += 1
                 continue
-            unsound = name == "unpack" and number % len(arguments) == 1  # codes that pack never writes: any places in the weight will do
-            if unsound or name == "kernel_order" or changed_in_place or any(isinstance(x, torch.Tensor) and x.is_meta for x in bad):
+            unsound = (
+                name == "unpack" and number % len(arguments) == 1
+            )  # codes that pack never writes: any places in the weight will do
+            if (
+                unsound
+                or name == "kernel_order"
+                or changed_in_place
+                or any(isinstance(x, torch.Tensor) and x.is_meta for x in bad)
+            ):
                 continue  # opaque; nothing is returned; nothing was computed
             try:
                 wanted = getattr(reference, name)(*clones(bad))
@@ -130,7 +200,9 @@ def main(rounds):
                 continue
             if not same(found, wanted):
                 odd.append(f"{said}: not the reference's result")
-    print(json.dumps({"tried": tried, "refused": refused, "odd": odd, "missing": sorted(set(ops.OPS) - names)}))
+    print(
+        json.dumps({"tried": tried, "refused": refused, "odd": odd, "missing": sorted(set(ops.OPS) - names)})
+    )
 
 
 if __name__ == "__main__":

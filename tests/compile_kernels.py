@@ -46,32 +46,68 @@ def compiled(file, name, dtype, arch):
     pointers, numbers, constants, warps = KERNELS[file, name]
     if file == "attention":
         width = 64 if dtype == "fp32" else 128
-        constants = constants | {"WIDTH": width, "DEPTH": width, "PRECISION": "tf32x3" if dtype == "fp32" else "tf32"}
+        constants = constants | {
+            "WIDTH": width,
+            "DEPTH": width,
+            "PRECISION": "tf32x3" if dtype == "fp32" else "tf32",
+        }
     kernel = getattr(import_module(f"snows.kernels.{file}"), name)
     signature = {p.partition(":")[0]: p.partition(":")[2] or f"*{dtype}" for p in pointers.split()}
-    signature |= {n: "fp32" if n in REAL else "i32" for n in numbers.split()} | dict.fromkeys(constants, "constexpr")
+    signature |= {n: "fp32" if n in REAL else "i32" for n in numbers.split()} | dict.fromkeys(
+        constants, "constexpr"
+    )
     at = {argument: (kernel.arg_names.index(argument),) for argument in signature}
-    source = ASTSource(kernel, {argument: signature[argument] for argument in kernel.arg_names},
-                       constexprs={at[c]: value for c, value in constants.items()},
-                       attrs={at[a]: [["tt.divisibility", 16]] for a, kind in signature.items() if kind == "i32" or kind[0] == "*"})
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32),
-                          options={"num_warps": warps, "num_stages": 1 if file == "attention" else 3})
+    source = ASTSource(
+        kernel,
+        {argument: signature[argument] for argument in kernel.arg_names},
+        constexprs={at[c]: value for c, value in constants.items()},
+        attrs={
+            at[a]: [["tt.divisibility", 16]]
+            for a, kind in signature.items()
+            if kind == "i32" or kind[0] == "*"
+        },
+    )
+    return triton.compile(
+        source,
+        target=GPUTarget("cuda", arch, 32),
+        options={"num_warps": warps, "num_stages": 1 if file == "attention" else 3},
+    )
 
 
 def measured(cubin):
     with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
         f.write(cubin)
         f.flush()
-        usage = subprocess.run([TOOLS / "cuobjdump", "-res-usage", f.name], capture_output=True, text=True, check=True).stdout
-        code = subprocess.run([TOOLS / "nvdisasm", "-c", f.name], capture_output=True, text=True, check=True).stdout
+        usage = subprocess.run(
+            [TOOLS / "cuobjdump", "-res-usage", f.name], capture_output=True, text=True, check=True
+        ).stdout
+        code = subprocess.run(
+            [TOOLS / "nvdisasm", "-c", f.name], capture_output=True, text=True, check=True
+        ).stdout
     found = {key: int(value) for key, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
-    return {"registers": found["REG"], "stack": found["STACK"], "spills": len(re.findall(r"\b(?:LDL|STL)\b", code)),
-            "wide loads": len(re.findall(r"\b(?:LDG\.E\S*\.128|LDGSTS\S*\.128)", code)), "loads": len(re.findall(r"\bLDG\S*|LDGSTS\S*", code)),
-            "wide stores": len(re.findall(r"\bSTG\.E\S*\.128", code)), "tensor core": len(re.findall(r"\b(?:HMMA|HGMMA)\b\S*", code))}
+    return {
+        "registers": found["REG"],
+        "stack": found["STACK"],
+        "spills": len(re.findall(r"\b(?:LDL|STL)\b", code)),
+        "wide loads": len(re.findall(r"\b(?:LDG\.E\S*\.128|LDGSTS\S*\.128)", code)),
+        "loads": len(re.findall(r"\bLDG\S*|LDGSTS\S*", code)),
+        "wide stores": len(re.findall(r"\bSTG\.E\S*\.128", code)),
+        "tensor core": len(re.findall(r"\b(?:HMMA|HGMMA)\b\S*", code)),
+    }
 
 
 for arch, dtype in (pair.split(":") for pair in sys.argv[1:]):
     for file, name in KERNELS:
         kernel = compiled(file, name, dtype, int(arch))
-        print(json.dumps({"kernel": name, "dtype": dtype, "arch": int(arch), "shared": kernel.metadata.shared,
-                          **measured(kernel.asm["cubin"])}), flush=True)
+        print(
+            json.dumps(
+                {
+                    "kernel": name,
+                    "dtype": dtype,
+                    "arch": int(arch),
+                    "shared": kernel.metadata.shared,
+                    **measured(kernel.asm["cubin"]),
+                }
+            ),
+            flush=True,
+        )

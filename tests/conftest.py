@@ -6,7 +6,9 @@ import pytest
 import torch
 
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is first imported, which timm and torchvision do where it comes with torch
+    os.environ["TRITON_INTERPRET"] = (
+        "1"  # read when Triton is first imported, which timm and torchvision do where it comes with torch
+    )
 
 sys.path.insert(0, str(Path(__file__).parent))
 collect_ignore = ["compile_kernels.py"]  # a program of its own

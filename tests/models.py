@@ -39,7 +39,9 @@ class PaddedConv(nn.Conv2d):
     """A subclass that pads for itself, as TensorFlow's "same" does."""
 
     def forward(self, x):
-        return F.conv2d(F.pad(x, (0, 1, 0, 1)), self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
+        return F.conv2d(
+            F.pad(x, (0, 1, 0, 1)), self.weight, self.bias, self.stride, 0, self.dilation, self.groups
+        )
 
 
 class Mapped(nn.Module):
@@ -98,7 +100,11 @@ class Chain(nn.Module):
 def masked(net, pattern=snows.NM(2, 4), skip=()):  # noqa: B008
     """Zeros by magnitude in every layer that the pattern fits; `in_proj` of attention included."""
     for name, p in net.named_parameters():
-        fits = p.ndim in (2, 4) and name.endswith("weight") and (not isinstance(pattern, snows.NM) or p.shape[1] % pattern.m == 0)
+        fits = (
+            p.ndim in (2, 4)
+            and name.endswith("weight")
+            and (not isinstance(pattern, snows.NM) or p.shape[1] % pattern.m == 0)
+        )
         if fits and not any(part in name for part in skip):
             p.data *= pattern.mask(p.data.abs())
     return net.eval()

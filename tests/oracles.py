@@ -54,12 +54,17 @@ def best_nm(row: Tensor, n: int, m: int) -> Tensor:
     for start in range(0, row.numel(), m):
         group = row[start : start + m]
         size = min(n, group.numel())
-        best = max(itertools.combinations(range(group.numel()), size), key=lambda c: float(sum(sorted(group[i].item() for i in c))))
+        best = max(
+            itertools.combinations(range(group.numel()), size),
+            key=lambda c: float(sum(sorted(group[i].item() for i in c))),
+        )
         mask[[start + i for i in best]] = True
     return mask
 
 
-def unfold_rows(x: Tensor, kernel: tuple[int, int], stride: Any, padding: Any, dilation: Any, groups: int) -> Tensor:
+def unfold_rows(
+    x: Tensor, kernel: tuple[int, int], stride: Any, padding: Any, dilation: Any, groups: int
+) -> Tensor:
     """Input patches by explicit loops: (groups, positions, kh * kw * in / groups), input channel fastest."""
     stride, padding, dilation = ((v, v) if isinstance(v, int) else v for v in (stride, padding, dilation))
     x = torch.nn.functional.pad(x, (padding[1], padding[1], padding[0], padding[0]))
@@ -73,10 +78,20 @@ def unfold_rows(x: Tensor, kernel: tuple[int, int], stride: Any, padding: Any, d
         for b in range(batch):
             for i in range(high):
                 for j in range(wide):
-                    rows.append(torch.cat([
-                        x[b, g * size : (g + 1) * size, i * stride[0] + u * dilation[0], j * stride[1] + v * dilation[1]]
-                        for u in range(kernel[0]) for v in range(kernel[1])
-                    ]))
+                    rows.append(
+                        torch.cat(
+                            [
+                                x[
+                                    b,
+                                    g * size : (g + 1) * size,
+                                    i * stride[0] + u * dilation[0],
+                                    j * stride[1] + v * dilation[1],
+                                ]
+                                for u in range(kernel[0])
+                                for v in range(kernel[1])
+                            ]
+                        )
+                    )
         out.append(torch.stack(rows))
     return torch.stack(out)
 

@@ -63,7 +63,11 @@ def test_hopper_gets_its_own_instructions(script, named, cards, found):
 
 def test_every_source_is_compiled_as_cpp20(script):
     """torch 2.11 adds C++17 where no standard is named, and the sources use <bit>."""
-    assert [flag for flag in script.CXX if flag.startswith("-std")] == [flag for flag in script.NVCC if flag.startswith("-std")] == ["-std=c++20"]
+    assert (
+        [flag for flag in script.CXX if flag.startswith("-std")]
+        == [flag for flag in script.NVCC if flag.startswith("-std")]
+        == ["-std=c++20"]
+    )
 
 
 @pytest.fixture
@@ -71,17 +75,42 @@ def tree(tmp_path):
     """The project with sources that compile in a moment; gives a function that installs it into a folder and reads what was said there."""
     tree = tmp_path / "tree"
     (tree / "csrc/cpu").mkdir(parents=True)
-    (tree / "csrc/cpu/empty.cpp").write_text("static_assert(__cplusplus >= 202002L);\nint nothing() { return 0; }\n")
+    (tree / "csrc/cpu/empty.cpp").write_text(
+        "static_assert(__cplusplus >= 202002L);\nint nothing() { return 0; }\n"
+    )
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tree)
-    shutil.copytree(ROOT / "snows", tree / "snows", symlinks=False, ignore=shutil.ignore_patterns("*.so", "build.txt", "build.log", "*.safetensors"))
+    shutil.copytree(
+        ROOT / "snows",
+        tree / "snows",
+        symlinks=False,
+        ignore=shutil.ignore_patterns("*.so", "build.txt", "build.log", "*.safetensors"),
+    )
 
     def install(**environment):
         place = tmp_path / "place"
         shutil.rmtree(place, ignore_errors=True)
-        named = {k: v for k, v in os.environ.items() if k not in ("SNOWS_BUILD", "CXX", "PYTHONPATH", "TORCH_CUDA_ARCH_LIST")}
-        done = subprocess.run([sys.executable, "setup.py", "-q", "build", "--build-lib", place, "--build-temp", tmp_path / "temp"], cwd=tree,
-                              env=named | {"CUDA_VISIBLE_DEVICES": ""} | environment, capture_output=True, text=True)
+        named = {
+            k: v
+            for k, v in os.environ.items()
+            if k not in ("SNOWS_BUILD", "CXX", "PYTHONPATH", "TORCH_CUDA_ARCH_LIST")
+        }
+        done = subprocess.run(
+            [
+                sys.executable,
+                "setup.py",
+                "-q",
+                "build",
+                "--build-lib",
+                place,
+                "--build-temp",
+                tmp_path / "temp",
+            ],
+            cwd=tree,
+            env=named | {"CUDA_VISIBLE_DEVICES": ""} | environment,
+            capture_output=True,
+            text=True,
+        )
         return done, place / "snows"
 
     return install
@@ -91,7 +120,9 @@ def said(package):
     return (package / "build.txt").read_text().splitlines()
 
 
-needs_a_compiler = pytest.mark.skipif(shutil.which(os.environ.get("CXX", "c++")) is None, reason="needs a C++ compiler")
+needs_a_compiler = pytest.mark.skipif(
+    shutil.which(os.environ.get("CXX", "c++")) is None, reason="needs a C++ compiler"
+)
 
 
 @needs_a_compiler
@@ -104,8 +135,10 @@ def test_a_build_that_succeeds(tree):
 
 
 def test_no_compiler(tree, tmp_path):
-    sentence = ("snows: installed without native kernels, for there is no C++ compiler; everything runs without them, but slower. "
-                "Install one (Debian, Ubuntu: apt install g++), then snows again.")
+    sentence = (
+        "snows: installed without native kernels, for there is no C++ compiler; everything runs without them, but slower. "
+        "Install one (Debian, Ubuntu: apt install g++), then snows again."
+    )
     done, package = tree(CXX="no-such-compiler -O3")
     assert done.returncode == 0, done.stderr
     assert said(package) == ["none", sentence]
@@ -115,11 +148,17 @@ def test_no_compiler(tree, tmp_path):
 
 
 def test_a_compiler_that_fails(tree, tmp_path):
-    program(tmp_path / "broken", "case $1 in -*version) echo g++ 12.2.0;; *) echo 'error: the disk is on fire' >&2; exit 1;; esac")
+    program(
+        tmp_path / "broken",
+        "case $1 in -*version) echo g++ 12.2.0;; *) echo 'error: the disk is on fire' >&2; exit 1;; esac",
+    )
     done, package = tree(CXX=str(tmp_path / "broken"))
     assert done.returncode == 0, done.stderr
-    assert said(package) == ["none", "snows: installed without native kernels, for their build failed (log: {log}); everything runs without them, "
-                             "but slower. Mend what it names, then install snows again."]
+    assert said(package) == [
+        "none",
+        "snows: installed without native kernels, for their build failed (log: {log}); everything runs without them, "
+        "but slower. Mend what it names, then install snows again.",
+    ]
     assert "the disk is on fire" in (package / "build.log").read_text()
     assert not list(package.glob("_native*.so"))
     done, _ = tree(CXX=str(tmp_path / "broken"), SNOWS_BUILD="1")
@@ -137,21 +176,34 @@ def test_cuda_kernels_that_cannot_be_built_leave_those_for_the_cpu(tree, tmp_pat
     (tmp_path / "tree/csrc/cuda").mkdir()
     (tmp_path / "tree/csrc/cuda/empty.cu").touch()
     home = toolkit(tmp_path / "cuda")
-    program(home / "bin/nvcc", f"""case "$*" in *--version*) echo "Cuda compilation tools, release 13.0, V13.0.88"; exit;; esac
+    program(
+        home / "bin/nvcc",
+        f"""case "$*" in *--version*) echo "Cuda compilation tools, release 13.0, V13.0.88"; exit;; esac
 test {breaks} = linking || {{ echo "error: the chip melts" >&2; exit 1; }}
-while test $# -gt 0; do test "$1" = -o && out=$2; shift; done; echo | c++ -x c++ -fPIC -c -o "$out" -""")
+while test $# -gt 0; do test "$1" = -o && out=$2; shift; done; echo | c++ -x c++ -fPIC -c -o "$out" -""",
+    )
     (tmp_path / "site").mkdir()
     (tmp_path / "site/sitecustomize.py").write_text(
         "import torch\ntorch.version.cuda, torch.cuda._is_compiled = '13.0', lambda: True\n"
-        "torch.cuda.device_count, torch.cuda.is_available = lambda: 0, lambda: False\n")
-    environment = {"CUDA_HOME": str(home), "TORCH_CUDA_ARCH_LIST": "9.0", "PYTHONPATH": str(tmp_path / "site")}
+        "torch.cuda.device_count, torch.cuda.is_available = lambda: 0, lambda: False\n"
+    )
+    environment = {
+        "CUDA_HOME": str(home),
+        "TORCH_CUDA_ARCH_LIST": "9.0",
+        "PYTHONPATH": str(tmp_path / "site"),
+    }
     done, package = tree(**environment)
     assert done.returncode == 0, done.stderr
     assert "snows: building the CUDA kernels for 9.0a\n" in done.stdout
-    assert said(package) == ["CPU", "snows: installed without CUDA kernels, for their build failed (log: {log}); everything runs without them, "
-                             "but slower. Those for the CPU were built."]
+    assert said(package) == [
+        "CPU",
+        "snows: installed without CUDA kernels, for their build failed (log: {log}); everything runs without them, "
+        "but slower. Those for the CPU were built.",
+    ]
     log = (package / "build.log").read_text()
-    assert ("the chip melts" if breaks == "compiling" else "cudart") in log or "greater than the maximum required version by CUDA" in log  # g++ 16
+    assert (
+        "the chip melts" if breaks == "compiling" else "cudart"
+    ) in log or "greater than the maximum required version by CUDA" in log  # g++ 16
     assert len(list(package.glob("_native*.so"))) == 1
     done, _ = tree(**environment, SNOWS_BUILD="1")
     assert done.returncode != 0
@@ -183,7 +235,9 @@ def test_an_isolated_build_finds_the_torch_of_its_environment(script, monkeypatc
         print(module.native())
         """)
     for place, words in ((True, "there is no C++ compiler"), (False, NO_TORCH)):
-        done = subprocess.run([sys.executable, "-c", code.replace("{place}", str(place))], capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, "-c", code.replace("{place}", str(place))], capture_output=True, text=True
+        )
         assert done.returncode == 0, done.stderr
         assert words in done.stderr
 

@@ -15,7 +15,9 @@ from snows.sources.checkpoints import load_weights
 
 
 def net():
-    return nn.Sequential(collections.OrderedDict(conv=nn.Conv2d(3, 4, 3), bn=nn.BatchNorm2d(4), head=nn.Linear(4, 2)))
+    return nn.Sequential(
+        collections.OrderedDict(conv=nn.Conv2d(3, 4, 3), bn=nn.BatchNorm2d(4), head=nn.Linear(4, 2))
+    )
 
 
 def wanted():
@@ -39,9 +41,16 @@ SHAPES = {
     "compiled": prefixed("_orig_mod."),
     "compiled in parallel": prefixed("module._orig_mod."),
     "a compiled part": {k.replace("conv.", "conv._orig_mod."): v for k, v in wanted().items()},
-    "lightning": {"state_dict": prefixed("model."), "epoch": 3, "pytorch-lightning_version": "2.6", "hyper_parameters": {"lr": 0.1},
-                  "optimizer_states": [{"state": {0: {"step": torch.tensor(1.0)}}}]},
-    "lightning with a loss": {"state_dict": prefixed("net.") | {"loss.weight": torch.ones(3), "metric.total": torch.ones(1)}},
+    "lightning": {
+        "state_dict": prefixed("model."),
+        "epoch": 3,
+        "pytorch-lightning_version": "2.6",
+        "hyper_parameters": {"lr": 0.1},
+        "optimizer_states": [{"state": {0: {"step": torch.tensor(1.0)}}}],
+    },
+    "lightning with a loss": {
+        "state_dict": prefixed("net.") | {"loss.weight": torch.ones(3), "metric.total": torch.ones(1)}
+    },
     "two networks": {"state_dict": prefixed("model.") | prefixed("teacher.", OTHER)},
     "nested": {"model": wanted(), "optimizer": {"state": {}}, "epoch": 1},
     "nested twice": {"checkpoint": 1, "model_state_dict": {"state_dict": prefixed("module.")}},
@@ -51,7 +60,12 @@ SHAPES = {
     "torch's averaged model": prefixed("module.") | {"n_averaged": torch.tensor(7)},
     "ema": prefixed("ema."),
     "arguments beside it": {"state_dict": wanted(), "args": argparse.Namespace(lr=0.1, name="x")},
-    "numpy's scalars beside it": {"state_dict": wanted(), "best": np.float64(76.5), "epoch": np.int64(3), "curve": np.ones(3)},
+    "numpy's scalars beside it": {
+        "state_dict": wanted(),
+        "best": np.float64(76.5),
+        "epoch": np.int64(3),
+        "curve": np.ones(3),
+    },
     "without counters": without_counters(wanted()),
     "half": {k: v.half() if v.is_floating_point() else v for k, v in wanted().items()},
 }
@@ -101,17 +115,35 @@ def quantised():
 
 
 WRONG = {
-    "of another shape": ({**wanted(), "head.weight": torch.ones(3, 4)}, "does not match the model: of another shape head.weight"),
-    "of another network": ({"a": torch.ones(2), "b": torch.ones(2)}, "missing conv.weight, conv.bias, bn.weight.* and more; unexpected a, b"),
-    "integer keys": ({0: torch.ones(3), 1: torch.ones(2)}, "expected .* names and tensors, got the key 0 of type int"),
+    "of another shape": (
+        {**wanted(), "head.weight": torch.ones(3, 4)},
+        "does not match the model: of another shape head.weight",
+    ),
+    "of another network": (
+        {"a": torch.ones(2), "b": torch.ones(2)},
+        "missing conv.weight, conv.bias, bn.weight.* and more; unexpected a, b",
+    ),
+    "integer keys": (
+        {0: torch.ones(3), 1: torch.ones(2)},
+        "expected .* names and tensors, got the key 0 of type int",
+    ),
     "sparse": ({**wanted(), "head.weight": torch.ones(2, 4).to_sparse()}, "head.weight is sparse"),
-    "complex": ({**wanted(), "head.weight": torch.ones(2, 4, dtype=torch.complex64)}, "head.weight is complex"),
+    "complex": (
+        {**wanted(), "head.weight": torch.ones(2, 4, dtype=torch.complex64)},
+        "head.weight is complex",
+    ),
     "meta": ({**wanted(), "head.weight": torch.ones(2, 4, device="meta")}, "head.weight is without content"),
     "no tensors": ({"epoch": 3}, r"hold a state_dict of tensors, got dict of \['epoch'\]"),
     "a list": ([1, 2], "hold a state_dict of tensors, got list"),
     "a tensor": (torch.ones(3), "hold a state_dict of tensors, got Tensor"),
-    "a class": ({"state_dict": wanted(), "config": Config()}, "holds a test_checkpoints.Config beside its tensors, which would run code"),
-    "a module": (net(), r"holds a torch.nn.modules.container.Sequential beside its tensors, which would run code"),
+    "a class": (
+        {"state_dict": wanted(), "config": Config()},
+        "holds a test_checkpoints.Config beside its tensors, which would run code",
+    ),
+    "a module": (
+        net(),
+        r"holds a torch.nn.modules.container.Sequential beside its tensors, which would run code",
+    ),
 }
 
 

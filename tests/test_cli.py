@@ -56,7 +56,9 @@ def pictures(tmp_path):
     for kind in ("cat", "dog"):
         (folder / kind).mkdir(parents=True)
         for i in range(4):
-            Image.fromarray(generator.integers(0, 255, (40, 30 + i, 3), np.uint8)).save(folder / kind / f"{i}.png")
+            Image.fromarray(generator.integers(0, 255, (40, 30 + i, 3), np.uint8)).save(
+                folder / kind / f"{i}.png"
+            )
     (folder / "cat" / "broken.jpg").write_bytes(b"not a picture")
     return folder
 
@@ -64,7 +66,20 @@ def pictures(tmp_path):
 def test_prune_eval_report_and_resume(monkeypatch, capsys, tmp_path, pictures):
     out = tmp_path / "run"
     common = ["--model", "test_cli:tiny", "--data", pictures, "--crop", 32]
-    prune = ["prune", *common, "--pattern", "2:4", "--out", out, "--samples", 9, "--batch-size", 2, "--horizon", "2"]
+    prune = [
+        "prune",
+        *common,
+        "--pattern",
+        "2:4",
+        "--out",
+        out,
+        "--samples",
+        9,
+        "--batch-size",
+        2,
+        "--horizon",
+        "2",
+    ]
     code, text = run(monkeypatch, capsys, *prune)
     assert code == 0, text
     assert "1 picture was left out: broken.jpg (no picture of a known format)" in text
@@ -94,8 +109,23 @@ def test_prune_eval_report_and_resume(monkeypatch, capsys, tmp_path, pictures):
 def test_masks_from_a_file(monkeypatch, capsys, tmp_path, pictures):
     masks = {"2": torch.rand(8, 8, 1, 1) < 0.5}
     save_file(masks, tmp_path / "masks.safetensors")
-    code, text = run(monkeypatch, capsys, "prune", "--model", "test_cli:tiny", "--data", pictures, "--crop", 32, "--masks",
-                     tmp_path / "masks.safetensors", "--out", tmp_path / "run", "--samples", 8)
+    code, text = run(
+        monkeypatch,
+        capsys,
+        "prune",
+        "--model",
+        "test_cli:tiny",
+        "--data",
+        pictures,
+        "--crop",
+        32,
+        "--masks",
+        tmp_path / "masks.safetensors",
+        "--out",
+        tmp_path / "run",
+        "--samples",
+        8,
+    )
     assert code == 0, text
     weight = load_file(tmp_path / "run" / "model.safetensors")["2.weight"]
     assert not weight[~masks["2"]].any()
@@ -109,14 +139,31 @@ def test_info(monkeypatch, capsys):
 
 
 def test_eval_of_the_zoo(monkeypatch, capsys):
-    code, text = run(monkeypatch, capsys, "eval", "--model", "zoo:resnet20", "--data", "zoo:fashion-mnist", "--batch-size", 1000)
+    code, text = run(
+        monkeypatch,
+        capsys,
+        "eval",
+        "--model",
+        "zoo:resnet20",
+        "--data",
+        "zoo:fashion-mnist",
+        "--batch-size",
+        1000,
+    )
     assert code == 0
     log = json.loads((zoo._FOLDER / "resnet20.log.json").read_text())
     assert f"{log['test']:.2f} %" in text
 
 
 def wrong(tmp_path, pictures):
-    base = {"--model": "test_cli:tiny", "--data": pictures, "--pattern": "2:4", "--out": tmp_path / "out", "--crop": 32, "--samples": 8}
+    base = {
+        "--model": "test_cli:tiny",
+        "--data": pictures,
+        "--pattern": "2:4",
+        "--out": tmp_path / "out",
+        "--crop": 32,
+        "--samples": 8,
+    }
     (tmp_path / "bytes").write_bytes(b"nothing")
     (tmp_path / "code.pt").write_bytes(pickle.dumps(print))
     (tmp_path / "empty").mkdir()
@@ -132,9 +179,15 @@ def wrong(tmp_path, pictures):
         (base | {"--pattern": "3:7"}, "no layer is left"),
         (base | {"--samples": 99}, "asked for 99 images"),
         (base | {"--samples": 0}, "Invalid value for '--samples'"),
-        (base | {"--select": "best"}, "Invalid value for '--select': .*'best' is not one of 'alps', 'magnitude'"),
+        (
+            base | {"--select": "best"},
+            "Invalid value for '--select': .*'best' is not one of 'alps', 'magnitude'",
+        ),
         (base | {"--horizon": "far"}, "--horizon: expected"),
-        (base | {"--targets": "none"}, "Invalid value for '--targets': .*'none' is not one of 'dense', 'local'"),
+        (
+            base | {"--targets": "none"},
+            "Invalid value for '--targets': .*'none' is not one of 'dense', 'local'",
+        ),
         (base | {"--model": "resnet"}, "model: expected zoo:NAME"),
         (base | {"--model": "zoo:resnet99"}, "zoo: expected one of"),
         (base | {"--model": "torchvision:resnet51"}, "model: torchvision:resnet51"),
@@ -147,7 +200,10 @@ def wrong(tmp_path, pictures):
         (base | {"--weights": tmp_path / "code.pt"}, "neither safetensors nor a whole checkpoint"),
         (base | {"--weights": tmp_path / "cut.safetensors"}, "neither safetensors nor a whole checkpoint"),
         (base | {"--weights": tmp_path / "cut.pt"}, "neither safetensors nor a whole checkpoint"),
-        (base | {"--weights": tmp_path / "other.safetensors"}, "missing 0.bias.*unexpected extra.*another shape 0.weight"),
+        (
+            base | {"--weights": tmp_path / "other.safetensors"},
+            "missing 0.bias.*unexpected extra.*another shape 0.weight",
+        ),
         (base | {"--masks": tmp_path / "bytes"}, "--masks: .* is not a safetensors file"),
         (base | {"--mean": "grey"}, "--mean: expected numbers"),
         (base | {"--mean": "0.1,0.2"}, "expected three finite means"),
@@ -179,8 +235,23 @@ def test_every_mistake_above_is_tried(tmp_path, pictures):
 
 def test_a_folder_of_somebody_elses_weights_is_left_alone(monkeypatch, capsys, tmp_path, pictures):
     (tmp_path / "model.safetensors").write_bytes(b"mine")
-    code, text = run(monkeypatch, capsys, "prune", "--model", "test_cli:tiny", "--data", pictures, "--crop", 32, "--pattern", "2:4", "--samples", 8,
-                     "--out", tmp_path)
+    code, text = run(
+        monkeypatch,
+        capsys,
+        "prune",
+        "--model",
+        "test_cli:tiny",
+        "--data",
+        pictures,
+        "--crop",
+        32,
+        "--pattern",
+        "2:4",
+        "--samples",
+        8,
+        "--out",
+        tmp_path,
+    )
     assert code == 2
     assert "which no run there has written" in text
     assert (tmp_path / "model.safetensors").read_bytes() == b"mine"
@@ -189,9 +260,14 @@ def test_a_folder_of_somebody_elses_weights_is_left_alone(monkeypatch, capsys, t
 def test_eval_of_nothing_and_of_images_that_do_not_fit(monkeypatch, capsys, tmp_path, pictures):
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "a.png").write_bytes(b"nothing")
-    for options, message in ((("--model", "test_cli:tiny", "--data", tmp_path / "bad"), "none of the pictures"),
-                             (("--model", "zoo:resnet20", "--data", pictures, "--crop", 32), "cannot run a batch"),
-                             (("--model", "test_cli:tiny", "--data", pictures, "--batch-size", 0), "Invalid value for '--batch-size'")):
+    for options, message in (
+        (("--model", "test_cli:tiny", "--data", tmp_path / "bad"), "none of the pictures"),
+        (("--model", "zoo:resnet20", "--data", pictures, "--crop", 32), "cannot run a batch"),
+        (
+            ("--model", "test_cli:tiny", "--data", pictures, "--batch-size", 0),
+            "Invalid value for '--batch-size'",
+        ),
+    ):
         code, text = run(monkeypatch, capsys, "eval", *options)
         assert code == 2, text
         assert message in text
@@ -200,30 +276,82 @@ def test_eval_of_nothing_and_of_images_that_do_not_fit(monkeypatch, capsys, tmp_
 @pytest.fixture
 def pruned(monkeypatch, capsys, tmp_path, pictures):
     out = tmp_path / "pruned"
-    code, text = run(monkeypatch, capsys, "prune", "--model", "test_cli:tiny", "--data", pictures, "--crop", 32, "--pattern", "2:4",
-                     "--out", out, "--samples", 8, "--select", "magnitude", "--horizon", 0)
+    code, text = run(
+        monkeypatch,
+        capsys,
+        "prune",
+        "--model",
+        "test_cli:tiny",
+        "--data",
+        pictures,
+        "--crop",
+        32,
+        "--pattern",
+        "2:4",
+        "--out",
+        out,
+        "--samples",
+        8,
+        "--select",
+        "magnitude",
+        "--horizon",
+        0,
+    )
     assert code == 0, text
     return out
 
 
 def test_deploy_bench_export_and_eval_of_a_run(monkeypatch, capsys, pruned, pictures, tmp_path):
     packed, figures = tmp_path / "packed.safetensors", tmp_path / "figures.json"
-    code, text = run(monkeypatch, capsys, "deploy", pruned, "--out", packed, "--objective", "size", "--batch-size", 2, "--trust")
+    code, text = run(
+        monkeypatch,
+        capsys,
+        "deploy",
+        pruned,
+        "--out",
+        packed,
+        "--objective",
+        "size",
+        "--batch-size",
+        2,
+        "--trust",
+    )
     assert code == 0, text
     assert "1 of 1 layers with zeros are packed" in text
-    assert f"next: snows eval --model test_cli:tiny --data {pictures} --weights {packed} --crop 32" in text.splitlines()
+    assert (
+        f"next: snows eval --model test_cli:tiny --data {pictures} --weights {packed} --crop 32"
+        in text.splitlines()
+    )
     weights = load_file(pruned / "model.safetensors")
     stored = load_file(packed)
-    assert torch.equal(stored["2.values"].flatten(), weights["2.weight"].permute(0, 2, 3, 1)[weights["2.weight"].permute(0, 2, 3, 1) != 0])
+    assert torch.equal(
+        stored["2.values"].flatten(),
+        weights["2.weight"].permute(0, 2, 3, 1)[weights["2.weight"].permute(0, 2, 3, 1) != 0],
+    )
     scores = []
     for file in (packed, pruned / "model.safetensors"):
-        code, text = run(monkeypatch, capsys, "eval", "--model", "test_cli:tiny", "--weights", file, "--data", pictures, "--crop", 32,
-                         "--dense", pruned / "model.safetensors")
+        code, text = run(
+            monkeypatch,
+            capsys,
+            "eval",
+            "--model",
+            "test_cli:tiny",
+            "--weights",
+            file,
+            "--data",
+            pictures,
+            "--crop",
+            32,
+            "--dense",
+            pruned / "model.safetensors",
+        )
         assert code == 0, text
         scores.append(re.findall(r"[\d.]+ %", text))
     assert scores[0] == scores[1]
 
-    code, text = run(monkeypatch, capsys, "bench", pruned, "--batch-sizes", "1,3", "--out", figures, "--trust")
+    code, text = run(
+        monkeypatch, capsys, "bench", pruned, "--batch-sizes", "1,3", "--out", figures, "--trust"
+    )
     assert code == 0, text
     assert [batch["samples"] for batch in json.loads(figures.read_text())["batches"]] == [1, 3]
 
@@ -239,7 +367,12 @@ def test_deploy_bench_export_and_eval_of_a_run(monkeypatch, capsys, pruned, pict
     with torch.no_grad():
         want = net(x)
     session = onnxruntime.InferenceSession(str(onnx))
-    torch.testing.assert_close(torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]), want, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]),
+        want,
+        rtol=1e-4,
+        atol=1e-5,
+    )
 
 
 def test_what_deploy_bench_and_export_refuse(monkeypatch, capsys, pruned, tmp_path):
@@ -250,7 +383,10 @@ def test_what_deploy_bench_and_export_refuse(monkeypatch, capsys, pruned, tmp_pa
         (["deploy", pruned, "--out", out, "--batch-size", 0], "Invalid value for '--batch-size'"),
         (["deploy", pruned, "--out", out, "--batch-size", 99, "--trust"], "asked for 99 images, but"),
         (["deploy", pruned, "--out", out, "--objective", "fast"], "Invalid value for '--objective'"),
-        (["deploy", pruned, "--out", tmp_path / "no" / "x", "--objective", "size", "--trust"], "cannot be written"),
+        (
+            ["deploy", pruned, "--out", tmp_path / "no" / "x", "--objective", "size", "--trust"],
+            "cannot be written",
+        ),
         (["deploy", pruned, "--out", pruned / "model.safetensors"], "is a file of the run itself"),
         (["bench", pruned, "--out", pruned / "run.json"], "is a file of the run itself"),
         (["export", pruned, "--dense", pruned / "." / "model.safetensors"], "is a file of the run itself"),
@@ -264,7 +400,10 @@ def test_what_deploy_bench_and_export_refuse(monkeypatch, capsys, pruned, tmp_pa
         assert "Traceback" not in text
     assert not out.exists()
     weights = (pruned / "model.safetensors").read_bytes()
-    snows.save(small(nn.Sequential(nn.Linear(4, 4)).apply(half).eval(), torch.randn(2, 4)), pruned / "model.safetensors")
+    snows.save(
+        small(nn.Sequential(nn.Linear(4, 4)).apply(half).eval(), torch.randn(2, 4)),
+        pruned / "model.safetensors",
+    )
     code, text = run(monkeypatch, capsys, "export", pruned, "--dense", out)
     assert code == 2
     assert "is packed" in text
@@ -277,13 +416,33 @@ def test_what_deploy_bench_and_export_refuse(monkeypatch, capsys, pruned, tmp_pa
 
 def test_prune_ends_with_what_it_made_and_the_next_command(monkeypatch, capsys, tmp_path, pictures):
     out = tmp_path / "a run"
-    options = ["--model", "test_cli:tiny", "--data", pictures, "--crop", 32, "--pattern", "2:4", "--samples", 4, "--select", "magnitude",
-               "--horizon", 0]
+    options = [
+        "--model",
+        "test_cli:tiny",
+        "--data",
+        pictures,
+        "--crop",
+        32,
+        "--pattern",
+        "2:4",
+        "--samples",
+        4,
+        "--select",
+        "magnitude",
+        "--horizon",
+        0,
+    ]
     code, text = run(monkeypatch, capsys, "prune", *options, "--out", out)
     assert code == 0, text
     lines = text.splitlines()
-    (dense,), (pruned,) = ([re.findall(r"[\d.]+", x) for x in lines if name in x and "%" in x] for name in ("│ dense ", "│ pruned "))
-    net, images = tiny().eval(), sources.load_data(str(pictures), Network(tiny(), "", Plain().override(crop=32)), "test")
+    (dense,), (pruned,) = (
+        [re.findall(r"[\d.]+", x) for x in lines if name in x and "%" in x]
+        for name in ("│ dense ", "│ pruned ")
+    )
+    net, images = (
+        tiny().eval(),
+        sources.load_data(str(pictures), Network(tiny(), "", Plain().override(crop=32)), "test"),
+    )
     used = images.drawn(4, 0)
     ((x, labels),) = images.spread(1000, 100, used)
     after = tiny().eval()
@@ -298,14 +457,18 @@ def test_prune_ends_with_what_it_made_and_the_next_command(monkeypatch, capsys, 
     code, text = run(monkeypatch, capsys, "prune", *options, "--out", tmp_path / "b", "--judge", 0)
     assert code == 0, text
     assert "agreement" not in text
-    code, text = run(monkeypatch, capsys, "prune", *options, "--out", tmp_path / "c", "--labels", tmp_path / "none")
+    code, text = run(
+        monkeypatch, capsys, "prune", *options, "--out", tmp_path / "c", "--labels", tmp_path / "none"
+    )
     assert code == 0, text  # what was pruned is there all the same
     assert "not judged: labels: expected a flat folder" in text
     assert (tmp_path / "c" / "model.safetensors").exists()
 
 
 def test_code_that_somebody_else_s_folder_names_runs_only_when_told(monkeypatch, capsys, pruned, tmp_path):
-    (tmp_path / "evil.py").write_text(f"import pathlib\npathlib.Path({str(tmp_path / 'ran')!r}).touch()\ndef net():\n    pass\n")
+    (tmp_path / "evil.py").write_text(
+        f"import pathlib\npathlib.Path({str(tmp_path / 'ran')!r}).touch()\ndef net():\n    pass\n"
+    )
     monkeypatch.syspath_prepend(str(tmp_path))
     source = json.loads((pruned / "source.json").read_text())
     out = tmp_path / "x.safetensors"
@@ -314,7 +477,10 @@ def test_code_that_somebody_else_s_folder_names_runs_only_when_told(monkeypatch,
         for command in (["deploy", "--out", out], ["bench"], ["export", "--dense", out]):
             code, text = run(monkeypatch, capsys, command[0], pruned, *command[1:])
             assert code == 2
-            assert re.search(rf"source.json names evil:net, Python code that would be imported and called; add --trust .* --{entry}", text)
+            assert re.search(
+                rf"source.json names evil:net, Python code that would be imported and called; add --trust .* --{entry}",
+                text,
+            )
     assert not (tmp_path / "ran").exists()
     monkeypatch.chdir(tmp_path)
     (tmp_path / "evil:net").touch()  # a file of that name makes it no folder of pictures
@@ -324,7 +490,9 @@ def test_code_that_somebody_else_s_folder_names_runs_only_when_told(monkeypatch,
         assert code == 2
         assert "add --trust" in text
     assert not (tmp_path / "ran").exists()
-    (pruned / "source.json").write_text(json.dumps(source | {"model": "zoo:vit", "data": f"torchvision:MNIST:{tmp_path / 'theirs'}"}))
+    (pruned / "source.json").write_text(
+        json.dumps(source | {"model": "zoo:vit", "data": f"torchvision:MNIST:{tmp_path / 'theirs'}"})
+    )
     code, text = run(monkeypatch, capsys, "bench", pruned)
     assert code == 2
     assert not (tmp_path / "theirs").exists()  # nor is anything fetched to where it says
@@ -338,13 +506,40 @@ def test_code_that_somebody_else_s_folder_names_runs_only_when_told(monkeypatch,
     assert (tmp_path / "ran").exists()
 
 
-def test_weights_and_what_is_to_say_of_a_network_go_on_into_the_next_command(monkeypatch, capsys, tmp_path, pictures):
+def test_weights_and_what_is_to_say_of_a_network_go_on_into_the_next_command(
+    monkeypatch, capsys, tmp_path, pictures
+):
     state = {k: v + 0.01 for k, v in tiny().state_dict().items()}
     save_file(state, tmp_path / "mine.safetensors")
-    monkeypatch.setattr(sources, "load_model", lambda *a, load=sources.load_model, **k: replace(load(*a, **k), note="a [b]note[/b]"))
+    monkeypatch.setattr(
+        sources,
+        "load_model",
+        lambda *a, load=sources.load_model, **k: replace(load(*a, **k), note="a [b]note[/b]"),
+    )
     out = tmp_path / "run"
-    code, text = run(monkeypatch, capsys, "prune", "--model", "test_cli:tiny", "--weights", tmp_path / "mine.safetensors", "--data", pictures,
-                     "--crop", 32, "--pattern", "2:4", "--samples", 4, "--select", "magnitude", "--horizon", 0, "--out", out)
+    code, text = run(
+        monkeypatch,
+        capsys,
+        "prune",
+        "--model",
+        "test_cli:tiny",
+        "--weights",
+        tmp_path / "mine.safetensors",
+        "--data",
+        pictures,
+        "--crop",
+        32,
+        "--pattern",
+        "2:4",
+        "--samples",
+        4,
+        "--select",
+        "magnitude",
+        "--horizon",
+        0,
+        "--out",
+        out,
+    )
     assert code == 0, text
     assert "a [b]note[/b]" in text
     code, text = run(monkeypatch, capsys, "deploy", out, "--trust", "--objective", "size", "--batch-size", 2)
@@ -356,18 +551,38 @@ def test_weights_and_what_is_to_say_of_a_network_go_on_into_the_next_command(mon
     assert "│ dense " in text
 
 
-@pytest.mark.parametrize(("file", "content"), [
-    ("source.json", "[]"), ("source.json", "{"), ("source.json", '{"model": 3}'), ("source.json", {"crop": "32"}), ("source.json", {"crop": 0}),
-    ("source.json", {"mean": [1, "a", 2]}), ("source.json", {"model": None}), ("source.json", {"more": 1}), ("source.json", {"weights": 3}),
-    ("source.json", {"random_weights": None}), ("source.json", b"\xff\xfe"),
-    ("report.json", "[]"), ("report.json", "{"), ("report.json", '{"layers": 3}'), ("report.json", '{"layers": [{"name": 3}]}'),
-    ("report.json", '{"layers": [], "notes": [3]}'), ("report.json", b"\xff\xfe"), ("report.json", '{"layers": [], "settings": 7}'),
-])
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("source.json", "[]"),
+        ("source.json", "{"),
+        ("source.json", '{"model": 3}'),
+        ("source.json", {"crop": "32"}),
+        ("source.json", {"crop": 0}),
+        ("source.json", {"mean": [1, "a", 2]}),
+        ("source.json", {"model": None}),
+        ("source.json", {"more": 1}),
+        ("source.json", {"weights": 3}),
+        ("source.json", {"random_weights": None}),
+        ("source.json", b"\xff\xfe"),
+        ("report.json", "[]"),
+        ("report.json", "{"),
+        ("report.json", '{"layers": 3}'),
+        ("report.json", '{"layers": [{"name": 3}]}'),
+        ("report.json", '{"layers": [], "notes": [3]}'),
+        ("report.json", b"\xff\xfe"),
+        ("report.json", '{"layers": [], "settings": 7}'),
+    ],
+)
 def test_an_edited_file_of_a_run_is_one_sentence(monkeypatch, capsys, pruned, file, content, tmp_path):
     if isinstance(content, dict):
         content = json.dumps(json.loads((pruned / file).read_text()) | content)
     (pruned / file).write_bytes(content if isinstance(content, bytes) else content.encode())
-    command = ["export", pruned, "--dense", tmp_path / "x", "--trust"] if file == "source.json" else ["report", pruned]
+    command = (
+        ["export", pruned, "--dense", tmp_path / "x", "--trust"]
+        if file == "source.json"
+        else ["report", pruned]
+    )
     code, text = run(monkeypatch, capsys, *command)
     assert code == 2, text
     assert f"{file} is " in text.replace("\n", " ")
@@ -412,8 +627,10 @@ def test_what_a_terminal_would_obey_is_not_printed(monkeypatch, capsys, pruned):
 
 def test_out_that_became_a_file_is_one_sentence(monkeypatch, capsys, pruned, tmp_path):
     (tmp_path / "file").write_text("mine")
-    for command in (["deploy", pruned, "--objective", "size", "--trust", "--out", tmp_path / "file" / "x"],
-                    ["export", pruned, "--trust", "--dense", tmp_path / "file" / "x"]):
+    for command in (
+        ["deploy", pruned, "--objective", "size", "--trust", "--out", tmp_path / "file" / "x"],
+        ["export", pruned, "--trust", "--dense", tmp_path / "file" / "x"],
+    ):
         code, text = run(monkeypatch, capsys, *command)
         assert code == 2
         assert "cannot be written" in text
@@ -421,9 +638,26 @@ def test_out_that_became_a_file_is_one_sentence(monkeypatch, capsys, pruned, tmp
     assert (tmp_path / "file").read_text() == "mine"
 
 
-def test_a_device_that_is_not_there_is_told_before_anything_is_done(monkeypatch, capsys, pruned, pictures, tmp_path):
-    for command in (["prune", "--model", "test_cli:tiny", "--data", pictures, "--pattern", "2:4", "--out", tmp_path / "new"], ["demo"],
-                    ["eval", "--model", "test_cli:tiny", "--data", pictures], ["deploy", pruned], ["bench", pruned]):
+def test_a_device_that_is_not_there_is_told_before_anything_is_done(
+    monkeypatch, capsys, pruned, pictures, tmp_path
+):
+    for command in (
+        [
+            "prune",
+            "--model",
+            "test_cli:tiny",
+            "--data",
+            pictures,
+            "--pattern",
+            "2:4",
+            "--out",
+            tmp_path / "new",
+        ],
+        ["demo"],
+        ["eval", "--model", "test_cli:tiny", "--data", pictures],
+        ["deploy", pruned],
+        ["bench", pruned],
+    ):
         code, text = run(monkeypatch, capsys, *command, "--device", "cuda:77")
         assert code == 2
         assert "--device: expected one that is there, got cuda:77" in text
@@ -433,16 +667,27 @@ def test_a_device_that_is_not_there_is_told_before_anything_is_done(monkeypatch,
 @pytest.mark.parametrize("packs", [True, False], ids=["packed", "dense is faster"])
 def test_demo_judges_what_it_leaves(packs, monkeypatch, tmp_path):
     """The accuracy in the table is that of the weights in the folder, on as many test images as were asked for."""
-    times = [[2.0, 1.0], [3.0, 2.5, 1.5, 1.5]] if packs else [[1.0, 2.0], [3.0, 2.5, 2.5, 2.5]]  # dense first: of a layer, of the network
+    times = (
+        [[2.0, 1.0], [3.0, 2.5, 1.5, 1.5]] if packs else [[1.0, 2.0], [3.0, 2.5, 2.5, 2.5]]
+    )  # dense first: of a layer, of the network
 
     class Told(Stopwatch):
         def race(self, runs, seconds=0.0, undecided=None):
-            return Race([tuple(times[len(runs) > 2][:len(runs)])] * 5)
+            return Race([tuple(times[len(runs) > 2][: len(runs)])] * 5)
 
-    monkeypatch.setattr(snows.SparseConv2d, "kernel", "native")  # where no kernel was built they are no candidates
+    monkeypatch.setattr(
+        snows.SparseConv2d, "kernel", "native"
+    )  # where no kernel was built they are no candidates
     monkeypatch.setattr(snows.SparseLinear, "kernel", "native")
     console = Console(file=io.StringIO(), width=200)
-    demo.run(tmp_path, console, 96, cases=(("resnet20", snows.NM(1, 4)),), batches=demo.calibration(32, 8), stopwatch=Told())
+    demo.run(
+        tmp_path,
+        console,
+        96,
+        cases=(("resnet20", snows.NM(1, 4)),),
+        batches=demo.calibration(32, 8),
+        stopwatch=Told(),
+    )
     printed = console.file.getvalue()
     assert "on the first 96 test images" in printed
     dense, (images, labels) = zoo.load("resnet20"), zoo.images("test")
@@ -465,5 +710,7 @@ def test_demo_judges_what_it_leaves(packs, monkeypatch, tmp_path):
         packed = snows.load(path, dense)
         assert sum(isinstance(m, snows.SparseConv2d | snows.SparseLinear) for m in packed.modules()) == 20
         with torch.no_grad():
-            assert (packed(images[:96]) - pruned(images[:96])).abs().max() < 1e-4 * pruned(images[:96]).abs().max()
+            assert (packed(images[:96]) - pruned(images[:96])).abs().max() < 1e-4 * pruned(
+                images[:96]
+            ).abs().max()
     assert "resnet20 1:4" in (tmp_path / "report.html").read_text()

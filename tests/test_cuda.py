@@ -44,7 +44,9 @@ class OnDevice:
 
     def select(self, scores, n, m):
         scores = scores.to(self.device)
-        return self.functions["nm_mask"](scores, n, m).cpu(), *(out.cpu() for out in self.functions["nm_select"](scores, n, m))
+        return self.functions["nm_mask"](scores, n, m).cpu(), *(
+            out.cpu() for out in self.functions["nm_select"](scores, n, m)
+        )
 
     def __getattr__(self, op):
         def changed(*arguments):
@@ -64,8 +66,16 @@ class Emulated:
         self.library = library
 
     def _call(self, name, *arguments):
-        getattr(self.library, name)(*(ctypes.c_void_p(a.data_ptr()) if isinstance(a, Tensor) else
-                                      ctypes.c_double(a) if isinstance(a, float) else ctypes.c_int64(a) for a in arguments))
+        getattr(self.library, name)(
+            *(
+                ctypes.c_void_p(a.data_ptr())
+                if isinstance(a, Tensor)
+                else ctypes.c_double(a)
+                if isinstance(a, float)
+                else ctypes.c_int64(a)
+                for a in arguments
+            )
+        )
 
     def select(self, scores, n, m):
         rows, columns = scores.shape
@@ -78,8 +88,16 @@ class Emulated:
         self._call(name, scores, rows, columns, n, m, nothing, bits, codes if (n, m) == (2, 4) else nothing)
         assert mask[rows * columns :].eq(7).all(), "written beyond the end"
         assert bits[rows * bytes_ :].eq(0xFF).all(), "written beyond the end"
-        codes = codes[: rows * bytes_].view(rows, bytes_) if (n, m) == (2, 4) else torch.empty(rows, 0, dtype=torch.uint8)
-        return mask[: rows * columns].view(rows, columns).bool(), bits[: rows * bytes_].view(rows, bytes_), codes
+        codes = (
+            codes[: rows * bytes_].view(rows, bytes_)
+            if (n, m) == (2, 4)
+            else torch.empty(rows, 0, dtype=torch.uint8)
+        )
+        return (
+            mask[: rows * columns].view(rows, columns).bool(),
+            bits[: rows * bytes_].view(rows, bytes_),
+            codes,
+        )
 
     def cg_direction(self, p, r, z, state):
         self._call("cg_direction", p, r, z, p.numel(), state, 1, 3)
@@ -98,12 +116,26 @@ def library(tmp_path_factory):
     if compiler is None or os.uname().sysname != "Linux":
         pytest.skip("needs a C++ compiler and Linux's ucontext")
     path = tmp_path_factory.mktemp("emulation") / "emulation.so"
-    run(compiler, "-std=c++17", "-O1", "-shared", "-fPIC", "-pthread", "-Wall", "-Wno-unknown-pragmas", f"-I{CUDA}",
-        ROOT / "tests/emulation/emulation.cpp", "-o", path)
+    run(
+        compiler,
+        "-std=c++17",
+        "-O1",
+        "-shared",
+        "-fPIC",
+        "-pthread",
+        "-Wall",
+        "-Wno-unknown-pragmas",
+        f"-I{CUDA}",
+        ROOT / "tests/emulation/emulation.cpp",
+        "-o",
+        path,
+    )
     return ctypes.CDLL(str(path))
 
 
-gpu = pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")])
+gpu = pytest.param(
+    "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+)
 
 
 @pytest.fixture(params=["reference", "cpu", "emulated", gpu])
@@ -128,15 +160,36 @@ def selected(scores, n, m):
             padded = [row[j] if j < columns else -torch.inf for j in range(4 * group, 4 * group + 4)]
             first, second = sorted(sorted(range(4), key=lambda j: (-padded[j], j))[:2])
             codes[i, group // 2] += (first | second << 2) << 4 * (group % 2)
-    return mask, bits.to(torch.uint8), codes.to(torch.uint8) if (n, m) == (2, 4) else torch.empty(rows, 0, dtype=torch.uint8)
+    return (
+        mask,
+        bits.to(torch.uint8),
+        codes.to(torch.uint8) if (n, m) == (2, 4) else torch.empty(rows, 0, dtype=torch.uint8),
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize(("n", "m", "shape"), [
-    (2, 4, (3, 2800)), (2, 4, (5, 31)), (2, 4, (3, 8)), (2, 4, (3, 12)), (2, 4, (1, 3)), (2, 4, (2, 5)), (1, 4, (2, 4100)), (1, 2, (7, 50)),
-    (2, 3, (4, 1000)), (3, 8, (6, 1624)), (5, 7, (3, 1801)), (7, 16, (2, 4112)), (9, 17, (2, 170)), (31, 32, (3, 96)), (5, 32, (2, 70)),
-    (2, 4, (0, 8)), (2, 4, (3, 0)),
-])
+@pytest.mark.parametrize(
+    ("n", "m", "shape"),
+    [
+        (2, 4, (3, 2800)),
+        (2, 4, (5, 31)),
+        (2, 4, (3, 8)),
+        (2, 4, (3, 12)),
+        (2, 4, (1, 3)),
+        (2, 4, (2, 5)),
+        (1, 4, (2, 4100)),
+        (1, 2, (7, 50)),
+        (2, 3, (4, 1000)),
+        (3, 8, (6, 1624)),
+        (5, 7, (3, 1801)),
+        (7, 16, (2, 4112)),
+        (9, 17, (2, 170)),
+        (31, 32, (3, 96)),
+        (5, 32, (2, 70)),
+        (2, 4, (0, 8)),
+        (2, 4, (3, 0)),
+    ],
+)
 def test_selection(kernels, n, m, shape, dtype):
     scores = torch.randint(-3, 4, shape).to(dtype)  # ties everywhere
     scores[scores == -3] = -torch.inf
@@ -165,7 +218,12 @@ def test_a_step_of_cg(kernels):
     assert torch.allclose(x.double(), wide[0] + alpha * wide[2], atol=1e-6)
     assert torch.allclose(r.double(), expected, atol=1e-6)
     assert now[reference.RR].item() == pytest.approx((expected @ expected).item(), rel=1e-5)
-    assert now[[reference.STATUS, reference.ITERATIONS, reference.RZ, reference.BB]].tolist() == [reference.RUNNING, 4, 7, 1e6]
+    assert now[[reference.STATUS, reference.ITERATIONS, reference.RZ, reference.BB]].tolist() == [
+        reference.RUNNING,
+        4,
+        7,
+        1e6,
+    ]
     kernels.cg_update(x, r, p, Ap, now, 1.0)
     assert now[:2].tolist() == [reference.CONVERGED, 5]
 
@@ -182,20 +240,30 @@ def test_a_direction_of_cg(kernels):
     assert torch.equal(first, z)
 
 
-@pytest.mark.parametrize(("iterations", "scale", "status"), [
-    (0, -1.0, reference.NEGATIVE_CURVATURE), (2, -1.0, reference.NEGATIVE_CURVATURE), (2, 0.0, reference.NEGATIVE_CURVATURE),
-    (1, torch.nan, reference.NOT_FINITE), (0, torch.inf, reference.NOT_FINITE),
-])
+@pytest.mark.parametrize(
+    ("iterations", "scale", "status"),
+    [
+        (0, -1.0, reference.NEGATIVE_CURVATURE),
+        (2, -1.0, reference.NEGATIVE_CURVATURE),
+        (2, 0.0, reference.NEGATIVE_CURVATURE),
+        (1, torch.nan, reference.NOT_FINITE),
+        (0, torch.inf, reference.NOT_FINITE),
+    ],
+)
 def test_cg_leaves(kernels, iterations, scale, status):
     x, (r, p) = torch.zeros(VECTORS), torch.randn(2, VECTORS)
     now, before = state(iterations=iterations), r.clone()
     kernels.cg_update(x, r, p, p * scale, now, 1e-2)
-    assert torch.equal(x, p if iterations == 0 and status == reference.NEGATIVE_CURVATURE else torch.zeros_like(p))
+    assert torch.equal(
+        x, p if iterations == 0 and status == reference.NEGATIVE_CURVATURE else torch.zeros_like(p)
+    )
     assert torch.equal(r, before)
     assert now.tolist() == [status, iterations + 1, 2.0, 3.0, 4.0]
 
 
-@pytest.mark.parametrize("status", [reference.CONVERGED, reference.NEGATIVE_CURVATURE, reference.NOT_FINITE, reference.ZERO])
+@pytest.mark.parametrize(
+    "status", [reference.CONVERGED, reference.NEGATIVE_CURVATURE, reference.NOT_FINITE, reference.ZERO]
+)
 def test_once_stopped_nothing_is_written(kernels, status):
     x, r, p, z = torch.randn(4, VECTORS)
     Ap, now = torch.full_like(p, torch.nan), state(status=status)
@@ -228,7 +296,9 @@ def test_cg_solves_by_every_kernel_and_to_the_last_bit_alike(kernels, monkeypatc
     A, P = Dense(matrix.float()), Inverse(matrix.diagonal().float()) if preconditioned else None
     found = cg(A, b, preconditioner=P, rtol=1e-4, max_iterations=200)
     assert found.stop is Stop.CONVERGED
-    assert ((matrix @ found.x.double() - b).norm() / b.norm()).item() == pytest.approx(found.residual, rel=0.1)
+    assert ((matrix @ found.x.double() - b).norm() / b.norm()).item() == pytest.approx(
+        found.residual, rel=0.1
+    )
     again = cg(A, b, preconditioner=P, rtol=1e-4, max_iterations=200)
     assert torch.equal(again.x, found.x)
     assert again[1:] == found[1:]
@@ -258,8 +328,14 @@ def test_a_step_of_batched_cg(kernels):
         x, r, p, product = torch.randn(4, 2, 3, columns)
         mask = torch.rand(2, 3, columns) < 0.5
         r, p = r * mask, p * mask
-        inverse, rz, target = torch.rand(2, columns) + 0.5, torch.rand(2, 3).double() + 1, torch.zeros(2, 3).double()
-        product[:] = p * (torch.rand_like(p) + 0.1) + torch.randn_like(p) * ~mask  # what lies off the mask must not count
+        inverse, rz, target = (
+            torch.rand(2, columns) + 0.5,
+            torch.rand(2, 3).double() + 1,
+            torch.zeros(2, 3).double(),
+        )
+        product[:] = (
+            p * (torch.rand_like(p) + 0.1) + torch.randn_like(p) * ~mask
+        )  # what lies off the mask must not count
         rz[0, 1] = 0  # done before
         product[1, 0] *= -1  # no curvature left
         target[1, 2] = 1e9  # done by this step
@@ -273,7 +349,9 @@ def test_a_step_of_batched_cg(kernels):
         kernels.batched_cg_update(x, r, p, rz, product, mask, inverse, target)
         stepped = torch.tensor([[1, 0, 1], [0, 1, 1]], dtype=torch.bool)
         running = torch.tensor([[1, 0, 1], [0, 1, 0]], dtype=torch.bool)
-        for found, old, new, rows in zip((x, r, p), before, (*expected, turned), (stepped, stepped, running), strict=True):
+        for found, old, new, rows in zip(
+            (x, r, p), before, (*expected, turned), (stepped, stepped, running), strict=True
+        ):
             assert torch.equal(found[~rows], old[~rows])
             assert torch.allclose(found[rows].double(), new[rows], rtol=1e-4, atol=1e-4)
         assert torch.allclose(rz, left * running, rtol=1e-4)
@@ -289,17 +367,32 @@ def test_batched_cg_solves_by_every_kernel(kernels, monkeypatch):
         for i in range(5):
             keep = mask[g, i]
             assert not found[g, i][~keep].any()
-            assert torch.allclose(found[g, i][keep].double(), torch.linalg.solve(damped[keep][:, keep], right[g, i][keep].double()), atol=1e-4)
+            assert torch.allclose(
+                found[g, i][keep].double(),
+                torch.linalg.solve(damped[keep][:, keep], right[g, i][keep].double()),
+                atol=1e-4,
+            )
 
 
 def test_opcheck():
     registered = torch.ops.snows
     r, p, q, x = torch.randn(4, 6)
     for op, arguments in (
-        (registered.nm_select, (torch.randn(4, 9), 2, 4)), (registered.nm_select, (torch.randn(4, 9), 3, 5)),
-        (registered.cg_update, (x, r, p, q, state(), 1e-2)), (registered.cg_direction, (p, r, q, state())),
-        (registered.batched_cg_update, (*torch.rand(3, 2, 3, 5), torch.rand(2, 3).double(), torch.rand(2, 3, 5), torch.rand(2, 3, 5) < 0.5,
-                                        torch.rand(2, 5) + 1, torch.rand(2, 3).double())),
+        (registered.nm_select, (torch.randn(4, 9), 2, 4)),
+        (registered.nm_select, (torch.randn(4, 9), 3, 5)),
+        (registered.cg_update, (x, r, p, q, state(), 1e-2)),
+        (registered.cg_direction, (p, r, q, state())),
+        (
+            registered.batched_cg_update,
+            (
+                *torch.rand(3, 2, 3, 5),
+                torch.rand(2, 3).double(),
+                torch.rand(2, 3, 5),
+                torch.rand(2, 3, 5) < 0.5,
+                torch.rand(2, 5) + 1,
+                torch.rand(2, 3).double(),
+            ),
+        ),
     ):
         torch.library.opcheck(op.default, arguments)
 
@@ -307,33 +400,75 @@ def test_opcheck():
 V, S = torch.ones(4), state()
 
 
-@pytest.mark.parametrize(("op", "arguments", "message"), [
-    ("nm_select", (torch.ones(2, 4, dtype=torch.int32), 2, 4), "nm_select: expected scores to be a matrix of .*got .2, 4. torch.int32"),
-    ("nm_select", (torch.ones(2, 64), 33, 33), "nm_select: expected 0 < n < m, got n = 33, m = 33"),
-    ("nm_select", (torch.full((1, 4), torch.nan), 2, 4), "nm_select: expected scores without NaN"),
-    ("cg_update", (V, V, V, V.double(), S, 0.1), "cg_update: expected Ap to be .4,. torch.float32 on cpu, got .4,. torch.float64"),
-    ("cg_update", (V, V, V.to("meta"), V, S, 0.1), "cg_update: expected p to be .* on cpu, got .* on meta"),
-    ("cg_update", (V, V[::2], V, V, S, 0.1), "cg_update: expected r to be"),
-    ("cg_update", (V.long(), V, V, V, S, 0.1), "cg_update: expected x to be floating point, got torch.int64"),
-    ("cg_update", (torch.ones(2, 3).T, *torch.ones(3, 3, 2), S, 0.1), "cg_update: expected x to be contiguous"),
-    ("cg_direction", (V, V, V, S.float()), "cg_direction: expected state to be .5,. torch.float64"),
-    ("batched_cg_update", (V, V, V, V, V, V, V, V), "batched_cg_update: expected x to be .groups, rows, columns."),
-    ("batched_cg_update", (*torch.ones(3, 1, 2, 4), torch.ones(1, 2).double(), torch.ones(1, 2, 4), torch.ones(1, 2, 4), V[None], torch.ones(1, 2)),
-     "batched_cg_update: expected mask to be .1, 2, 4. torch.bool"),
-])
+@pytest.mark.parametrize(
+    ("op", "arguments", "message"),
+    [
+        (
+            "nm_select",
+            (torch.ones(2, 4, dtype=torch.int32), 2, 4),
+            "nm_select: expected scores to be a matrix of .*got .2, 4. torch.int32",
+        ),
+        ("nm_select", (torch.ones(2, 64), 33, 33), "nm_select: expected 0 < n < m, got n = 33, m = 33"),
+        ("nm_select", (torch.full((1, 4), torch.nan), 2, 4), "nm_select: expected scores without NaN"),
+        (
+            "cg_update",
+            (V, V, V, V.double(), S, 0.1),
+            "cg_update: expected Ap to be .4,. torch.float32 on cpu, got .4,. torch.float64",
+        ),
+        (
+            "cg_update",
+            (V, V, V.to("meta"), V, S, 0.1),
+            "cg_update: expected p to be .* on cpu, got .* on meta",
+        ),
+        ("cg_update", (V, V[::2], V, V, S, 0.1), "cg_update: expected r to be"),
+        (
+            "cg_update",
+            (V.long(), V, V, V, S, 0.1),
+            "cg_update: expected x to be floating point, got torch.int64",
+        ),
+        (
+            "cg_update",
+            (torch.ones(2, 3).T, *torch.ones(3, 3, 2), S, 0.1),
+            "cg_update: expected x to be contiguous",
+        ),
+        ("cg_direction", (V, V, V, S.float()), "cg_direction: expected state to be .5,. torch.float64"),
+        (
+            "batched_cg_update",
+            (V, V, V, V, V, V, V, V),
+            "batched_cg_update: expected x to be .groups, rows, columns.",
+        ),
+        (
+            "batched_cg_update",
+            (
+                *torch.ones(3, 1, 2, 4),
+                torch.ones(1, 2).double(),
+                torch.ones(1, 2, 4),
+                torch.ones(1, 2, 4),
+                V[None],
+                torch.ones(1, 2),
+            ),
+            "batched_cg_update: expected mask to be .1, 2, 4. torch.bool",
+        ),
+    ],
+)
 def test_what_does_not_fit_is_refused(op, arguments, message):
     with pytest.raises(ValueError, match=message):
         getattr(ops, op)(*arguments)
 
 
 NM = "template __global__ void snows::nm_select_kernel<{0}, {1}, {2}>(snows::Selection<{0}>);"
-UPDATE = ("template __global__ void snows::cg_update_kernel<{0}, {1}>({0}*, {0}*, const {0}*, const {0}*, int64_t, snows::State*, double, "
-          "double*);")
+UPDATE = (
+    "template __global__ void snows::cg_update_kernel<{0}, {1}>({0}*, {0}*, const {0}*, const {0}*, int64_t, snows::State*, double, "
+    "double*);"
+)
 DIRECTION = "template __global__ void snows::cg_direction_kernel<{0}, {1}>({0}*, const {0}*, const {0}*, int64_t, snows::State*, double*);"
 BATCHED = "template __global__ void snows::batched_cg_kernel<{0}, {1}>(snows::Rows<{0}>);"
 WIDE = [("float", 4), ("double", 2), ("__half", 8), ("__nv_bfloat16", 8)]
 COMPILED = {  # by header: what is instantiated, and the most registers that a thread may take
-    "nm_select": ([NM.format(T, 4, "true") for T, _ in WIDE] + [NM.format("float", M, "true") for M in (2, 8, 16)], 64),
+    "nm_select": (
+        [NM.format(T, 4, "true") for T, _ in WIDE] + [NM.format("float", M, "true") for M in (2, 8, 16)],
+        64,
+    ),
     "nm_select of 32": ([NM.format("float", 32, "true"), NM.format("double", 32, "false")], 128),
     "cg": ([kernel.format(*w) for kernel in (UPDATE, DIRECTION) for w in WIDE], 80),
     "batched_cg": ([BATCHED.format(*w) for w in WIDE], 80),
@@ -347,17 +482,34 @@ def test_nvcc_compiles_without_spills_and_with_16_byte_loads(name, tmp_path):
     source = tmp_path / "kernels.cu"
     source.write_text("\n".join([f'#include "{name.split()[0]}.cuh"', *kernels]))
     for arch in ("80", "90a"):
-        log = run("nvcc", "-std=c++17", f"-gencode=arch=compute_{arch},code=sm_{arch}", "-cubin", "-Xptxas", "-v", f"-I{CUDA}", "--keep",
-                  "--keep-dir", tmp_path, source, "-o", tmp_path / "kernels.cubin")
+        log = run(
+            "nvcc",
+            "-std=c++17",
+            f"-gencode=arch=compute_{arch},code=sm_{arch}",
+            "-cubin",
+            "-Xptxas",
+            "-v",
+            f"-I{CUDA}",
+            "--keep",
+            "--keep-dir",
+            tmp_path,
+            source,
+            "-o",
+            tmp_path / "kernels.cubin",
+        )
         registers = [int(n) for n in re.findall(r"Used (\d+) registers", log)]
         assert len(registers) == len(kernels)
         assert max(registers) <= most, log
-        assert log.count("0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads") == len(kernels), log
+        assert log.count("0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads") == len(kernels), (
+            log
+        )
         assembly = (tmp_path / "kernels.ptx").read_text().split(".entry")[1:]
         assert len(assembly) == len(kernels)
         for entry in assembly:
             ragged = "Lb0E" in entry.split("(")[0]  # the kernel for what is not aligned
-            assert ragged != bool(re.search(r"ld\.global(\.nc)?\.v4\.[ubf]32|ld\.global(\.nc)?\.v2\.[ubf]64", entry)), entry.split("(")[0]
+            assert ragged != bool(
+                re.search(r"ld\.global(\.nc)?\.v4\.[ubf]32|ld\.global(\.nc)?\.v2\.[ubf]64", entry)
+            ), entry.split("(")[0]
         if shutil.which("cuobjdump"):
             sass = run("cuobjdump", "-sass", tmp_path / "kernels.cubin")
             for function in sass.split("Function :")[1:]:

@@ -12,7 +12,10 @@ from snows.evaluation import evaluate, logits_of
 devices = pytest.mark.parametrize("device", [
     "cpu", pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]),
 ])  # fmt: skip
-LAYERS = {"resnet20": ["layer1.0.conv1", "layer2.0.conv1", "layer3.2.conv2"], "vit": ["blocks.0.qkv", "blocks.2.fc1", "blocks.5.fc2"]}
+LAYERS = {
+    "resnet20": ["layer1.0.conv1", "layer2.0.conv1", "layer3.2.conv2"],
+    "vit": ["blocks.0.qkv", "blocks.2.fc1", "blocks.5.fc2"],
+}
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +32,14 @@ def pruned(name, device):
     """The zoo's network on the device, and three layers of it at 2:4. The batches stay on the host."""
     dense = zoo.load(name).to(device)
     batches = list(images("calibration", 192)[0].split(48))
-    return dense, *snows.prune(dense, batches, NM(2, 4), only=lambda layer, _: layer in LAYERS[name], solver=Newton(max_iterations=4), progress=False)
+    return dense, *snows.prune(
+        dense,
+        batches,
+        NM(2, 4),
+        only=lambda layer, _: layer in LAYERS[name],
+        solver=Newton(max_iterations=4),
+        progress=False,
+    )
 
 
 @devices
@@ -42,7 +52,9 @@ def test_a_network_on_a_device_comes_out_as_on_the_cpu(name, device, tmp_path):
     assert [x.name for x in rows] == [x.name for x in others] == LAYERS[name]
     for found, wanted in zip(rows, others, strict=True):
         assert found.kept == wanted.kept
-        assert found.before == pytest.approx(wanted.before, rel=0.05)  # a tie may fall the other way: other sums
+        assert found.before == pytest.approx(
+            wanted.before, rel=0.05
+        )  # a tie may fall the other way: other sums
         assert found.after == pytest.approx(wanted.after, rel=0.05)
     assert sum(x.after for x in rows) < 0.97 * sum(x.before for x in rows)
     own, reference = net.state_dict(), expected.state_dict()
@@ -64,7 +76,9 @@ def test_a_network_on_a_device_comes_out_as_on_the_cpu(name, device, tmp_path):
 
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     fast, _ = snows.deploy(net, test[:64], objective="size", dtype=dtype, progress=False)
-    packed = [layer for layer, m in fast.named_modules() if isinstance(m, snows.SparseLinear | snows.SparseConv2d)]
+    packed = [
+        layer for layer, m in fast.named_modules() if isinstance(m, snows.SparseLinear | snows.SparseConv2d)
+    ]
     assert packed == LAYERS[name]
     agreeing = evaluate(fast, [(x.to(dtype), y) for x, y in host], [logits_of(net, x) for x, _ in host])
     assert agreeing.agreement >= (100 if device == "cpu" else 97)

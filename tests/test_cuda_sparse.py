@@ -52,8 +52,13 @@ def sparse_weight(*shape, dtype):
     out, columns = rows(torch.empty(shape, device="meta")).shape
     scores = F.pad(torch.rand(out, columns), (0, -columns % 4), value=-1.0)
     mask = TWO_OF_FOUR.mask(scores)[:, :columns] & (torch.rand(out, columns) < 0.9)
-    matrix = torch.where(mask, integers(out, columns).masked_fill(torch.rand(out, columns) < 0.1, -0.0), 0).to(dtype)
-    weight, mask = (m if len(shape) == 2 else m.view(out, *shape[2:], shape[1]).permute(0, 3, 1, 2) for m in (matrix, mask))
+    matrix = torch.where(
+        mask, integers(out, columns).masked_fill(torch.rand(out, columns) < 0.1, -0.0), 0
+    ).to(dtype)
+    weight, mask = (
+        m if len(shape) == 2 else m.view(out, *shape[2:], shape[1]).permute(0, 3, 1, 2)
+        for m in (matrix, mask)
+    )
     return weight, pack(weight, mask, TWO_OF_FOUR)
 
 
@@ -88,7 +93,13 @@ class Emulated:
         out, columns = rows(torch.empty(packed.shape, device="meta")).shape
         count = -(-out // TILE) * -(-columns // (2 * TILE)) * 2 * WORDS
         order = torch.full((count + GUARD,), -1, dtype=torch.int32)
-        self.library.kernel_order(address(packed.values), address(packed.codes), ctypes.c_int64(out), ctypes.c_int64(columns), address(order))
+        self.library.kernel_order(
+            address(packed.values),
+            address(packed.codes),
+            ctypes.c_int64(out),
+            ctypes.c_int64(columns),
+            address(order),
+        )
         assert order[count:].eq(-1).all(), "written beyond the end"
         return order[:count]
 
@@ -96,21 +107,45 @@ class Emulated:
         out, columns = packed.shape
         x, order = guarded(x), self.order(packed)
         result, partial = Poisoned(len(x) * out, x.dtype), Poisoned(how[1] * len(x) * out, torch.float32)
-        self.library.sparse_linear(self._how(x, *how), address(order), out, columns, address(bias), address(result.room),
-                                   address(partial.room), ops.ACTIVATIONS.index(activation), address(x), len(x))
+        self.library.sparse_linear(
+            self._how(x, *how),
+            address(order),
+            out,
+            columns,
+            address(bias),
+            address(result.room),
+            address(partial.room),
+            ops.ACTIVATIONS.index(activation),
+            address(x),
+            len(x),
+        )
         return result.result(len(x), out)
 
     def conv2d(self, x, packed, bias, settings, activation, how):
         images, channels, height, width = x.shape
         out, _, *kernel = packed.shape
-        size = [(side + 2 * p - d * (k - 1) - 1) // s + 1
-                for side, k, s, p, d in zip((height, width), kernel, *settings, strict=True)]
+        size = [
+            (side + 2 * p - d * (k - 1) - 1) // s + 1
+            for side, k, s, p, d in zip((height, width), kernel, *settings, strict=True)
+        ]
         x, order = guarded(x.permute(0, 2, 3, 1)), self.order(packed)
         count = images * out * size[0] * size[1]
         result, partial = Poisoned(count, x.dtype), Poisoned(how[1] * count, torch.float32)
-        sizes = (ctypes.c_int * 13)(channels, height, width, *kernel, *size, *(v for pair in settings for v in pair))
-        self.library.sparse_conv2d(self._how(x, *how), address(order), out, address(bias), address(result.room),
-                                   address(partial.room), ops.ACTIVATIONS.index(activation), address(x), images, sizes)
+        sizes = (ctypes.c_int * 13)(
+            channels, height, width, *kernel, *size, *(v for pair in settings for v in pair)
+        )
+        self.library.sparse_conv2d(
+            self._how(x, *how),
+            address(order),
+            out,
+            address(bias),
+            address(result.room),
+            address(partial.room),
+            ops.ACTIVATIONS.index(activation),
+            address(x),
+            images,
+            sizes,
+        )
         return result.result(images, *size, out).permute(0, 3, 1, 2)
 
     def _how(self, x, shape, splits, wide):
@@ -123,8 +158,20 @@ def library(tmp_path_factory):
     if compiler is None or os.uname().sysname != "Linux" or os.uname().machine != "x86_64":
         pytest.skip("needs a C++ compiler with _Float16 and Linux's ucontext")
     path = tmp_path_factory.mktemp("emulation") / "sparse.so"
-    run(compiler, "-std=c++17", "-O2", "-shared", "-fPIC", "-pthread", "-Wall", "-Wno-unknown-pragmas", f"-I{CUDA}",
-        ROOT / "tests/emulation/sparse.cpp", "-o", path)
+    run(
+        compiler,
+        "-std=c++17",
+        "-O2",
+        "-shared",
+        "-fPIC",
+        "-pthread",
+        "-Wall",
+        "-Wno-unknown-pragmas",
+        f"-I{CUDA}",
+        ROOT / "tests/emulation/sparse.cpp",
+        "-o",
+        path,
+    )
     return ctypes.CDLL(str(path))
 
 
@@ -165,11 +212,18 @@ def test_the_order_is_a_permutation_that_the_instruction_s_tables_give(emulated,
             for half in range(2):
                 for lane in range(32):
                     for e in range(8):
-                        row, stored = lane // 4 + (8 if e % 4 >= 2 else 0), 2 * (lane % 4) + e % 2 + (8 if e >= 4 else 0)
+                        row, stored = (
+                            lane // 4 + (8 if e % 4 >= 2 else 0),
+                            2 * (lane % 4) + e % 2 + (8 if e >= 4 else 0),
+                        )
                         group, second = divmod(stored, 2)
-                        word = int(tiles[i, j, 256 + 4 * (row % 8) + 2 * half + group // 4]) >> 16 * (row // 8)
+                        word = int(tiles[i, j, 256 + 4 * (row % 8) + 2 * half + group // 4]) >> 16 * (
+                            row // 8
+                        )
                         place = word >> 4 * (group % 4) + 2 * second & 3
-                        found[TILE * i + 16 * half + row, TILE * j + 4 * group + place] += fragments[half, lane, e]
+                        found[TILE * i + 16 * half + row, TILE * j + 4 * group + place] += fragments[
+                            half, lane, e
+                        ]
     padded = F.pad(weight, (0, across * TILE - shape[1], 0, down * TILE - shape[0]))
     assert torch.equal(found, padded + 0.0)
 
@@ -197,10 +251,20 @@ def test_all_six_codes(emulated):
 
 
 LINEAR = [  # tokens, out, in; shape, splits, wide
-    (1, 40, 72, (SMALL, 1, True)), (16, 96, 512, (SMALL, 3, True)), (13, 65, 456, (SMALL, 1, True)), (9, 33, 136, (SMALL, 5, True)),
-    (70, 100, 456, (MEDIUM, 2, True)), (65, 72, 64, (MEDIUM, 1, True)), (37, 33, 67, (MEDIUM, 1, False)), (3, 7, 330, (MEDIUM, 2, False)),
-    (131, 136, 328, (LARGE, 1, True)), (20, 3, 200, (LARGE, 2, True)),
-    (131, 136, 328, (WGMMA, 1, True)), (20, 3, 64, (WGMMA, 1, True)), (1, 264, 72, (WGMMA, 1, True)), (65, 250, 136, (WGMMA, 1, True)),
+    (1, 40, 72, (SMALL, 1, True)),
+    (16, 96, 512, (SMALL, 3, True)),
+    (13, 65, 456, (SMALL, 1, True)),
+    (9, 33, 136, (SMALL, 5, True)),
+    (70, 100, 456, (MEDIUM, 2, True)),
+    (65, 72, 64, (MEDIUM, 1, True)),
+    (37, 33, 67, (MEDIUM, 1, False)),
+    (3, 7, 330, (MEDIUM, 2, False)),
+    (131, 136, 328, (LARGE, 1, True)),
+    (20, 3, 200, (LARGE, 2, True)),
+    (131, 136, 328, (WGMMA, 1, True)),
+    (20, 3, 64, (WGMMA, 1, True)),
+    (1, 264, 72, (WGMMA, 1, True)),
+    (65, 250, 136, (WGMMA, 1, True)),
 ]
 
 
@@ -210,15 +274,29 @@ def test_linear(emulated, dtype, tokens, out, width, how):
     weight, packed = sparse_weight(out, width, dtype=dtype)
     x, bias = integers(tokens, width).to(dtype), integers(out).to(dtype)
     sums = x.double() @ weight.double().T
-    for activation, b in (("none", None), ("relu", bias)) if tokens > 64 else (("none", bias), ("relu", bias), ("gelu", None), ("gelu", bias)):
+    for activation, b in (
+        (("none", None), ("relu", bias))
+        if tokens > 64
+        else (("none", bias), ("relu", bias), ("gelu", None), ("gelu", bias))
+    ):
         check(emulated.linear(x, packed, b, activation, how), sums if b is None else sums + b, activation)
 
 
-@pytest.mark.parametrize(("tokens", "out", "width", "how"), [
-    (16, 64, 840, (SMALL, 1, True)), (9, 64, 1000, (SMALL, 2, True)), (40, 64, 650, (MEDIUM, 1, False)), (64, 64, 520, (MEDIUM, 1, True)),
-    (128, 128, 320, (LARGE, 1, True)), (128, 256, 840, (WGMMA, 1, True)), (128, 256, 520, (WGMMA, 1, True)),
-])
-def test_no_line_is_read_before_it_lands_nor_overwritten_before_it_is_read(adversary, tokens, out, width, how):
+@pytest.mark.parametrize(
+    ("tokens", "out", "width", "how"),
+    [
+        (16, 64, 840, (SMALL, 1, True)),
+        (9, 64, 1000, (SMALL, 2, True)),
+        (40, 64, 650, (MEDIUM, 1, False)),
+        (64, 64, 520, (MEDIUM, 1, True)),
+        (128, 128, 320, (LARGE, 1, True)),
+        (128, 256, 840, (WGMMA, 1, True)),
+        (128, 256, 520, (WGMMA, 1, True)),
+    ],
+)
+def test_no_line_is_read_before_it_lands_nor_overwritten_before_it_is_read(
+    adversary, tokens, out, width, how
+):
     weight, packed = sparse_weight(out, width, dtype=torch.float16)
     x = integers(tokens, width).half()
     check(adversary.linear(x, packed, None, "none", how), x.double() @ weight.double().T, "none")
@@ -243,7 +321,9 @@ def test_convolution(emulated, dtype, input_shape, weight_shape, settings, how):
     x, bias = integers(*input_shape).to(dtype), integers(weight_shape[0]).to(dtype)
     sums = F.conv2d(x.double(), weight.double(), None, *settings)
     check(emulated.conv2d(x, packed, None, settings, "none", how), sums, "none")
-    check(emulated.conv2d(x, packed, bias, settings, "relu", how), sums + bias.double().view(-1, 1, 1), "relu")
+    check(
+        emulated.conv2d(x, packed, bias, settings, "relu", how), sums + bias.double().view(-1, 1, 1), "relu"
+    )
 
 
 def test_the_choice_fills_the_processors(emulated):
@@ -257,22 +337,45 @@ def test_the_choice_fills_the_processors(emulated):
     assert choose(1024, 4096, 16, 1, 132) == (SMALL, 16 * 16, 16)
     assert choose(1024, 64, 1, 1, 132) == (SMALL, 16, 1)  # too few columns to split
     assert choose(3072, 770, 197 * 64, 0, 132) == (MEDIUM, 48 * 197, 1)
-    for rows_and_tokens, wide, taken in (((768, 197 * 64), 1, True), ((768, 197 * 16), 1, False), ((768, 197 * 64), 0, False)):
-        assert bool(emulated.library.wgmma_takes(*(ctypes.c_int64(a) for a in rows_and_tokens), wide, 132)) == taken
+    for rows_and_tokens, wide, taken in (
+        ((768, 197 * 64), 1, True),
+        ((768, 197 * 16), 1, False),
+        ((768, 197 * 64), 0, False),
+    ):
+        assert (
+            bool(emulated.library.wgmma_takes(*(ctypes.c_int64(a) for a in rows_and_tokens), wide, 132))
+            == taken
+        )
 
 
 def disassembler():
     """cuobjdump, from a toolkit or from Triton's wheel; None where there is none."""
     triton = importlib.util.find_spec("triton")
-    wheel = f"{Path(triton.origin).parent}/backends/nvidia/bin" if triton is not None and triton.origin is not None else ""
+    wheel = (
+        f"{Path(triton.origin).parent}/backends/nvidia/bin"
+        if triton is not None and triton.origin is not None
+        else ""
+    )
     return shutil.which("cuobjdump") or shutil.which("cuobjdump", path=wheel)
 
 
 PRODUCT = "template __global__ void snows::sparse_product_kernel<{0}, snows::{1}, snows::{2}>(snows::Product<{0}>, snows::{2});"
-MOST = {"Large": 255, "Medium": 102, "Small": 80}  # registers, of 65,536: two blocks of Large, five of Medium on a processor
-SOME = [("__nv_bfloat16", "Large", "Tokens<true>"), ("__half", "Small", "Tokens<true>"), ("__half", "Medium", "Pixels<true>")]
-REST = [("__nv_bfloat16", "Large", "Pixels<true>"), ("__half", "Large", "Tokens<true>"), ("__half", "Medium", "Tokens<false>"),
-        ("__nv_bfloat16", "Medium", "Pixels<false>")]
+MOST = {
+    "Large": 255,
+    "Medium": 102,
+    "Small": 80,
+}  # registers, of 65,536: two blocks of Large, five of Medium on a processor
+SOME = [
+    ("__nv_bfloat16", "Large", "Tokens<true>"),
+    ("__half", "Small", "Tokens<true>"),
+    ("__half", "Medium", "Pixels<true>"),
+]
+REST = [
+    ("__nv_bfloat16", "Large", "Pixels<true>"),
+    ("__half", "Large", "Tokens<true>"),
+    ("__half", "Medium", "Tokens<false>"),
+    ("__nv_bfloat16", "Medium", "Pixels<false>"),
+]
 
 
 def compiled(arch, kernels, headers, folder):
@@ -281,25 +384,62 @@ def compiled(arch, kernels, headers, folder):
         pytest.skip(f"this nvcc does not know sm_{arch}")
     source, cubin = folder / "kernels.cu", folder / "kernels.cubin"
     source.write_text("\n".join([f'#include "{header}"' for header in headers] + kernels))
-    log = run("nvcc", "-std=c++17", f"-gencode=arch=compute_{arch},code=sm_{arch}", "-cubin", "-Xptxas", "-v", f"-I{CUDA}", "--keep",
-              "--keep-dir", folder, source, "-o", cubin)
-    registers = {name: int(count) for name, count in re.findall(r"Compiling entry function '(\S+)'.*?Used (\d+) registers", log, re.DOTALL)}
-    assert log.count("0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads") == len(registers) == len(kernels) + 1, log  # kernel_order
-    ptx = {entry.split("(")[0].strip(): entry for entry in (folder / "kernels.ptx").read_text().split(".entry")[1:]}
+    log = run(
+        "nvcc",
+        "-std=c++17",
+        f"-gencode=arch=compute_{arch},code=sm_{arch}",
+        "-cubin",
+        "-Xptxas",
+        "-v",
+        f"-I{CUDA}",
+        "--keep",
+        "--keep-dir",
+        folder,
+        source,
+        "-o",
+        cubin,
+    )
+    registers = {
+        name: int(count)
+        for name, count in re.findall(
+            r"Compiling entry function '(\S+)'.*?Used (\d+) registers", log, re.DOTALL
+        )
+    }
+    assert (
+        log.count("0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads")
+        == len(registers)
+        == len(kernels) + 1
+    ), log  # kernel_order
+    ptx = {
+        entry.split("(")[0].strip(): entry
+        for entry in (folder / "kernels.ptx").read_text().split(".entry")[1:]
+    }
     tool = disassembler()
-    code = {} if tool is None else {function.split()[0]: function for function in run(tool, "-sass", cubin).split("Function :")[1:]}
+    code = (
+        {}
+        if tool is None
+        else {function.split()[0]: function for function in run(tool, "-sass", cubin).split("Function :")[1:]}
+    )
     assert not any(re.search(r"\b(LDL|STL)\b", function) for function in code.values())
     return registers, ptx, code, log
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
-@pytest.mark.parametrize(("arch", "kernels"), [("80", SOME + REST), ("86", SOME[:1]), ("89", SOME[:1]), ("90a", SOME), ("120", SOME[:1])],
-                         ids=lambda x: x if isinstance(x, str) else "")
+@pytest.mark.parametrize(
+    ("arch", "kernels"),
+    [("80", SOME + REST), ("86", SOME[:1]), ("89", SOME[:1]), ("90a", SOME), ("120", SOME[:1])],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
 def test_nvcc_compiles_to_sparse_instructions_without_spills(arch, kernels, tmp_path):
-    entries = [*(PRODUCT.format(*k) for k in kernels), "template __global__ void snows::sum_splits_kernel<__half>(snows::Product<__half>);"]
+    entries = [
+        *(PRODUCT.format(*k) for k in kernels),
+        "template __global__ void snows::sum_splits_kernel<__half>(snows::Product<__half>);",
+    ]
     registers, ptx, code, _ = compiled(arch, entries, ["sparse_linear.cuh", "sparse_conv2d.cuh"], tmp_path)
     for name, count in registers.items():
-        shape = {"Li128ELi128E": "Large", "Li64ELi64E": "Medium", "Li64ELi16E": "Small"}.get((re.findall(r"ShapeI(Li\d+ELi\d+E)", name) or [""])[0])
+        shape = {"Li128ELi128E": "Large", "Li64ELi64E": "Medium", "Li64ELi16E": "Small"}.get(
+            (re.findall(r"ShapeI(Li\d+ELi\d+E)", name) or [""])[0]
+        )
         assert count <= MOST.get(shape, 64), (name, count)
     products = [entry for name, entry in ptx.items() if "sparse_product" in name]
     assert len(products) == len(kernels)
@@ -312,19 +452,27 @@ def test_nvcc_compiles_to_sparse_instructions_without_spills(arch, kernels, tmp_
         assert ("sparse_product" in name) == ("HMMA.SP.16832.F32" in function)
 
 
-WARPGROUPS = [f"template __global__ void snows::wgmma_product_kernel<{t}>(snows::Product<{t}>, snows::Tokens<true>);"
-              for t in ("__half", "__nv_bfloat16")]
+WARPGROUPS = [
+    f"template __global__ void snows::wgmma_product_kernel<{t}>(snows::Product<{t}>, snows::Tokens<true>);"
+    for t in ("__half", "__nv_bfloat16")
+]
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 @pytest.mark.parametrize("arch", ["90a", "90", "80"])
 def test_nvcc_compiles_the_warpgroups_product_for_hopper_alone(arch, tmp_path):
     registers, ptx, code, log = compiled(arch, WARPGROUPS, ["sparse_wgmma.cuh"], tmp_path)
-    assert "wgmma" not in re.sub(r"\S*wgmma_product_kernel\S*", "", log), log  # as ptxas says where it lets products wait for each other
+    assert "wgmma" not in re.sub(r"\S*wgmma_product_kernel\S*", "", log), (
+        log
+    )  # as ptxas says where it lets products wait for each other
     for name in (name for name in ptx if "wgmma_product" in name):
-        assert (registers[name] > 128) == (arch == "90a")  # by which the layer knows whether there is a kernel
+        assert (registers[name] > 128) == (
+            arch == "90a"
+        )  # by which the layer knows whether there is a kernel
         kind = "bf16" if "bfloat16" in name else "f16"
-        assert ptx[name].count(f"wgmma.mma_async.sp.sync.aligned.m64n128k32.f32.{kind}.{kind}") == (8 if arch == "90a" else 0)  # two steps of four
+        assert ptx[name].count(f"wgmma.mma_async.sp.sync.aligned.m64n128k32.f32.{kind}.{kind}") == (
+            8 if arch == "90a" else 0
+        )  # two steps of four
         if arch == "90a" and code:
             step = r"LDGSTS\.E\.BYPASS\.128|LDG\.E\.128|FENCE\.VIEW\.ASYNC|BAR\.SYNC|WARPGROUP\.\S+ gsb0, 0x1|HGMMA\.SP\.64x128x32\.F32(?:\.BF16)?"
             assert all(len(re.findall(part, code[name])) >= 2 for part in step.split("|"))
@@ -345,11 +493,28 @@ class TestOnGPU:
     pytestmark = gpu
 
     @pytest.mark.parametrize("dtype", DTYPES)
-    @pytest.mark.parametrize(("tokens", "out", "width"), [
-        (0, 64, 64), (7, 33, 67), (16, 200, 1024), (300, 10, 770), (129, 512, 32), (130, 136, 328),
-        *(pytest.param(*sizes, id=f"large {sizes}") for sizes in (
-            (1, 1024, 4096), (16, 1000, 4096), (197, 768, 3072), (197 * 8, 3072, 768), (197 * 64, 768, 768), (5000, 1031, 1000))),
-    ])
+    @pytest.mark.parametrize(
+        ("tokens", "out", "width"),
+        [
+            (0, 64, 64),
+            (7, 33, 67),
+            (16, 200, 1024),
+            (300, 10, 770),
+            (129, 512, 32),
+            (130, 136, 328),
+            *(
+                pytest.param(*sizes, id=f"large {sizes}")
+                for sizes in (
+                    (1, 1024, 4096),
+                    (16, 1000, 4096),
+                    (197, 768, 3072),
+                    (197 * 8, 3072, 768),
+                    (197 * 64, 768, 768),
+                    (5000, 1031, 1000),
+                )
+            ),
+        ],
+    )
     def test_linear(self, device, dtype, tokens, out, width):
         weight, packed = sparse_weight(out, width, dtype=dtype)
         on = packed._replace(values=packed.values.to(device), codes=packed.codes.to(device))
@@ -363,11 +528,21 @@ class TestOnGPU:
                 check(found.cpu(), sums if b is None else sums + b.cpu(), activation)
 
     @pytest.mark.parametrize("dtype", DTYPES)
-    @pytest.mark.parametrize(("tokens", "out", "width"), [
-        (128 * 160, 8, 72),
-        *(pytest.param(*sizes, id=f"large {sizes}") for sizes in (
-            (197 * 64, 768, 768), (197 * 64, 768, 3072), (197 * 64, 3072, 768), (10001, 1031, 1000))),
-    ])
+    @pytest.mark.parametrize(
+        ("tokens", "out", "width"),
+        [
+            (128 * 160, 8, 72),
+            *(
+                pytest.param(*sizes, id=f"large {sizes}")
+                for sizes in (
+                    (197 * 64, 768, 768),
+                    (197 * 64, 768, 3072),
+                    (197 * 64, 3072, 768),
+                    (10001, 1031, 1000),
+                )
+            ),
+        ],
+    )
     def test_linear_by_warpgroups(self, device, dtype, tokens, out, width, monkeypatch):
         if torch.cuda.get_device_capability() != (9, 0):
             pytest.skip("needs Hopper's warpgroups: compute capability 9.0")
@@ -382,23 +557,38 @@ class TestOnGPU:
 
     @pytest.mark.parametrize("last", [False, True])
     @pytest.mark.parametrize("dtype", DTYPES)
-    @pytest.mark.parametrize(("input_shape", "weight_shape", "settings"), [
-        *(case[:3] for case in CONV), ((0, 8, 9, 9), (8, 3, 3), ((1, 1), (1, 1), (1, 1))),
-        *(pytest.param(*sizes, id=f"large {sizes}") for sizes in (
-            ((8, 256, 14, 14), (256, 3, 3), ((1, 1), (1, 1), (1, 1))), ((64, 64, 56, 56), (64, 3, 3), ((2, 2), (1, 1), (1, 1))),
-            ((4, 3, 64, 64), (64, 7, 7), ((2, 2), (3, 3), (1, 1))), ((16, 512, 7, 7), (512, 1, 1), ((1, 1), (0, 0), (1, 1))))),
-    ])
+    @pytest.mark.parametrize(
+        ("input_shape", "weight_shape", "settings"),
+        [
+            *(case[:3] for case in CONV),
+            ((0, 8, 9, 9), (8, 3, 3), ((1, 1), (1, 1), (1, 1))),
+            *(
+                pytest.param(*sizes, id=f"large {sizes}")
+                for sizes in (
+                    ((8, 256, 14, 14), (256, 3, 3), ((1, 1), (1, 1), (1, 1))),
+                    ((64, 64, 56, 56), (64, 3, 3), ((2, 2), (1, 1), (1, 1))),
+                    ((4, 3, 64, 64), (64, 7, 7), ((2, 2), (3, 3), (1, 1))),
+                    ((16, 512, 7, 7), (512, 1, 1), ((1, 1), (0, 0), (1, 1))),
+                )
+            ),
+        ],
+    )
     def test_convolution(self, device, dtype, input_shape, weight_shape, settings, last):
         weight, packed = sparse_weight(weight_shape[0], input_shape[1], *weight_shape[1:], dtype=dtype)
         x, bias = integers(*input_shape).to(device, dtype), integers(weight_shape[0]).to(device, dtype)
         x = x.contiguous(memory_format=torch.channels_last) if last else x
-        sums = F.conv2d(x.double(), weight.to(device).double(), bias.double(), *settings).round().cpu()  # whole numbers
+        sums = (
+            F.conv2d(x.double(), weight.to(device).double(), bias.double(), *settings).round().cpu()
+        )  # whole numbers
         values, codes = packed.values.to(device), packed.codes.to(device)
         order = ops.kernel_order(values, codes, packed.shape, 2, 4)
         assert order.numel() > 0
         found = ops.sparse_conv2d(x, values, codes, bias, packed.shape, 2, 4, *settings, "relu", order)
-        assert found.is_contiguous(memory_format=torch.channels_last if x.is_contiguous(memory_format=torch.channels_last)
-                                   and not x.is_contiguous() else torch.contiguous_format)
+        assert found.is_contiguous(
+            memory_format=torch.channels_last
+            if x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+            else torch.contiguous_format
+        )
         check(found.cpu(), sums, "relu")
 
     def test_what_the_kernels_do_not_take_is_multiplied_densely(self, device):
@@ -419,7 +609,9 @@ class TestOnGPU:
         x = torch.randn(40, 256, device=device, dtype=torch.bfloat16, requires_grad=True)
         exact = x.detach().double().requires_grad_()
         layer(x).sum().backward()
-        F.gelu(F.linear(exact, dense.weight.to(device).double(), dense.bias.to(device).double())).sum().backward()
+        F.gelu(
+            F.linear(exact, dense.weight.to(device).double(), dense.bias.to(device).double())
+        ).sum().backward()
         assert ((x.grad - exact.grad).norm() / exact.grad.norm()).item() < 1e-2
         with torch.no_grad():
             wanted, graph = layer(x), torch.cuda.CUDAGraph()

@@ -26,16 +26,21 @@ def same(net, deployed, x):
     """Largest difference from the masked network in float64, relative."""
     oracle = copy.deepcopy(net).double()
     with torch.no_grad():
-        want = outputs(oracle, Batch.of(x.double() if torch.is_tensor(x) else {k: v.double() for k, v in x.items()}))
+        want = outputs(
+            oracle, Batch.of(x.double() if torch.is_tensor(x) else {k: v.double() for k, v in x.items()})
+        )
         return difference(want, outputs(deployed, Batch.of(x)))
 
 
-@pytest.mark.parametrize(("tap", "folded"), [
-    ("", {"first_norm", "second_norm", "act", "last_act"}),
-    ("conv", {"second_norm", "last_act"}),  # ReLU follows a normalisation that had to stay
-    ("norm", {"first_norm", "second_norm", "last_act"}),
-    ("last", {"first_norm", "second_norm", "act"}),
-])
+@pytest.mark.parametrize(
+    ("tap", "folded"),
+    [
+        ("", {"first_norm", "second_norm", "act", "last_act"}),
+        ("conv", {"second_norm", "last_act"}),  # ReLU follows a normalisation that had to stay
+        ("norm", {"first_norm", "second_norm", "last_act"}),
+        ("last", {"first_norm", "second_norm", "act"}),
+    ],
+)
 def test_only_what_a_layer_alone_feeds_is_folded_into_it(tap, folded):
     net, x = masked(settle(Chain(tap))), torch.randn(3, 4, 7, 5)
     deployed = small(net, x)
@@ -75,7 +80,9 @@ def test_of_a_normalisation_with_an_activation_inside_the_activation_stays(act, 
     net = masked(net)
     deployed = small(net, x)
     assert {"first_norm", "second_norm"} <= set(deployed.report.folded)
-    assert ("first_norm.act" in deployed.report.folded) == isinstance(act, nn.ReLU)  # the packed layer computes it
+    assert ("first_norm.act" in deployed.report.folded) == isinstance(
+        act, nn.ReLU
+    )  # the packed layer computes it
     assert same(net, deployed.network, x) < 2e-6
     snows.save(deployed, tmp_path / "net.safetensors")
     back = snows.load(tmp_path / "net.safetensors", net)
@@ -89,7 +96,9 @@ def test_of_a_normalisation_with_an_activation_inside_the_activation_stays(act, 
         assert torch.equal(back(x), deployed.network(x))
 
 
-@pytest.mark.parametrize("then", [lambda y: 2 * y, lambda y: y.clamp(max=1e6)], ids=["seen", "not seen on the example"])
+@pytest.mark.parametrize(
+    "then", [lambda y: 2 * y, lambda y: y.clamp(max=1e6)], ids=["seen", "not seen on the example"]
+)
 def test_a_normalisation_that_does_something_else_too_is_left_alone(then):
     net, x = settle(Chain()), torch.randn(3, 4, 7, 5)
     net.first_norm = settle(NormAct(net.first_norm.num_features, nn.Identity(), then))
@@ -126,7 +135,10 @@ def test_an_edit_that_changes_the_network_is_not_made_and_the_others_are():
     wrong, right = Wrong("first", "first_norm"), Fold("second", "second_norm")
     assert proved(net, [wrong, right], Batch.of(x)) == [right]
     assert proved(net, [right, wrong], Batch.of(x)) == [right]
-    assert proved(net, [Fold("first", "first_norm"), right], Batch.of(x)) == [Fold("first", "first_norm"), right]
+    assert proved(net, [Fold("first", "first_norm"), right], Batch.of(x)) == [
+        Fold("first", "first_norm"),
+        right,
+    ]
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
 
 
@@ -144,7 +156,11 @@ FAMILIES = {
 def test_networks_compute_the_same_and_are_left_as_they_were(name, pattern):
     build, shape = FAMILIES[name]
     net = masked(build(), pattern)
-    x = torch.randn(shape) if name not in ("mapped", "sequence first") else {"pixel_values": torch.randn(shape)}
+    x = (
+        torch.randn(shape)
+        if name not in ("mapped", "sequence first")
+        else {"pixel_values": torch.randn(shape)}
+    )
     before = copy.deepcopy(net.state_dict())
     deployed = small(net, x)
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
@@ -163,10 +179,18 @@ def torchvision_net(name):
     return torchvision.models.get_model(name, weights=None, num_classes=10)
 
 
-@pytest.mark.parametrize(("source", "least"), [
-    ("torchvision:resnet50", 50), ("torchvision:mobilenet_v2", 30), ("torchvision:swin_t", 25), ("timm:convnext_atto", 25),
-    ("timm:resnet18", 15), ("timm:vit_tiny_patch16_224", 45), ("transformers:vit", 12),
-])
+@pytest.mark.parametrize(
+    ("source", "least"),
+    [
+        ("torchvision:resnet50", 50),
+        ("torchvision:mobilenet_v2", 30),
+        ("torchvision:swin_t", 25),
+        ("timm:convnext_atto", 25),
+        ("timm:resnet18", 15),
+        ("timm:vit_tiny_patch16_224", 45),
+        ("transformers:vit", 12),
+    ],
+)
 def test_public_networks(source, least):
     kind, _, name = source.partition(":")
     if kind == "torchvision":
@@ -178,10 +202,20 @@ def test_public_networks(source, least):
     else:
         from transformers import ViTConfig, ViTForImageClassification
 
-        net = ViTForImageClassification(ViTConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
-                                                  image_size=32, patch_size=16))
+        net = ViTForImageClassification(
+            ViTConfig(
+                hidden_size=32,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                intermediate_size=64,
+                image_size=32,
+                patch_size=16,
+            )
+        )
     net = masked(settle(net))
-    x = torch.randn(1, 3, *([32, 32] if kind == "transformers" else [64, 64] if "vit" not in name else [224, 224]))
+    x = torch.randn(
+        1, 3, *([32, 32] if kind == "transformers" else [64, 64] if "vit" not in name else [224, 224])
+    )
     deployed = small(net, x)
     assert sum(not row.reason for row in deployed.report.layers) >= least
     assert same(net, deployed.network, x) < 3e-5
@@ -223,9 +257,14 @@ def test_layers_that_are_not_simply_called_stay_dense_and_say_why():
     deployed = small(net, x)
     reasons = {row.name: row.reason for row in deployed.report.layers}
     assert reasons == {
-        "plain": "", "read": "its weight is read outside of it", "functional": "its weight is used without calling it",
-        "hooked": "it has hooks", "tied": "it shares its weight with twin", "twin": "it shares its weight with tied",
-        "padded": "its class does more than the layer's product", "grouped": "2 groups",
+        "plain": "",
+        "read": "its weight is read outside of it",
+        "functional": "its weight is used without calling it",
+        "hooked": "it has hooks",
+        "tied": "it shares its weight with twin",
+        "twin": "it shares its weight with tied",
+        "padded": "its class does more than the layer's product",
+        "grouped": "2 groups",
     }
     assert same(net, deployed.network, x) < 2e-6
 
@@ -233,7 +272,9 @@ def test_layers_that_are_not_simply_called_stay_dense_and_say_why():
 def test_a_subclass_that_only_applies_itself_in_its_own_way_is_packed():
     class Own(nn.Conv2d):
         def forward(self, x):
-            return F.conv2d(x, self.weight, self.bias, self.stride, (2, 1), self.dilation, self.groups)  # not its own padding
+            return F.conv2d(
+                x, self.weight, self.bias, self.stride, (2, 1), self.dilation, self.groups
+            )  # not its own padding
 
     net, x = masked(nn.Sequential(Own(4, 8, (5, 3), padding=0), nn.ReLU())), torch.randn(2, 4, 9, 9)
     deployed = small(net, x)
@@ -251,9 +292,15 @@ def test_a_subclass_that_pads_by_a_module_of_its_own_stays_dense():
         def forward(self, x):
             return F.conv2d(self.pad(x), self.weight, self.bias)
 
-    net, x = masked(nn.Sequential(Own(4, 8, 3, pad=(0, 1, 1, 2)), Own(8, 8, 1, pad=None))), torch.randn(2, 4, 9, 9)
+    net, x = (
+        masked(nn.Sequential(Own(4, 8, 3, pad=(0, 1, 1, 2)), Own(8, 8, 1, pad=None))),
+        torch.randn(2, 4, 9, 9),
+    )
     deployed = small(net, x)
-    assert [row.reason for row in deployed.report.layers] == ["its class does more than the layer's product", ""]
+    assert [row.reason for row in deployed.report.layers] == [
+        "its class does more than the layer's product",
+        "",
+    ]
     assert same(net, deployed.network, x) < 2e-6
 
 
@@ -292,7 +339,9 @@ def test_the_report_counts_bytes_and_operations():
     assert report.sparse_flops == 2 * 3 * (25 * 8 * 18 + 6 * 200)
     assert report.dense_bytes == 4 * (288 + 8 + 1200 + 6)
     assert report.sparse_bytes == report.dense_bytes - 288 * 4 + 144 * 4 + 288 // 8
-    assert [(row.name, row.pattern, row.dense_bytes, row.sparse_bytes) for row in report.layers] == [("0", "2:4", 4 * 296, 4 * 152 + 36)]
+    assert [(row.name, row.pattern, row.dense_bytes, row.sparse_bytes) for row in report.layers] == [
+        ("0", "2:4", 4 * 296, 4 * 152 + 36)
+    ]
     again = Deployment.from_json(report.to_json())
     assert again == report
     assert "1 of 1 layers with zeros are packed" in str(report)
@@ -330,7 +379,10 @@ def test_the_faster_one_stays_and_the_network_as_a_whole_decides(monkeypatch):
 
     deployed = deploy((3.0, 1.5, 2.0), (3.0, 1.5, 1.4))  # faster with the layer that gains much alone
     assert [type(m) for m in deployed.network] == [SparseLinear, nn.Linear, nn.Linear]
-    assert [row.reason for row in deployed.report.layers][1:] == ["faster as it is", "less than 1.3 times as fast: the network was faster without it"]
+    assert [row.reason for row in deployed.report.layers][1:] == [
+        "faster as it is",
+        "less than 1.3 times as fast: the network was faster without it",
+    ]
     assert deployed.report.sparse_ms == 1.4
     assert not deployed.report.notes
 
@@ -344,7 +396,9 @@ def test_the_faster_one_stays_and_the_network_as_a_whole_decides(monkeypatch):
 def test_half_precision():
     net, x = masked(settle(Chain())), torch.randn(3, 4, 7, 5)
     deployed = small(net, x, dtype=torch.bfloat16)
-    assert {p.dtype for p in deployed.network.state_dict().values() if p.is_floating_point()} == {torch.bfloat16}
+    assert {p.dtype for p in deployed.network.state_dict().values() if p.is_floating_point()} == {
+        torch.bfloat16
+    }
     with torch.no_grad():
         assert difference([net(x)], [deployed.network(x.bfloat16())]) < 2e-2
     if deployed.report.device.startswith("CPU") and ops.implementation("sparse_linear") == "native":
@@ -363,7 +417,9 @@ def test_what_comes_back_copies_pickles_and_exports():
         want = deployed.network(x)
         assert torch.equal(copy.deepcopy(deployed.network)(x), want)
         assert torch.equal(torch.load(buffer, weights_only=False)(x), want)
-        torch.testing.assert_close(torch.export.export(deployed.network, (x,)).module()(x), want, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            torch.export.export(deployed.network, (x,)).module()(x), want, rtol=1e-5, atol=1e-5
+        )
 
 
 def test_what_cannot_be_deployed_is_refused():

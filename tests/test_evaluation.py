@@ -21,7 +21,9 @@ class Given(nn.Module):
         return x + self.anchor
 
 
-LOGITS = torch.tensor([[9.0, 1, 2, 3, 4, 5, 0], [0, 9, 8, 7, 6, 5, 4], [1, 2, 3, 4, 5, 6, 7], [3, 2, 1, 0, 0, 0, 9]])
+LOGITS = torch.tensor(
+    [[9.0, 1, 2, 3, 4, 5, 0], [0, 9, 8, 7, 6, 5, 4], [1, 2, 3, 4, 5, 6, 7], [3, 2, 1, 0, 0, 0, 9]]
+)
 LABELS = torch.tensor([0, 5, 0, -1])  # right; among five; neither; not known
 
 
@@ -38,9 +40,17 @@ def test_scores_are_those_worked_out_by_hand():
     assert math.isnan(scores.top1)
 
 
-@pytest.mark.parametrize("batch", [
-    (LOGITS, LABELS), [LOGITS, LABELS], {"x": LOGITS, "labels": LABELS}, {"x": LOGITS, "label": LABELS.tolist()}, (LOGITS, LABELS.int()),
-], ids=["tuple", "list", "mapping", "a list of numbers", "int32"])
+@pytest.mark.parametrize(
+    "batch",
+    [
+        (LOGITS, LABELS),
+        [LOGITS, LABELS],
+        {"x": LOGITS, "labels": LABELS},
+        {"x": LOGITS, "label": LABELS.tolist()},
+        (LOGITS, LABELS.int()),
+    ],
+    ids=["tuple", "list", "mapping", "a list of numbers", "int32"],
+)
 def test_labels_are_read_from_every_form_of_batch(batch):
     assert evaluate(Given(), [batch]).top1 == pytest.approx(100 / 3)
 
@@ -64,21 +74,26 @@ def test_batches_and_labels_travel_to_the_network():
             return super().to(*args, **kwargs).as_subclass(torch.Tensor)
 
     net = Given()
-    assert evaluate(net, [(LOGITS.as_subclass(Recorded), LABELS.as_subclass(Recorded))]).top1 == pytest.approx(100 / 3)
+    assert evaluate(
+        net, [(LOGITS.as_subclass(Recorded), LABELS.as_subclass(Recorded))]
+    ).top1 == pytest.approx(100 / 3)
     assert moved == [net.anchor.device] * 2
     logits = logits_of(Given().double().to("meta"), LOGITS.double())
     assert logits.is_meta
 
 
-@pytest.mark.parametrize(("net", "batches", "reference", "sentence"), [
-    (Given(), [(LOGITS, LABELS[:2])], None, r"a class number for each of 4 images, got labels of \(2,\)"),
-    (Given(), [(LOGITS, [{"boxes": 1}] * 4)], None, "expected labels to be class numbers, got list"),
-    (Given(), [LOGITS[None]], None, r"logits of \(images, classes\), got a tensor of \(1, 4, 7\)"),
-    (nn.Linear(3, 2), [LOGITS], None, "cannot run a batch"),
-    (Given(), [LOGITS], [LOGITS[:, :3]], r"reference logits of \(4, 7\), got \(4, 3\)"),
-    (Given(), [(LOGITS, LABELS + 2)], None, "class numbers below 7, the model's outputs, got 7"),
-    (Given(), [LOGITS], [], "reference logits for every batch, got fewer"),
-])
+@pytest.mark.parametrize(
+    ("net", "batches", "reference", "sentence"),
+    [
+        (Given(), [(LOGITS, LABELS[:2])], None, r"a class number for each of 4 images, got labels of \(2,\)"),
+        (Given(), [(LOGITS, [{"boxes": 1}] * 4)], None, "expected labels to be class numbers, got list"),
+        (Given(), [LOGITS[None]], None, r"logits of \(images, classes\), got a tensor of \(1, 4, 7\)"),
+        (nn.Linear(3, 2), [LOGITS], None, "cannot run a batch"),
+        (Given(), [LOGITS], [LOGITS[:, :3]], r"reference logits of \(4, 7\), got \(4, 3\)"),
+        (Given(), [(LOGITS, LABELS + 2)], None, "class numbers below 7, the model's outputs, got 7"),
+        (Given(), [LOGITS], [], "reference logits for every batch, got fewer"),
+    ],
+)
 def test_what_cannot_be_judged_is_one_sentence(net, batches, reference, sentence):
     with pytest.raises(ValueError, match=sentence):
         evaluate(net, batches, reference)

@@ -32,18 +32,65 @@ def hf(name, **config):
 
 
 FAMILIES = {
-    "torchvision resnet50": (lambda: torchvision.models.resnet50(num_classes=10), 64, ["layer1.0.conv2", "layer2.0.downsample.0", "layer4.2.conv3"]),
-    "torchvision mobilenet_v2": (lambda: torchvision.models.mobilenet_v2(), 64, ["features.2.conv.0.0", "features.10.conv.2", "features.18.0"]),
-    "torchvision vit_b_16": (lambda: torchvision.models.vit_b_16(image_size=32), 32, [
-        "encoder.layers.encoder_layer_0.self_attention.in_proj", "encoder.layers.encoder_layer_5.self_attention.out_proj",
-        "encoder.layers.encoder_layer_11.mlp.0"]),
-    "torchvision swin_t": (lambda: torchvision.models.swin_t(), 64, ["features.1.0.attn.qkv", "features.2.reduction", "features.5.3.mlp.3"]),
-    "timm vit": (lambda: timm.create_model("vit_tiny_patch16_224", img_size=32, depth=3), 32, ["blocks.0.attn.qkv", "blocks.2.mlp.fc2"]),
-    "timm convnext": (lambda: timm.create_model("convnext_atto"), 64, ["stages.1.downsample.1", "stages.2.blocks.3.mlp.fc1"]),
-    "transformers vit": (lambda: hf("ViT", hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, image_size=32,
-                                    patch_size=8), 32, 3),
-    "transformers resnet": (lambda: hf("ResNet", embedding_size=16, hidden_sizes=[16, 32], depths=[2, 2], layer_type="basic"), 32, 4),
-    "transformers swin": (lambda: hf("Swin", image_size=32, patch_size=4, embed_dim=16, depths=[2, 2], num_heads=[2, 4], window_size=4), 32, 4),
+    "torchvision resnet50": (
+        lambda: torchvision.models.resnet50(num_classes=10),
+        64,
+        ["layer1.0.conv2", "layer2.0.downsample.0", "layer4.2.conv3"],
+    ),
+    "torchvision mobilenet_v2": (
+        lambda: torchvision.models.mobilenet_v2(),
+        64,
+        ["features.2.conv.0.0", "features.10.conv.2", "features.18.0"],
+    ),
+    "torchvision vit_b_16": (
+        lambda: torchvision.models.vit_b_16(image_size=32),
+        32,
+        [
+            "encoder.layers.encoder_layer_0.self_attention.in_proj",
+            "encoder.layers.encoder_layer_5.self_attention.out_proj",
+            "encoder.layers.encoder_layer_11.mlp.0",
+        ],
+    ),
+    "torchvision swin_t": (
+        lambda: torchvision.models.swin_t(),
+        64,
+        ["features.1.0.attn.qkv", "features.2.reduction", "features.5.3.mlp.3"],
+    ),
+    "timm vit": (
+        lambda: timm.create_model("vit_tiny_patch16_224", img_size=32, depth=3),
+        32,
+        ["blocks.0.attn.qkv", "blocks.2.mlp.fc2"],
+    ),
+    "timm convnext": (
+        lambda: timm.create_model("convnext_atto"),
+        64,
+        ["stages.1.downsample.1", "stages.2.blocks.3.mlp.fc1"],
+    ),
+    "transformers vit": (
+        lambda: hf(
+            "ViT",
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=64,
+            image_size=32,
+            patch_size=8,
+        ),
+        32,
+        3,
+    ),
+    "transformers resnet": (
+        lambda: hf("ResNet", embedding_size=16, hidden_sizes=[16, 32], depths=[2, 2], layer_type="basic"),
+        32,
+        4,
+    ),
+    "transformers swin": (
+        lambda: hf(
+            "Swin", image_size=32, patch_size=4, embed_dim=16, depths=[2, 2], num_heads=[2, 4], window_size=4
+        ),
+        32,
+        4,
+    ),
 }
 
 
@@ -59,15 +106,26 @@ def test_a_family_prunes(name):
     if isinstance(wanted, int):  # the middle of all that run
         layers = list(prunable(net))
         wanted = layers[len(layers) // 3 : len(layers) // 3 + wanted]
-    sparse, report = snows.prune(net, batches, NM(2, 4), only=lambda n, m: n in wanted, matching=Matching(5), progress=False,
-                                 solver=Newton(max_iterations=4), select=snows.magnitude, recalibrate=False)
+    sparse, report = snows.prune(
+        net,
+        batches,
+        NM(2, 4),
+        only=lambda n, m: n in wanted,
+        matching=Matching(5),
+        progress=False,
+        solver=Newton(max_iterations=4),
+        select=snows.magnitude,
+        recalibrate=False,
+    )
     assert type(sparse) is type(net)
     assert list(sparse.state_dict()) == list(before)
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
     pruned = [x for x in report.layers if not x.reason]
     assert sorted(x.name for x in pruned) == sorted(wanted)
     assert all(x.after <= x.before for x in pruned)
-    assert sum(x.after for x in pruned) < 0.97 * sum(x.before for x in pruned), [(x.name, x.before, x.after, x.stop) for x in pruned]
+    assert sum(x.after for x in pruned) < 0.97 * sum(x.before for x in pruned), [
+        (x.name, x.before, x.after, x.stop) for x in pruned
+    ]
     opened = copy.deepcopy(sparse)
     open_attention(opened)
     for layer in wanted:
@@ -81,7 +139,14 @@ def test_a_family_prunes(name):
 def test_depthwise_layers_are_prunable_unstructured():
     net = settle(torchvision.models.mobilenet_v2())
     depthwise = "features.5.conv.1.0"
-    _, report = snows.prune(net, images(4, 64), {depthwise: Unstructured(0.4)}, matching=Matching(3), progress=False, solver=Newton(max_iterations=4))
+    _, report = snows.prune(
+        net,
+        images(4, 64),
+        {depthwise: Unstructured(0.4)},
+        matching=Matching(3),
+        progress=False,
+        solver=Newton(max_iterations=4),
+    )
     (layer,) = [x for x in report.layers if not x.reason]
     assert layer.kept == layer.size - round(0.4 * layer.size)
     assert layer.after < layer.before
@@ -93,9 +158,22 @@ def test_one_block_of_vit_l_16_at_full_width():
     block = torchvision.models.vision_transformer.EncoderBlock(16, 1024, 4096, 0.0, 0.0).eval()
     base = torch.randn(8, 17, 1024)
     batches = [base + 0.1 * torch.randn_like(base) for _ in range(4)]
-    sparse, report = snows.prune(block, batches, NM(2, 4), only=lambda n, m: True, matching=Matching(3), progress=False, select=snows.magnitude,
-                                 solver=Newton(max_iterations=3, preconditioner="none"))
-    assert [x.name for x in report.layers] == ["self_attention.in_proj", "self_attention.out_proj", "mlp.0", "mlp.3"]
+    sparse, report = snows.prune(
+        block,
+        batches,
+        NM(2, 4),
+        only=lambda n, m: True,
+        matching=Matching(3),
+        progress=False,
+        select=snows.magnitude,
+        solver=Newton(max_iterations=3, preconditioner="none"),
+    )
+    assert [x.name for x in report.layers] == [
+        "self_attention.in_proj",
+        "self_attention.out_proj",
+        "mlp.0",
+        "mlp.3",
+    ]
     assert all(x.after <= x.before for x in report.layers)
     assert sum(x.after for x in report.layers) < 0.97 * sum(x.before for x in report.layers)
     for weight in (sparse.self_attention.in_proj_weight, sparse.mlp[0].weight, sparse.mlp[3].weight):

@@ -45,11 +45,18 @@ def rewritten(path, metadata=None, tensors=None):
 
 @pytest.mark.parametrize("pattern", [snows.NM(2, 4), snows.NM(1, 4), snows.Unstructured(0.8)], ids=str)
 def test_what_was_saved_comes_back_exactly(tmp_path, pattern):
-    for net, x in ((settle(Chain()), torch.randn(3, 4, 7, 5)), (settle(Mapped()), {"pixel_values": torch.randn(2, 3, 16, 16)}),
-                   (nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), torch.randn(2, 5, 16))):
+    for net, x in (
+        (settle(Chain()), torch.randn(3, 4, 7, 5)),
+        (settle(Mapped()), {"pixel_values": torch.randn(2, 3, 16, 16)}),
+        (nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), torch.randn(2, 5, 16)),
+    ):
         net = masked(net, pattern)
         deployed = small(net, x)
-        other = type(net)() if not isinstance(net, nn.TransformerEncoderLayer) else nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+        other = (
+            type(net)()
+            if not isinstance(net, nn.TransformerEncoderLayer)
+            else nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+        )
         before = copy.deepcopy(other.state_dict())
         snows.save(deployed, tmp_path / "model.safetensors")
         loaded = snows.load(tmp_path / "model.safetensors", other)
@@ -63,10 +70,18 @@ def test_what_was_saved_comes_back_exactly(tmp_path, pattern):
 
 
 def test_half_precision_layers_made_by_hand_and_the_meta_device(tmp_path):
-    net = nn.Sequential(nn.Conv2d(4, 8, 3, stride=2, padding="valid", dilation=2), nn.Flatten(), nn.Linear(8 * 4, 6)).eval().bfloat16()
+    net = (
+        nn.Sequential(
+            nn.Conv2d(4, 8, 3, stride=2, padding="valid", dilation=2), nn.Flatten(), nn.Linear(8 * 4, 6)
+        )
+        .eval()
+        .bfloat16()
+    )
     net[0].weight.data *= snows.NM(2, 4).mask(net[0].weight.abs())
     net[2].weight.data *= snows.NM(1, 4).mask(net[2].weight.abs())
-    sparse = nn.Sequential(SparseConv2d.from_dense(net[0], activation="relu"), net[1], SparseLinear.from_dense(net[2]))
+    sparse = nn.Sequential(
+        SparseConv2d.from_dense(net[0], activation="relu"), net[1], SparseLinear.from_dense(net[2])
+    )
     snows.save(sparse, tmp_path / "x.safetensors")
     loaded = snows.load(tmp_path / "x.safetensors", copy.deepcopy(net).to("meta"))
     x = torch.randn(2, 4, 8, 8).bfloat16()
@@ -80,14 +95,42 @@ def test_the_file_is_plain_safetensors_of_the_packed_size(chain):
     with safe_open(path, "pt") as file:
         names = set(file.keys())
         content = json.loads(file.metadata()["snows"])
-    assert names == {"first.values", "first.codes", "first.bias", "second.values", "second.codes", "second.bias"}
-    settings = {"stride": [1, 1], "padding": [1, 1], "dilation": [1, 1], "padding_mode": "zeros", "innermost": False}
+    assert names == {
+        "first.values",
+        "first.codes",
+        "first.bias",
+        "second.values",
+        "second.codes",
+        "second.bias",
+    }
+    settings = {
+        "stride": [1, 1],
+        "padding": [1, 1],
+        "dilation": [1, 1],
+        "padding_mode": "zeros",
+        "innermost": False,
+    }
     assert content["edits"] == [
-        {"kind": "fold", "convolution": "first", "norm": "first_norm"}, {"kind": "fold", "convolution": "second", "norm": "second_norm"},
-        {"kind": "pack", "layer": "first", "pattern": "2:4", "shape": [8, 4, 3, 3], "activation": "relu", "absorbs": "act",
-         "settings": settings},
-        {"kind": "pack", "layer": "second", "pattern": "2:4", "shape": [8, 8, 1, 1], "activation": "gelu", "absorbs": "last_act",
-         "settings": settings | {"padding": [0, 0]}},
+        {"kind": "fold", "convolution": "first", "norm": "first_norm"},
+        {"kind": "fold", "convolution": "second", "norm": "second_norm"},
+        {
+            "kind": "pack",
+            "layer": "first",
+            "pattern": "2:4",
+            "shape": [8, 4, 3, 3],
+            "activation": "relu",
+            "absorbs": "act",
+            "settings": settings,
+        },
+        {
+            "kind": "pack",
+            "layer": "second",
+            "pattern": "2:4",
+            "shape": [8, 8, 1, 1],
+            "activation": "gelu",
+            "absorbs": "last_act",
+            "settings": settings | {"padding": [0, 0]},
+        },
     ]
     assert content["version"] == 3
 
@@ -96,7 +139,9 @@ def test_a_file_of_another_network_is_refused_by_name(chain):
     _, path = chain
     other = Chain()
     other.second = nn.Conv2d(8, 6, 1)
-    with pytest.raises(ValueError, match=r"second has a weight of \(6, 8, 1, 1\), the file one of \(8, 8, 1, 1\)"):
+    with pytest.raises(
+        ValueError, match=r"second has a weight of \(6, 8, 1, 1\), the file one of \(8, 8, 1, 1\)"
+    ):
         snows.load(path, other)
     other = Chain()
     other.first.stride = (2, 2)
@@ -144,7 +189,11 @@ def test_metadata_and_tensors_that_disagree_are_refused(chain):
     first = lambda m: next(x for x in m["edits"] if x.get("layer") == "first")
     cases = [
         (lambda m: m.update(version=4), None, "has format 4, this snows reads up to 3"),
-        (lambda m: first(m).update(pattern="1:4"), None, r"first: .* expected \(8, 9\) values, got \(8, 18\)|first: .* codes"),
+        (
+            lambda m: first(m).update(pattern="1:4"),
+            None,
+            r"first: .* expected \(8, 9\) values, got \(8, 18\)|first: .* codes",
+        ),
         (lambda m: first(m).update(pattern="3:2"), None, "load: |NM: "),
         (lambda m: first(m).update(shape=[8, 4, 3, 10**12]), None, "shape of first is"),
         (lambda m: first(m).update(activation="tanh"), None, "metadata of .* is damaged"),
@@ -153,10 +202,18 @@ def test_metadata_and_tensors_that_disagree_are_refused(chain):
         (lambda m: m.pop("edits"), None, "metadata of .* is damaged"),
         (lambda m: m["edits"][0].update(norm="first"), None, "first is a Conv2d, no BatchNorm2d"),
         (lambda m: m["edits"][0].update(kind="import"), None, "metadata of .* is damaged"),
-        (lambda m: m["edits"].append({"kind": "open", "module": "act"}), None, "act is a ReLU, no MultiheadAttention"),
+        (
+            lambda m: m["edits"].append({"kind": "open", "module": "act"}),
+            None,
+            "act is a ReLU, no MultiheadAttention",
+        ),
         (None, lambda t: t.update({"first.codes": torch.zeros_like(t["first.codes"])}), "codes"),
         (None, lambda t: t.update({"first.codes": t["first.codes"][:-1]}), "codes"),
-        (None, lambda t: t.update({"first.values": t["first.values"].to(torch.int32)}), "first.values is torch.int32"),
+        (
+            None,
+            lambda t: t.update({"first.values": t["first.values"].to(torch.int32)}),
+            "first.values is torch.int32",
+        ),
         (None, lambda t: t.update({"first.bias": torch.zeros(3)}), "first.bias is"),
         (None, lambda t: t.pop("second.codes"), "missing second.codes"),
     ]
@@ -176,7 +233,9 @@ def as_format(version):
             metadata["remainders"] = []
         for x in edits:
             if x["kind"] == "pack":
-                metadata["layers"][x["layer"]] = {k: x[k] for k in ("pattern", "shape", "activation")} | x["settings"]
+                metadata["layers"][x["layer"]] = {k: x[k] for k in ("pattern", "shape", "activation")} | x[
+                    "settings"
+                ]
                 metadata["identities"] += [x["absorbs"]] if x["absorbs"] else []
             elif x["kind"] == "open":
                 metadata["opened"].append(x["module"])
@@ -188,7 +247,10 @@ def as_format(version):
 
 @pytest.mark.parametrize("version", [1, 2])
 def test_files_of_older_formats_load(tmp_path, version):
-    for net, x in ((settle(Chain()), torch.randn(3, 4, 7, 5)), (settle(Mapped()), {"pixel_values": torch.randn(2, 3, 16, 16)})):
+    for net, x in (
+        (settle(Chain()), torch.randn(3, 4, 7, 5)),
+        (settle(Mapped()), {"pixel_values": torch.randn(2, 3, 16, 16)}),
+    ):
         path = tmp_path / "model.safetensors"
         deployed = small(masked(net), x).network
         snows.save(deployed, path)
@@ -202,11 +264,16 @@ def test_files_of_older_formats_load(tmp_path, version):
         assert snows.load(path, net).state_dict().keys() == loaded.state_dict().keys()
 
 
-@pytest.mark.parametrize(("change", "sentence"), [
-    (lambda m: m.pop("identities"), "identities is None"), (lambda m: m.update(remainders=["first"]), "first is a Conv2d, no BatchNorm2d"),
-    (lambda m: m.update(opened=[3]), r"opened is \[3\]"), (lambda m: m.update(layers=[]), r"layers is \[\]"),
-    (lambda m: m["layers"]["first"].pop("stride"), "stride of first is None"),
-])
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda m: m.pop("identities"), "identities is None"),
+        (lambda m: m.update(remainders=["first"]), "first is a Conv2d, no BatchNorm2d"),
+        (lambda m: m.update(opened=[3]), r"opened is \[3\]"),
+        (lambda m: m.update(layers=[]), r"layers is \[\]"),
+        (lambda m: m["layers"]["first"].pop("stride"), "stride of first is None"),
+    ],
+)
 def test_damaged_metadata_of_an_older_format_is_refused(chain, change, sentence):
     net, path = chain
     with pytest.raises(ValueError, match=sentence):
@@ -219,7 +286,9 @@ def test_ten_thousand_damaged_files_are_refused_or_load_what_was_saved(tmp_path,
     content, generator = path.read_bytes(), random.Random(0)
     want = snows.load(path, net).state_dict()
     memory = Path("/dev/shm")
-    damaged = (memory if memory.is_dir() else tmp_path) / f"snows-damaged-{os.getpid()}.safetensors"  # on a disk the writing takes longest
+    damaged = (
+        memory if memory.is_dir() else tmp_path
+    ) / f"snows-damaged-{os.getpid()}.safetensors"  # on a disk the writing takes longest
     header = 8 + struct.unpack("<Q", content[:8])[0]
     request.addfinalizer(lambda: damaged.unlink(missing_ok=True))
     refused = 0
@@ -266,11 +335,31 @@ def test_a_layers_packed_tensors_reach_the_file_as_they_are(tmp_path):
     net = nn.Sequential(SparseLinear(Packed(*packed)))
     snows.save(net, tmp_path / "x.safetensors")
     loaded = snows.load(tmp_path / "x.safetensors", nn.Sequential(nn.Linear(4, 2, bias=False)))
-    assert torch.equal(loaded[0].values.view(torch.int32), packed.values.view(torch.int32))  # the zero's sign too
+    assert torch.equal(
+        loaded[0].values.view(torch.int32), packed.values.view(torch.int32)
+    )  # the zero's sign too
     assert torch.equal(loaded[0].codes, packed.codes)
 
 
-VALUES = (None, True, 0, -1, 1.5, "x", "", [], [1], [None, None], [2**40, 1], [0, 0], [-1, -1], {}, {"a": 1}, float("nan"), 10**30)
+VALUES = (
+    None,
+    True,
+    0,
+    -1,
+    1.5,
+    "x",
+    "",
+    [],
+    [1],
+    [None, None],
+    [2**40, 1],
+    [0, 0],
+    [-1, -1],
+    {},
+    {"a": 1},
+    float("nan"),
+    10**30,
+)
 
 
 def test_every_field_of_the_metadata_may_be_wrong(chain):
@@ -281,10 +370,15 @@ def test_every_field_of_the_metadata_may_be_wrong(chain):
     tried = refused = 0
     edits = json.loads(safe_open(path, "pt").metadata()["snows"])["edits"]
     fields = [("version",), ("edits",)]
-    fields += [("edits", i) for i in range(len(edits))] + [("edits", i, key) for i, entry in enumerate(edits) for key in entry]
-    fields += [("edits", i, "settings", key) for i, entry in enumerate(edits) for key in entry.get("settings", ())]
+    fields += [("edits", i) for i in range(len(edits))] + [
+        ("edits", i, key) for i, entry in enumerate(edits) for key in entry
+    ]
+    fields += [
+        ("edits", i, "settings", key) for i, entry in enumerate(edits) for key in entry.get("settings", ())
+    ]
     for field in fields:
         for value in (*VALUES, KeyError):
+
             def edit(metadata, field=field, value=value):
                 for key in field[:-1]:
                     metadata = metadata[key]
@@ -322,16 +416,32 @@ def test_a_network_that_is_one_packed_layer_comes_back(tmp_path, kind):
         snows.load(tmp_path / "x.safetensors", nn.Linear(8, 5))
 
 
-@pytest.mark.parametrize(("name", "change", "sentence"), [
-    ("first.values", lambda x: x.index_fill_(0, torch.tensor([0]), torch.nan), "first.values is not finite"),
-    ("first.bias", lambda x: x.fill_(torch.inf), "first.bias is not finite"),
-    ("first.values", lambda x: x.half(), "its torch.float32 is of several types in the file: torch.float16, torch.float32"),
-    ("head.bias", lambda x: x.double(), "its torch.float32 is of several types in the file: torch.float32, torch.float64"),
-])
+@pytest.mark.parametrize(
+    ("name", "change", "sentence"),
+    [
+        (
+            "first.values",
+            lambda x: x.index_fill_(0, torch.tensor([0]), torch.nan),
+            "first.values is not finite",
+        ),
+        ("first.bias", lambda x: x.fill_(torch.inf), "first.bias is not finite"),
+        (
+            "first.values",
+            lambda x: x.half(),
+            "its torch.float32 is of several types in the file: torch.float16, torch.float32",
+        ),
+        (
+            "head.bias",
+            lambda x: x.double(),
+            "its torch.float32 is of several types in the file: torch.float32, torch.float64",
+        ),
+    ],
+)
 def test_numbers_that_no_deployment_writes_are_refused(chain, name, change, sentence):
     net, path = chain
     with safe_open(path, "pt") as file:
-        name = name if name in file.keys() else next(k for k in file.keys() if k.endswith("bias") and k != "first.bias")  # noqa: SIM118
+        keys = list(file.keys())
+    name = name if name in keys else next(k for k in keys if k.endswith("bias") and k != "first.bias")
     with pytest.raises(ValueError, match=sentence):
         snows.load(rewritten(path, None, lambda t: t.update({name: change(t[name].clone())})), net)
 

@@ -18,7 +18,9 @@ from snows.networks.batches import Batch
 from snows.ops import graphs
 from snows.solving.operators import GaussNewton, Hessian
 
-curvatures = pytest.mark.parametrize(("curvature", "oracle"), [(GaussNewton, dense_gauss_newton), (Hessian, dense_hessian)])
+curvatures = pytest.mark.parametrize(
+    ("curvature", "oracle"), [(GaussNewton, dense_gauss_newton), (Hessian, dense_hessian)]
+)
 
 
 class Recorded:
@@ -27,7 +29,12 @@ class Recorded:
     made = []
 
     def __init__(self, function, v):
-        self.function, self.v, self.output, self.replays = weakref.WeakMethod(function), v, torch.full_like(v, torch.nan), 0
+        self.function, self.v, self.output, self.replays = (
+            weakref.WeakMethod(function),
+            v,
+            torch.full_like(v, torch.nan),
+            0,
+        )
         Recorded.made.append(weakref.ref(self))
 
     def replay(self):
@@ -139,7 +146,11 @@ def _any_algorithm():
     torch.use_deterministic_algorithms(False)  # cuBLAS would ask for an environment variable
 
 
-gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"), pytest.mark.usefixtures("_any_algorithm")]
+gpu = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.usefixtures("_any_algorithm"),
+]
 
 
 class TestOnADevice:
@@ -151,7 +162,10 @@ class TestOnADevice:
         expected = oracle(loss, at)
         loss.net, loss.x, loss.y = loss.net.cuda(), loss.x.cuda(), loss.y.cuda()
         operator = curvature(loss, at.cuda())
-        columns = [(operator @ e.view(at.shape).cuda()).flatten().cpu() for e in torch.eye(at.numel(), dtype=at.dtype)]
+        columns = [
+            (operator @ e.view(at.shape).cuda()).flatten().cpu()
+            for e in torch.eye(at.numel(), dtype=at.dtype)
+        ]
         assert operator.products._graph is not None
         assert (torch.stack(columns, 1) - expected).norm() <= 1e-10 * expected.norm()
 

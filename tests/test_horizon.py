@@ -32,8 +32,14 @@ def test_operations_are_counted_by_what_depends_on_the_weight():
     inputs = Batch.of(torch.randn(2, 3, 9, 10).double())
 
     def counts(layer):
-        return [len(Horizon(net, layer, k, inputs).outputs(net.get_submodule(layer).weight.detach(), stream_to(net, inputs, layer)))
-                for k in (0, 1, 2, 100, "end")]
+        return [
+            len(
+                Horizon(net, layer, k, inputs).outputs(
+                    net.get_submodule(layer).weight.detach(), stream_to(net, inputs, layer)
+                )
+            )
+            for k in (0, 1, 2, 100, "end")
+        ]
 
     # from `left`: hardswish, depthwise, relu, point, sigmoid, head; the parallel branch `right` is not counted
     assert counts("left") == [1, 2, 3, 7, 7]
@@ -87,7 +93,9 @@ def test_a_late_start_gives_the_outputs_of_the_whole_pass(name):
             for operation in found:
                 assert torch.allclose(found[operation], whole[operation], rtol=1e-12, atol=1e-12)
         with torch.no_grad(), plain_forward():
-            end = output_tensors(functional_call(net, {f"{layer}.weight": weight}, inputs.args, inputs.kwargs))
+            end = output_tensors(
+                functional_call(net, {f"{layer}.weight": weight}, inputs.args, inputs.kwargs)
+            )
             own = output_tensors(net(*inputs.args, **inputs.kwargs))
         matched = list(horizon.outputs(weight, late).values())
         depends = [x for x, y in zip(end, own, strict=True) if not torch.equal(x, y)]
@@ -109,7 +117,10 @@ def test_curvature_through_a_horizon_against_dense_matrices(name, k):
         loss = Reconstruction(horizon, stream, targets)
         at = at + 0.1 * torch.randn_like(at)
         probe = torch.randn_like(at)
-        for operator, oracle in ((GaussNewton(loss, at), dense_gauss_newton(loss, at)), (Hessian(loss, at), dense_hessian(loss, at))):
+        for operator, oracle in (
+            (GaussNewton(loss, at), dense_gauss_newton(loss, at)),
+            (Hessian(loss, at), dense_hessian(loss, at)),
+        ):
             found, expected = (operator @ probe).flatten(), oracle @ probe.flatten()
             assert (found - expected).norm() <= 1e-8 * expected.norm()
 
@@ -120,7 +131,9 @@ def test_gauss_newton_is_the_hessian_of_a_relu_network():
     stream = stream_to(net, inputs, "layer2.0.conv1")
     horizon = Horizon(net, "layer2.0.conv1", 8, stream)
     at = net.get_submodule("layer2.0.conv1").weight.detach()
-    loss = Reconstruction(horizon, stream, {k: y + 0.1 * torch.randn_like(y) for k, y in horizon.outputs(at, stream).items()})
+    loss = Reconstruction(
+        horizon, stream, {k: y + 0.1 * torch.randn_like(y) for k, y in horizon.outputs(at, stream).items()}
+    )
     v = torch.randn_like(at)
     a, b = GaussNewton(loss, at) @ v, Hessian(loss, at) @ v
     assert (a - b).norm() <= 1e-10 * b.norm()
@@ -139,10 +152,16 @@ def test_the_loss_divides_each_term_by_its_targets_variance():
     plain = [float(((f - y) ** 2).mean()) for f, y in zip(outputs, targets.values(), strict=True)]
     variances = [float(((y - y.mean()) ** 2).mean()) for y in targets.values()]
     scaled = Reconstruction(horizon, stream, targets)
-    assert scaled(weight).item() == pytest.approx(sum(p / v for p, v in zip(plain, variances, strict=True)), rel=1e-10)
-    for e, weighed, variance in zip(scaled.residuals(weight), scaled.weigh(scaled.residuals(weight)), variances, strict=True):
+    assert scaled(weight).item() == pytest.approx(
+        sum(p / v for p, v in zip(plain, variances, strict=True)), rel=1e-10
+    )
+    for e, weighed, variance in zip(
+        scaled.residuals(weight), scaled.weigh(scaled.residuals(weight)), variances, strict=True
+    ):
         assert torch.allclose(weighed, 2 * e / (variance * e.numel()), rtol=1e-10)
-    unscaled = Reconstruction(horizon, stream, targets, {name: Metric.plain(y, "none") for name, y in targets.items()})
+    unscaled = Reconstruction(
+        horizon, stream, targets, {name: Metric.plain(y, "none") for name, y in targets.items()}
+    )
     assert unscaled(weight).item() == pytest.approx(sum(plain), rel=1e-10)
 
 
@@ -160,7 +179,9 @@ def test_one_newton_step_at_k_0_is_masked_least_squares_for_a_convolution(groups
     found, *_ = newton.solve([loss], MaskedWeight(weight * mask, mask), held=loss)
     X = torch.cat(list(moments.patches(stream.call)), dim=1)
     Y = X @ rows(weight).view(groups, -1, X.shape[2]).transpose(1, 2)
-    wanted = [masked_least_squares(X[g], Y[g], rows(mask).view(groups, -1, X.shape[2])[g]) for g in range(groups)]
+    wanted = [
+        masked_least_squares(X[g], Y[g], rows(mask).view(groups, -1, X.shape[2])[g]) for g in range(groups)
+    ]
     assert torch.allclose(rows(found.weight), torch.cat(wanted), rtol=1e-6, atol=1e-8)
 
 
@@ -173,7 +194,10 @@ def test_sensitivities_are_metrics_of_noise_pulled_back_from_the_output(activati
     first = net[0](x).detach().requires_grad_()
     second = activation(first.clone()).detach().requires_grad_()
     output = net[2](second).detach()
-    z = torch.randn(5, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64) / (10 * output.var(unbiased=False)).sqrt()
+    z = (
+        torch.randn(5, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        / (10 * output.var(unbiased=False)).sqrt()
+    )
     by_second = z @ net[2].weight.detach()
     (by_first,) = torch.autograd.grad(activation(first.clone()), first, by_second)
     for metric, gradients in zip(found.values(), (by_first, by_second, z), strict=True):
@@ -189,7 +213,12 @@ def test_sensitivities_tell_the_channels_of_any_layout():
     class Net(nn.Module):
         def __init__(self):
             super().__init__()
-            self.conv, self.norm, self.qkv, self.head = nn.Conv2d(3, 5, 3), nn.LayerNorm(5), nn.Linear(5, 18), nn.Linear(6, 4)
+            self.conv, self.norm, self.qkv, self.head = (
+                nn.Conv2d(3, 5, 3),
+                nn.LayerNorm(5),
+                nn.Linear(5, 18),
+                nn.Linear(6, 4),
+            )
 
         def forward(self, x):
             x = self.norm(self.conv(x).relu().flatten(2).transpose(1, 2))
@@ -200,16 +229,43 @@ def test_sensitivities_tell_the_channels_of_any_layout():
     net = Net().eval()
     batch = Batch.of(torch.randn(2, 3, 6, 6))
     operations = Horizon(net, "conv", "end", batch).operations
-    assert operations == ["conv:conv2d", ":relu", "norm:layer_norm", "qkv:linear", ":scaled_dot_product_attention", ":tanh", "head:linear"]
+    assert operations == [
+        "conv:conv2d",
+        ":relu",
+        "norm:layer_norm",
+        "qkv:linear",
+        ":scaled_dot_product_attention",
+        ":tanh",
+        "head:linear",
+    ]
     found = OutputSensitivity(net, batch, torch.Generator().manual_seed(0)).of(operations)
-    assert [(m.channel, m.basis.shape[0]) for m in found.values()] == [(1, 5), (1, 5), (2, 5), (2, 18), (3, 3), (2, 6), (2, 4)]
+    assert [(m.channel, m.basis.shape[0]) for m in found.values()] == [
+        (1, 5),
+        (1, 5),
+        (2, 5),
+        (2, 18),
+        (3, 3),
+        (2, 6),
+        (2, 4),
+    ]
     assert all(p.requires_grad for p in net.parameters())
 
 
-@pytest.mark.parametrize("move", [
-    lambda x: x.permute(0, 2, 3, 1), lambda x: x.movedim(1, -1), lambda x: x.transpose(1, 3), lambda x: x.permute(0, 2, 3, 1).contiguous(),
-    lambda x: x.flatten(2).transpose(1, 2), lambda x: x, lambda x: F.avg_pool2d(x, 2), lambda x: x[:, :, 1:], lambda x: x + 1,
-], ids=["permute", "movedim", "transpose", "copied", "flattened", "as it is", "pooled", "cut", "added"])
+@pytest.mark.parametrize(
+    "move",
+    [
+        lambda x: x.permute(0, 2, 3, 1),
+        lambda x: x.movedim(1, -1),
+        lambda x: x.transpose(1, 3),
+        lambda x: x.permute(0, 2, 3, 1).contiguous(),
+        lambda x: x.flatten(2).transpose(1, 2),
+        lambda x: x,
+        lambda x: F.avg_pool2d(x, 2),
+        lambda x: x[:, :, 1:],
+        lambda x: x + 1,
+    ],
+    ids=["permute", "movedim", "transpose", "copied", "flattened", "as it is", "pooled", "cut", "added"],
+)
 def test_the_channels_of_an_operation_are_followed_from_its_input(move):
     """Between a convolution and its activation they move to another dimension, or stay in theirs."""
 
@@ -223,7 +279,9 @@ def test_the_channels_of_an_operation_are_followed_from_its_input(move):
             self.side(x.mean((2, 3)))  # channels of another branch, last
             return F.gelu(move(y))
 
-    found = OutputSensitivity(Net().eval(), Batch.of(torch.randn(2, 3, 8, 9)), torch.Generator().manual_seed(0)).of([":gelu"])
+    found = OutputSensitivity(
+        Net().eval(), Batch.of(torch.randn(2, 3, 8, 9)), torch.Generator().manual_seed(0)
+    ).of([":gelu"])
     assert found[":gelu"].basis.shape[0] == 5
 
 
@@ -239,14 +297,23 @@ def test_an_operation_that_the_output_does_not_depend_on_has_no_weight():
             return self.c(x)
 
     found = OutputSensitivity(Net().eval(), Batch.of(torch.randn(6, 3)), torch.Generator().manual_seed(0))
-    assert [m.is_zero for m in found.of(["a:linear", "b:linear", "c:linear"]).values()] == [False, True, False]
+    assert [m.is_zero for m in found.of(["a:linear", "b:linear", "c:linear"]).values()] == [
+        False,
+        True,
+        False,
+    ]
     assert found.of(["b:linear"]) == {}
 
 
 def test_an_output_that_is_constant_depends_on_nothing():
     net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).eval()
     nn.init.zeros_(net[2].weight)
-    assert OutputSensitivity(net, Batch.of(torch.randn(6, 3)), torch.Generator().manual_seed(0)).of(["0:linear", "1:tanh"]) == {}
+    assert (
+        OutputSensitivity(net, Batch.of(torch.randn(6, 3)), torch.Generator().manual_seed(0)).of(
+            ["0:linear", "1:tanh"]
+        )
+        == {}
+    )
 
 
 @pytest.mark.parametrize("rows", [200, 7], ids=["more rows than channels", "fewer"])
@@ -263,24 +330,37 @@ def test_a_metric_is_the_gram_with_its_small_eigenvalues_averaged(rows):
 
 def test_a_wide_metric_finds_the_directions_that_count():
     basis = torch.linalg.qr(torch.randn(300, 5).double()).Q
-    gradients = torch.randn(900, 5).double() @ (basis * torch.tensor([9.0, 7, 5, 4, 3])).T + 0.01 * torch.randn(900, 300).double()
+    gradients = (
+        torch.randn(900, 5).double() @ (basis * torch.tensor([9.0, 7, 5, 4, 3])).T
+        + 0.01 * torch.randn(900, 300).double()
+    )
     metric = Metric.from_gradients(gradients, -1, torch.Generator().manual_seed(0), rank=16)
     gram = gradients.T @ gradients
     assert metric.basis.shape == (300, 5)
-    assert torch.allclose((metric.basis @ metric.basis.T - gram).norm(), torch.tensor(0.0).double(), atol=1e-2 * gram.norm())
+    assert torch.allclose(
+        (metric.basis @ metric.basis.T - gram).norm(), torch.tensor(0.0).double(), atol=1e-2 * gram.norm()
+    )
 
 
 @pytest.mark.parametrize("rank", [0, 1, 3])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_the_loss_measures_each_term_by_its_metric(rank, layout):
-    net = nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Conv2d(4, 3, 1)).double().eval().to(memory_format=layout)
+    net = (
+        nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Conv2d(4, 3, 1))
+        .double()
+        .eval()
+        .to(memory_format=layout)
+    )
     stream = stream_to(net, Batch.of(torch.randn(3, 2, 6, 6).double().to(memory_format=layout)), "0")
     horizon = Horizon(net, "0", "end", stream)
     weight = torch.randn(4, 2, 3, 3).double()
     with torch.no_grad():
         outputs = horizon.outputs(weight, stream)
     targets = {name: torch.randn_like(y) for name, y in outputs.items()}
-    metrics = {name: Metric(0.3 * k, torch.randn(y.shape[1], rank).double(), 1) for k, (name, y) in enumerate(outputs.items())}
+    metrics = {
+        name: Metric(0.3 * k, torch.randn(y.shape[1], rank).double(), 1)
+        for k, (name, y) in enumerate(outputs.items())
+    }
     wanted, gradients = 0.0, []
     for name, y in targets.items():
         f, metric = outputs[name], metrics[name]
@@ -370,7 +450,14 @@ def test_names_are_the_same_in_a_pass_that_starts_late():
     net = nn.Sequential(Part(), Part()).eval()
     batch = Batch.of(torch.randn(3, 4))
     names = [event.name for event in Trace.of(net, batch).events]
-    assert names == ["0.act:relu", "0.layer:linear", "0.act#1:relu", "1/0.act:relu", "1.layer:linear", "1/0.act#1:relu"]
+    assert names == [
+        "0.act:relu",
+        "0.layer:linear",
+        "0.act#1:relu",
+        "1/0.act:relu",
+        "1.layer:linear",
+        "1/0.act#1:relu",
+    ]
     late = stream_to(net, batch, "1.layer")
     assert Horizon(net, "1.layer", 1, late).operations == ["1.layer:linear", "1/0.act#1:relu"]
     assert Horizon(net, "0.layer", "end", batch).operations == names[1:]
@@ -384,7 +471,12 @@ class Within(nn.Module):
 
     def __init__(self, between):
         super().__init__()
-        self.first, self.second, self.third, self.between = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 4), between
+        self.first, self.second, self.third, self.between = (
+            nn.Linear(6, 8),
+            nn.Linear(8, 8),
+            nn.Linear(8, 4),
+            between,
+        )
 
     def forward(self, x):
         return self.third(self.between(self.second(self.first(x).tanh())).relu())

@@ -21,12 +21,18 @@ quiet = partial(snows.prune, select=snows.magnitude, progress=False, solver=snow
 
 
 def block(inputs, outputs):
-    return nn.Sequential(nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU())
+    return nn.Sequential(
+        nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()
+    )
 
 
 def small():
     torch.manual_seed(0)
-    return settle(nn.Sequential(block(3, 8), block(8, 8), block(8, 16), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 5)))
+    return settle(
+        nn.Sequential(
+            block(3, 8), block(8, 8), block(8, 16), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 5)
+        )
+    )
 
 
 def images(*sizes):
@@ -45,7 +51,11 @@ class Pictures(nn.Module):
         return self.net(torch.stack([F.interpolate(p[None], (12, 12))[0] for p in pictures]))
 
 
-@pytest.mark.parametrize("wrap", [lambda p: p, lambda p: (p, [{"boxes": 0}] * len(p)), lambda p: {"pictures": p}], ids=["list", "pair", "mapping"])
+@pytest.mark.parametrize(
+    "wrap",
+    [lambda p: p, lambda p: (p, [{"boxes": 0}] * len(p)), lambda p: {"pictures": p}],
+    ids=["list", "pair", "mapping"],
+)
 def test_a_list_of_pictures_is_one_input_whose_samples_are_the_pictures(wrap):
     lists = [list(x) for x in images()]
     wanted, report = quiet(small(), images(), NM(2, 4))
@@ -63,7 +73,9 @@ def test_samples_of_lists_and_tensors_are_split_alike():
     assert [[int(p[0, 0, 0]) for p in x.args[0]] for x in parts] == [[0, 1], [2, 3], [4]]
     assert [x.kwargs["weights"].tolist() for x in parts] == [[0, 1], [2, 3], [4]]
     assert all(x.kwargs["scale"].item() == 2 for x in parts)
-    assert Batch((torch.ones(4, 1), torch.ones(3, 1)), {}).split(2)[0].samples() == 4  # they do not agree: whole
+    assert (
+        Batch((torch.ones(4, 1), torch.ones(3, 1)), {}).split(2)[0].samples() == 4
+    )  # they do not agree: whole
 
 
 def test_images_and_labels_in_a_list_are_a_pair():
@@ -103,9 +115,14 @@ def test_a_forward_that_captured_its_module_is_refused():
         module, original = net.get_submodule(path), net.get_submodule(path).forward
         module.forward = lambda x, original=original: original(x)
         before = module.forward
-        module.forward = lambda x, before=before: before(x)  # default arguments capture nothing that a closure would show
+        module.forward = lambda x, before=before: before(
+            x
+        )  # default arguments capture nothing that a closure would show
         module.forward = (lambda f: lambda x: f(x) * 1.0)(original)
-        with pytest.raises(ValueError, match=f"the forward of {path or 'the model'} was replaced by a function that holds on to its module"):
+        with pytest.raises(
+            ValueError,
+            match=f"the forward of {path or 'the model'} was replaced by a function that holds on to its module",
+        ):
             quiet(net, images(), NM(2, 4))
         net.get_submodule("2.0").weight.data *= NM(2, 4).mask(net.get_submodule("2.0").weight.abs())
         with pytest.raises(ValueError, match="holds on to its module"):
@@ -126,7 +143,10 @@ def test_autocast_around_changes_nothing():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         sparse, _ = quiet(small(), images(), NM(2, 4))
         deployed = snows.deploy(sparse, images()[0], objective="size", progress=False)
-    assert all(torch.equal(a, b) for a, b in zip(wanted.state_dict().values(), sparse.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(wanted.state_dict().values(), sparse.state_dict().values(), strict=True)
+    )
     assert deployed.report.difference < 1e-5
 
 
@@ -161,10 +181,16 @@ def held_outputs():
 
 
 REFUSED = {
-    "autocast inside": (lambda: Casting().eval(), r"but net\.0\.0 runs under torch\.autocast inside the model's forward"),
+    "autocast inside": (
+        lambda: Casting().eval(),
+        r"but net\.0\.0 runs under torch\.autocast inside the model's forward",
+    ),
     "a compiled submodule": (compiled_inside, r"but 1 is compiled; pass 1\._orig_mod in the place of 1"),
     "TorchScript": (lambda: torch.jit.trace(small(), images()[0]), "the model is TorchScript"),
-    "exported": (lambda: torch.export.export(small(), (images()[0],)).module(), "the model was made by torch.export"),
+    "exported": (
+        lambda: torch.export.export(small(), (images()[0],)).module(),
+        "the model was made by torch.export",
+    ),
     "a lock": (lambda: Held(threading.Lock()).eval(), "cannot be copied: its kept is a lock"),
     "kept outputs": (held_outputs, "cannot be copied: its kept is a list"),
 }
@@ -185,7 +211,9 @@ def test_what_cannot_be_copied_or_watched_is_named(name, verb):
 
 def test_an_exported_program_is_no_module():
     program = torch.export.export(small(), (images()[0],))
-    with pytest.raises(TypeError, match=r"got ExportedProgram; pass the nn\.Module that it was exported from"):
+    with pytest.raises(
+        TypeError, match=r"got ExportedProgram; pass the nn\.Module that it was exported from"
+    ):
         quiet(program, images(), NM(2, 4))
 
 
@@ -206,10 +234,15 @@ def test_tied_weights_that_are_left_out_do_no_harm():
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-@pytest.mark.parametrize(("wrap", "advice"), [
-    (torch.nn.utils.weight_norm, "torch.nn.utils.remove_weight_norm"), (torch.nn.utils.spectral_norm, "torch.nn.utils.remove_spectral_norm"),
-    (torch.nn.utils.parametrizations.weight_norm, "torch.nn.utils.parametrize.remove_parametrizations"),
-], ids=["weight_norm", "spectral_norm", "parametrisation"])
+@pytest.mark.parametrize(
+    ("wrap", "advice"),
+    [
+        (torch.nn.utils.weight_norm, "torch.nn.utils.remove_weight_norm"),
+        (torch.nn.utils.spectral_norm, "torch.nn.utils.remove_spectral_norm"),
+        (torch.nn.utils.parametrizations.weight_norm, "torch.nn.utils.parametrize.remove_parametrizations"),
+    ],
+    ids=["weight_norm", "spectral_norm", "parametrisation"],
+)
 def test_a_computed_weight_is_named_with_what_removes_it(wrap, advice):
     net = small()
     wrap(net[1][0])
@@ -222,7 +255,9 @@ def test_a_computed_weight_is_named_with_what_removes_it(wrap, advice):
     if advice.endswith("parametrizations"):
         torch.nn.utils.parametrize.remove_parametrizations(net[1][0], "weight")
     else:
-        (torch.nn.utils.remove_weight_norm if "weight" in advice else torch.nn.utils.remove_spectral_norm)(net[1][0])
+        (torch.nn.utils.remove_weight_norm if "weight" in advice else torch.nn.utils.remove_spectral_norm)(
+            net[1][0]
+        )
     _, report = quiet(net, images(), NM(2, 4))  # the advice works
     assert [x.name for x in report.layers if not x.reason] == ["1.0", "2.0"]
 
@@ -231,7 +266,9 @@ class Standardised(nn.Conv2d):
     """As in timm's BiT: the weight is standardised before it is used."""
 
     def forward(self, x):
-        w = (self.weight - self.weight.mean((1, 2, 3), keepdim=True)) / self.weight.std((1, 2, 3), keepdim=True)
+        w = (self.weight - self.weight.mean((1, 2, 3), keepdim=True)) / self.weight.std(
+            (1, 2, 3), keepdim=True
+        )
         return F.conv2d(x, w, self.bias, self.stride, self.padding)
 
 
@@ -240,7 +277,11 @@ def test_layers_that_are_left_alone_are_in_the_report_with_the_reason():
         def __init__(self):
             super().__init__()
             self.first, self.standard = nn.Conv2d(3, 8, 3), Standardised(8, 8, 3)
-            self.up, self.mid, self.line = nn.ConvTranspose2d(8, 8, 2, 2), nn.Conv2d(8, 8, 3), nn.Conv1d(8, 8, 1)
+            self.up, self.mid, self.line = (
+                nn.ConvTranspose2d(8, 8, 2, 2),
+                nn.Conv2d(8, 8, 3),
+                nn.Conv1d(8, 8, 1),
+            )
             self.unused, self.last = nn.Linear(4, 4), nn.Linear(8, 3)
 
         def forward(self, x):
@@ -249,8 +290,14 @@ def test_layers_that_are_left_alone_are_in_the_report_with_the_reason():
 
     _, report = quiet(Net().eval(), images(), NM(2, 4))
     assert {x.name: x.reason for x in report.layers} == {
-        "first": "first layer", "mid": "", "last": "last layer", "standard": "its weight is computed before use", "unused": "never runs",
-        "up": "a ConvTranspose2d: only Linear and Conv2d are pruned", "line": "a Conv1d: only Linear and Conv2d are pruned"}
+        "first": "first layer",
+        "mid": "",
+        "last": "last layer",
+        "standard": "its weight is computed before use",
+        "unused": "never runs",
+        "up": "a ConvTranspose2d: only Linear and Conv2d are pruned",
+        "line": "a Conv1d: only Linear and Conv2d are pruned",
+    }
 
 
 def test_a_budget_that_takes_nothing_from_a_layer_says_so():
@@ -279,7 +326,10 @@ def test_masks_of_zeros_and_ones_under_the_weights_own_key(dtype):
     mask = torch.rand(8, 8, 3, 3) < 0.5
     wanted, _ = quiet(small(), images(), None, select={"1.0": mask})
     sparse, _ = quiet(small(), images(), None, select={"1.0.weight": mask.to(dtype)})
-    assert all(torch.equal(a, b) for a, b in zip(wanted.state_dict().values(), sparse.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(wanted.state_dict().values(), sparse.state_dict().values(), strict=True)
+    )
 
 
 MASKED = {
@@ -303,7 +353,11 @@ def test_parametrisations_of_torchs_own_pruning_come_back_as_they_were(name):
     sparse, report = quiet(net, images(), None, select=net, only=lambda name, module: name == "2.0")
     assert [x.name for x in report.layers if not x.reason] == ["2.0"]
     assert list(sparse.state_dict()) == list(net.state_dict())
-    untouched = {key: value for key, value in net.state_dict().items() if not key.startswith("2.") and "running" not in key}
+    untouched = {
+        key: value
+        for key, value in net.state_dict().items()
+        if not key.startswith("2.") and "running" not in key
+    }
     assert all(torch.equal(sparse.state_dict()[key], value) for key, value in untouched.items())
     mask = net[2][0].weight_mask
     assert torch.equal(sparse[2][0].weight_mask, mask)
@@ -353,7 +407,9 @@ def test_a_first_parameter_of_another_dtype_does_not_choose_the_examples():
         def forward(self, x):
             return self.net(x)
 
-    assert snows.deploy(Scaled().eval(), images()[0], objective="size", progress=False).report.difference < 1e-5
+    assert (
+        snows.deploy(Scaled().eval(), images()[0], objective="size", progress=False).report.difference < 1e-5
+    )
 
 
 def test_where_nothing_can_be_compared_nothing_is_folded_and_the_report_says_so():

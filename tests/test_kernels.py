@@ -23,9 +23,15 @@ from snows.packing import pack
 
 GPU = torch.cuda.is_available()  # without one conftest.py has asked for the interpreter
 triton = pytest.importorskip("triton", reason="Triton is not installed")
-if not GPU and tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7) and tuple(map(int, np.__version__.split(".")[:2])) >= (2, 4):
+if (
+    not GPU
+    and tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
+    and tuple(map(int, np.__version__.split(".")[:2])) >= (2, 4)
+):
     pytest.skip("Triton 3.6's interpreter does not run with NumPy 2.4", allow_module_level=True)
-pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")  # Triton 3.6's interpreter, of NumPy
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Conversion of an array:DeprecationWarning"
+)  # Triton 3.6's interpreter, of NumPy
 
 device = pytest.mark.parametrize("device", [
     pytest.param("cpu", marks=pytest.mark.skipif(GPU, reason="the interpreter is for machines without a GPU")),
@@ -95,7 +101,9 @@ def cast(args, dtype, device):
         if not isinstance(a, torch.Tensor):
             return a
         statistic = a.ndim == 2 and a.shape[-1:] == (1,)
-        return a.to(device, dtype if a.is_floating_point() and not (statistic and dtype.itemsize == 2) else None)
+        return a.to(
+            device, dtype if a.is_floating_point() and not (statistic and dtype.itemsize == 2) else None
+        )
 
     return [one(a) for a in args]
 
@@ -113,9 +121,17 @@ def test_a_kernel_against_the_reference_and_float64(name, dtype, device):
             args[-3] = args[-3].float()
         assert kernel.takes(*args)
         exact = cast(args, torch.float64, "cpu")
-        found, same, wanted = (f(*a) for f, a in ((getattr(kernel, name), args), (getattr(reference, name), args),
-                                                  (getattr(reference, name), exact)))
-        for one, other, oracle in zip(*(x if isinstance(x, tuple) else (x,) for x in (found, same, wanted)), strict=True):
+        found, same, wanted = (
+            f(*a)
+            for f, a in (
+                (getattr(kernel, name), args),
+                (getattr(reference, name), args),
+                (getattr(reference, name), exact),
+            )
+        )
+        for one, other, oracle in zip(
+            *(x if isinstance(x, tuple) else (x,) for x in (found, same, wanted)), strict=True
+        ):
             assert one.shape == oracle.shape
             assert one.dtype == other.dtype
             assert not one.isnan().any()
@@ -132,10 +148,14 @@ def registered(monkeypatch):
     monkeypatch.setattr(sdpa, "MADE_AGAIN", {"cpu", "cuda"})
     library = torch.library.Library("snows", "IMPL")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of what is meant here, that some of them take a native kernel's place
+        warnings.simplefilter(
+            "ignore"
+        )  # of what is meant here, that some of them take a native kernel's place
         for file, names in ops.TRITON.items() if not GPU else ():
             for name in names:
-                library.impl(name, getattr(import_module(f"snows.kernels.{file}"), name), "CPU", allow_override=True)
+                library.impl(
+                    name, getattr(import_module(f"snows.kernels.{file}"), name), "CPU", allow_override=True
+                )
     yield
     library._destroy()
 
@@ -144,7 +164,9 @@ def layers(x):
     """All ops in a row, x (2, 20, 24)."""
     x = ops.layer_norm(x, (24,), torch.linspace(0.5, 2, 24).to(x), torch.linspace(-1, 1, 24).to(x))
     q = x.unflatten(-1, (3, 8)).transpose(1, 2)
-    x = x + ops.attention(q, q.flip(-2), q, torch.linspace(-1, 1, 20).to(x).expand(20, 20)).transpose(1, 2).flatten(2)
+    x = x + ops.attention(q, q.flip(-2), q, torch.linspace(-1, 1, 20).to(x).expand(20, 20)).transpose(
+        1, 2
+    ).flatten(2)
     scale, shift = torch.linspace(0.5, 2, 20).to(x), torch.linspace(-0.5, 1, 20).to(x)
     x = ops.affine_relu(x, (x * scale[:, None] + shift[:, None]).detach(), scale)
     x = ops.masked(x, ops.pack_bits(torch.arange(x.numel(), device=x.device) % 3 > 0))
@@ -169,7 +191,11 @@ def test_both_derivatives_through_the_kernels_are_those_of_the_reference_in_floa
     oracle = derivatives(torch.float64, "cpu")
     request.getfixturevalue("registered")
     expected = "triton" if GPU else "native"
-    assert all(ops.implementation(name, device.upper()) == expected for names in ops.TRITON.values() for name in names)
+    assert all(
+        ops.implementation(name, device.upper()) == expected
+        for names in ops.TRITON.values()
+        for name in names
+    )
     for one, other in zip(derivatives(torch.float32, device), oracle, strict=True):
         assert (one - other).norm() <= 1e-5 * other.norm()
 
@@ -182,7 +208,9 @@ def test_what_a_kernel_does_not_take_goes_to_the_reference(capability, dtype, ke
     ran = []
     gelu = import_module("snows.kernels.gelu")
     for name, module in (("kernel", gelu), ("reference", reference)):
-        monkeypatch.setattr(module, "gelu", lambda *a, name=name, run=module.gelu: (ran.append(name), run(*a))[1])
+        monkeypatch.setattr(
+            module, "gelu", lambda *a, name=name, run=module.gelu: (ran.append(name), run(*a))[1]
+        )
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     x = torch.randn(5).to(dtype)
     value, slope = register.from_triton("gelu", "gelu")(x, "none")
@@ -217,7 +245,11 @@ def guarded(x):
 def packed_weight(shape, pattern, dtype):
     """A weight of up to n a group, some kept values zeros of both signs: dense and packed."""
     mask = some_mask(shape, pattern) if isinstance(pattern, NM) else torch.rand(shape) < 1 - pattern.sparsity
-    weight = torch.randn(shape).masked_fill(torch.rand(shape) < 0.2, -0.0).masked_fill(torch.rand(shape) < 0.2, 0.0)
+    weight = (
+        torch.randn(shape)
+        .masked_fill(torch.rand(shape) < 0.2, -0.0)
+        .masked_fill(torch.rand(shape) < 0.2, 0.0)
+    )
     weight = torch.where(mask, weight, 0).to(dtype)
     return weight, pack(weight, mask, pattern)
 
@@ -231,7 +263,11 @@ def rooms(monkeypatch):
         if more:  # by the interpreter
             return plain(x, *size, dtype=dtype, **more)
         poison = torch.nan if (dtype or x.dtype).is_floating_point else -1
-        rooms.append(torch.full((torch.Size(size).numel() + 2 * GUARD,), poison, dtype=dtype or x.dtype, device=x.device))
+        rooms.append(
+            torch.full(
+                (torch.Size(size).numel() + 2 * GUARD,), poison, dtype=dtype or x.dtype, device=x.device
+            )
+        )
         return rooms[-1][GUARD : len(rooms[-1]) - GUARD].view(size)
 
     monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
@@ -248,23 +284,35 @@ def test_unpack_gives_the_dense_weight_bit_for_bit(pattern, dtype, device, rooms
     unpack = import_module("snows.kernels.unpack")
     for shape in PACKED_SHAPES:
         weight, packed = packed_weight(shape, pattern, dtype)
-        args = guarded(packed.values.to(device)), guarded(packed.codes.to(device)), packed.shape, *packed.group
+        args = (
+            guarded(packed.values.to(device)),
+            guarded(packed.codes.to(device)),
+            packed.shape,
+            *packed.group,
+        )
         assert unpack.takes(*args)
         found = unpack.unpack(*args)
         assert found.is_contiguous()
         assert torch.equal(bits_of(found.cpu()), bits_of(weight)), shape
     for room in rooms:
-        assert all(side.isnan().all() if room.is_floating_point() else side.eq(-1).all() for side in (room[:GUARD], room[-GUARD:]))
+        assert all(
+            side.isnan().all() if room.is_floating_point() else side.eq(-1).all()
+            for side in (room[:GUARD], room[-GUARD:])
+        )
 
 
 @device
 def test_unpack_reads_all_six_codes_of_2_of_4(device):
     unpack = import_module("snows.kernels.unpack")
-    values = torch.tensor([[1.0, 2.0, 3.0, -0.0, 5.0, 6.0, torch.inf, 8.0, 9.0, 0.0, 11.0, torch.nan]], device=device)
+    values = torch.tensor(
+        [[1.0, 2.0, 3.0, -0.0, 5.0, 6.0, torch.inf, 8.0, 9.0, 0.0, 11.0, torch.nan]], device=device
+    )
     codes = torch.tensor([0x84, 0x9C, 0xED], dtype=torch.uint8, device=device)
     dense = [[1.0, 2.0, 0.0, 0.0], [3.0, 0.0, -0.0, 0.0], [5.0, 0.0, 0.0, 6.0],
              [0.0, torch.inf, 8.0, 0.0], [0.0, 9.0, 0.0, 0.0], [0.0, 0.0, 11.0, torch.nan]]  # fmt: skip
-    assert torch.equal(bits_of(unpack.unpack(values, codes, (1, 24), 2, 4).cpu()), bits_of(torch.tensor([dense]).view(1, 24)))
+    assert torch.equal(
+        bits_of(unpack.unpack(values, codes, (1, 24), 2, 4).cpu()), bits_of(torch.tensor([dense]).view(1, 24))
+    )
 
 
 @device
@@ -274,17 +322,33 @@ def test_products_without_a_kernel_of_their_own_unpack_by_the_kernel(device, req
     unpack, ran = import_module("snows.kernels.unpack"), []
     monkeypatch.setattr(unpack, "unpack", lambda *a, run=unpack.unpack: (ran.append(a), run(*a))[1])
     request.getfixturevalue("registered")
-    for shape, inputs, settings in (((24, 36), (5, 36), ()), ((8, 12, 3, 2), (2, 12, 7, 6), ((2, 1), (1, 0), (1, 2)))):
+    for shape, inputs, settings in (
+        ((24, 36), (5, 36), ()),
+        ((8, 12, 3, 2), (2, 12, 7, 6), ((2, 1), (1, 0), (1, 2))),
+    ):
         mask = some_mask(shape, NM(1, 4))
         weight = torch.where(mask, torch.randint(-2, 3, shape), 0).bfloat16()
         packed = pack(weight, mask, NM(1, 4))
         x, bias = (torch.randint(-2, 3, size).to(device, torch.bfloat16) for size in (inputs, shape[:1]))
         x.requires_grad_()
-        dense, op, plain = (F.conv2d, ops.sparse_conv2d, reference.sparse_conv2d) if settings else (F.linear, ops.sparse_linear,
-                                                                                                   reference.sparse_linear)
+        dense, op, plain = (
+            (F.conv2d, ops.sparse_conv2d, reference.sparse_conv2d)
+            if settings
+            else (F.linear, ops.sparse_linear, reference.sparse_linear)
+        )
         at = x.detach().double().cpu().requires_grad_()
         wanted = dense(at, weight.double(), bias.double().cpu(), *settings).relu()
-        args = x, packed.values.to(device), packed.codes.to(device), bias, packed.shape, 1, 4, *settings, "relu"
+        args = (
+            x,
+            packed.values.to(device),
+            packed.codes.to(device),
+            bias,
+            packed.shape,
+            1,
+            4,
+            *settings,
+            "relu",
+        )
         found = op(*args)
         found.sum().backward()
         wanted.sum().backward()
@@ -298,7 +362,9 @@ def test_products_without_a_kernel_of_their_own_unpack_by_the_kernel(device, req
                                                    (torch.int32, 4, False)])  # fmt: skip
 def test_unpack_takes_the_groups_and_numbers_that_pack_writes(dtype, m, taken):
     unpack = import_module("snows.kernels.unpack")
-    assert unpack.takes(torch.zeros(1, 1, dtype=dtype), torch.zeros(1, dtype=torch.uint8), (1, m), 1, m) == taken
+    assert (
+        unpack.takes(torch.zeros(1, 1, dtype=dtype), torch.zeros(1, dtype=torch.uint8), (1, m), 1, m) == taken
+    )
 
 
 def compile_all(tmp_path, *targets):
@@ -308,7 +374,11 @@ def compile_all(tmp_path, *targets):
     if missing:
         pytest.skip(f"this Triton ships no {', '.join(missing)}")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(Path(__file__).parents[1]), "TRITON_DEFAULT_FP_FUSION": "1"}
+    environment |= {
+        "TRITON_CACHE_DIR": str(tmp_path),
+        "PYTHONPATH": str(Path(__file__).parents[1]),
+        "TRITON_DEFAULT_FP_FUSION": "1",
+    }
     script = Path(__file__).with_name("compile_kernels.py")
     run = subprocess.run([sys.executable, script, *targets], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
@@ -318,13 +388,22 @@ def compile_all(tmp_path, *targets):
 def test_compiled_kernels_keep_to_registers_and_load_sixteen_bytes(tmp_path):
     targets = ["80:fp32", "90:bf16"]  # the other two pairs pass too; each takes a quarter of a minute
     compiled = compile_all(tmp_path, *targets)
-    kernels = {name for file in ops.TRITON for name in vars(import_module(f"snows.kernels.{file}")) if name.endswith("_kernel")}
+    kernels = {
+        name
+        for file in ops.TRITON
+        for name in vars(import_module(f"snows.kernels.{file}"))
+        if name.endswith("_kernel")
+    }
     assert sorted(c["kernel"] for c in compiled) == sorted([*kernels] * len(targets))
     for c in compiled:
         attention = c["kernel"].startswith("attention")
         assert c["stack"] == c["spills"] == 0, c
-        assert c["wide loads"] > 0 or c["kernel"] in ("unpack_kernel", "count_kernel"), c  # bits, and values found by them
+        assert c["wide loads"] > 0 or c["kernel"] in ("unpack_kernel", "count_kernel"), (
+            c
+        )  # bits, and values found by them
         assert c["wide stores"] > 0 or c["kernel"] == "count_kernel", c  # one number
-        assert c["registers"] <= (255 if attention else 64), c  # 64: 1,024 threads, half the most, on a multiprocessor
+        assert c["registers"] <= (255 if attention else 64), (
+            c
+        )  # 64: 1,024 threads, half the most, on a multiprocessor
         assert c["shared"] <= 99 * 1024, c  # what a program may have on sm_86 and sm_89
         assert (c["tensor core"] > 0) == attention, c

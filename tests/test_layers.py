@@ -74,7 +74,10 @@ def test_one_token_against_float64(text):
         dense = sparsify(nn.Linear(inputs, out), pattern)
         x = torch.randn(1, inputs)
         for activation in ACTIVATIONS:
-            assert error(SparseLinear.from_dense(dense, pattern, activation=activation)(x), dense, x, activation) < 2e-6, (out, inputs)
+            assert (
+                error(SparseLinear.from_dense(dense, pattern, activation=activation)(x), dense, x, activation)
+                < 2e-6
+            ), (out, inputs)
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 2, 15, 16, 31, 127, 128, 129])
@@ -112,12 +115,22 @@ def test_kept_zeros_and_empty_rows():
 
 
 @pytest.mark.parametrize("text", ["2:4", "1:4", "0.9"])
-@pytest.mark.parametrize("settings", [
-    dict(kernel_size=3, padding=1), dict(kernel_size=1), dict(kernel_size=3, stride=2, padding=1),
-    dict(kernel_size=(3, 5), padding=(1, 2), dilation=2), dict(kernel_size=1, stride=2), dict(kernel_size=(2, 4), padding="same"),
-    dict(kernel_size=3, padding="valid", bias=False), dict(kernel_size=3, padding=2, padding_mode="reflect"),
-    dict(kernel_size=(3, 2), padding=(1, 2), padding_mode="circular"), dict(kernel_size=3, padding=3, stride=(1, 3)),
-], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(kernel_size=3, padding=1),
+        dict(kernel_size=1),
+        dict(kernel_size=3, stride=2, padding=1),
+        dict(kernel_size=(3, 5), padding=(1, 2), dilation=2),
+        dict(kernel_size=1, stride=2),
+        dict(kernel_size=(2, 4), padding="same"),
+        dict(kernel_size=3, padding="valid", bias=False),
+        dict(kernel_size=3, padding=2, padding_mode="reflect"),
+        dict(kernel_size=(3, 2), padding=(1, 2), padding_mode="circular"),
+        dict(kernel_size=3, padding=3, stride=(1, 3)),
+    ],
+    ids=str,
+)
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")  # the dense layer's own
 def test_convolution_against_float64(text, settings):
     pattern = parse_pattern(text)
@@ -132,10 +145,18 @@ def test_convolution_against_float64(text, settings):
 
 
 @pytest.mark.parametrize("pattern", [NM(2, 4), NM(1, 4), Unstructured(0.9)], ids=str)
-@pytest.mark.parametrize(("images", "channels", "size", "kernel", "stride", "padding", "dilation"), [
-    (16, 8, (9, 7), 3, 1, 1, 1), (32, 8, (9, 7), 3, 2, 1, 1), (48, 16, (20, 33), (3, 5), (1, 2), (1, 2), (2, 1)),
-    (16, 8, (7, 7), 1, 1, 0, 1), (32, 8, (7, 8), 1, 2, 0, 1), (16, 4, (56, 56), 3, 1, 1, 1), (16, 4, (5, 5), 3, 1, 4, 1),
-])
+@pytest.mark.parametrize(
+    ("images", "channels", "size", "kernel", "stride", "padding", "dilation"),
+    [
+        (16, 8, (9, 7), 3, 1, 1, 1),
+        (32, 8, (9, 7), 3, 2, 1, 1),
+        (48, 16, (20, 33), (3, 5), (1, 2), (1, 2), (2, 1)),
+        (16, 8, (7, 7), 1, 1, 0, 1),
+        (32, 8, (7, 8), 1, 2, 0, 1),
+        (16, 4, (56, 56), 3, 1, 1, 1),
+        (16, 4, (5, 5), 3, 1, 4, 1),
+    ],
+)
 def test_images_innermost_stay_so(pattern, images, channels, size, kernel, stride, padding, dilation):
     conv = nn.Conv2d(channels, 12, kernel, stride, padding, dilation)
     conv.weight.data *= pattern.mask(conv.weight.data.abs())
@@ -151,23 +172,36 @@ def test_images_innermost_stay_so(pattern, images, channels, size, kernel, strid
         sparse.innermost = True  # brings its input into the layout
         assert torch.equal(sparse(x), found)
         assert sparse(x[:3]).is_contiguous()  # too few
-        assert torch.equal(sparse(x[:3]), SparseConv2d.from_dense(conv.float(), pattern, activation="relu")(x[:3]))
+        assert torch.equal(
+            sparse(x[:3]), SparseConv2d.from_dense(conv.float(), pattern, activation="relu")(x[:3])
+        )
 
 
 def test_convolution_of_views_one_image_and_none():
     dense = sparsify(nn.Conv2d(8, 6, 3, padding=1), NM(2, 4))
     sparse = SparseConv2d.from_dense(dense)
-    for x in (torch.randn(8, 9, 9), torch.randn(2, 8, 9, 9).contiguous(memory_format=torch.channels_last),
-              torch.randn(2, 8, 18, 9)[:, :, ::2], torch.randn(1, 8, 1, 1)):
+    for x in (
+        torch.randn(8, 9, 9),
+        torch.randn(2, 8, 9, 9).contiguous(memory_format=torch.channels_last),
+        torch.randn(2, 8, 18, 9)[:, :, ::2],
+        torch.randn(1, 8, 1, 1),
+    ):
         assert sparse(x).shape == dense(x).shape
         assert error(sparse(x), dense, x) < 2e-6
     assert sparse(torch.randn(0, 8, 9, 9)).shape == (0, 6, 9, 9)
     last = torch.randn(2, 8, 9, 9).contiguous(memory_format=torch.channels_last)
-    for dtype in (torch.float32, torch.float64, torch.bfloat16):  # by a kernel, by the reference, by the kernel, widened
+    for dtype in (
+        torch.float32,
+        torch.float64,
+        torch.bfloat16,
+    ):  # by a kernel, by the reference, by the kernel, widened
         assert sparse.to(dtype)(last.to(dtype)).is_contiguous(memory_format=torch.channels_last)
         assert sparse(last.to(dtype).contiguous()).is_contiguous()
     weight = (sparse.values, sparse.codes, sparse.bias, sparse.shape, 2, 4)
-    torch.library.opcheck(torch.ops.snows.sparse_conv2d.default, (last.bfloat16(), *weight, (1, 1), (1, 1), (1, 1), "none", sparse.order))
+    torch.library.opcheck(
+        torch.ops.snows.sparse_conv2d.default,
+        (last.bfloat16(), *weight, (1, 1), (1, 1), (1, 1), "none", sparse.order),
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -188,7 +222,9 @@ def test_unpack_gives_the_dense_layer_back():
         back = SparseLinear.from_dense(sparsify(dense, NM(2, 4)).eval()).unpack()
         assert type(back) is nn.Linear
         assert not back.training
-        assert {k: v.tolist() for k, v in back.state_dict().items()} == {k: v.tolist() for k, v in dense.state_dict().items()}
+        assert {k: v.tolist() for k, v in back.state_dict().items()} == {
+            k: v.tolist() for k, v in dense.state_dict().items()
+        }
     dense = sparsify(nn.Conv2d(8, 6, (2, 3), (2, 1), "valid", (1, 2), padding_mode="replicate"), NM(1, 4))
     back = SparseConv2d.from_dense(dense).unpack()
     assert repr(back) == repr(dense)
@@ -205,8 +241,13 @@ def test_copies_files_and_moves(kind, request):
     file = io.BytesIO()
     torch.save(sparse, file)
     file.seek(0)
-    for other in (copy.deepcopy(sparse), pickle.loads(pickle.dumps(sparse)), torch.load(file, weights_only=False),
-                  copy.deepcopy(sparse).to("meta").to_empty(device="cpu"), copy.deepcopy(sparse).double().float()):
+    for other in (
+        copy.deepcopy(sparse),
+        pickle.loads(pickle.dumps(sparse)),
+        torch.load(file, weights_only=False),
+        copy.deepcopy(sparse).to("meta").to_empty(device="cpu"),
+        copy.deepcopy(sparse).double().float(),
+    ):
         other.load_state_dict(sparse.state_dict())
         assert torch.equal(other(x), expected)
         assert torch.equal(other.order[ORIGIN:], sparse.order[ORIGIN:])
@@ -226,7 +267,9 @@ def test_loading_arranges_anew_and_checks():
     broken = nn.Sequential(SparseLinear.from_dense(first))
     state = broken.state_dict()
     state["0.codes"] = torch.zeros_like(state["0.codes"])
-    with pytest.raises(RuntimeError, match="0: packed weight: expected codes for 128 stored values, got codes for 0"):
+    with pytest.raises(
+        RuntimeError, match="0: packed weight: expected codes for 128 stored values, got codes for 0"
+    ):
         broken.load_state_dict(state)
 
 
@@ -239,7 +282,9 @@ def test_autocast_rounds_the_output_only(kind, request):
     assert torch.equal(low, sparse(x.bfloat16().float()).bfloat16())
 
 
-@pytest.mark.filterwarnings("ignore:The given buffer is not writable:UserWarning")  # torch 2.11 of its own files
+@pytest.mark.filterwarnings(
+    "ignore:The given buffer is not writable:UserWarning"
+)  # torch 2.11 of its own files
 @pytest.mark.parametrize("kind", ["linear", "conv"])
 def test_compile_and_export(kind, request):
     _, sparse, x = request.getfixturevalue(kind)
@@ -261,8 +306,11 @@ def test_compile_and_export(kind, request):
         assert (loaded(images) - expected[: len(images)]).abs().max() < 2e-6
 
 
-@pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None or not Path(sysconfig.get_path("include"), "Python.h").exists(),
-                    reason="inductor needs a C++ compiler and Python's headers")
+@pytest.mark.skipif(
+    shutil.which(os.environ.get("CXX", "g++")) is None
+    or not Path(sysconfig.get_path("include"), "Python.h").exists(),
+    reason="inductor needs a C++ compiler and Python's headers",
+)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # inductor's own imports
 def test_compile_with_inductor(linear):
     _, sparse, x = linear
@@ -277,10 +325,14 @@ def test_the_ops_pass_opcheck():
     linear = SparseLinear.from_dense(sparsify(nn.Linear(8, 6), NM(2, 4)))
     conv = SparseConv2d.from_dense(sparsify(nn.Conv2d(4, 6, 3), NM(2, 4)))
     for order in (None, linear.order):
-        torch.library.opcheck(torch.ops.snows.sparse_linear.default, (torch.randn(3, 8), *arguments(linear), "relu", order))
+        torch.library.opcheck(
+            torch.ops.snows.sparse_linear.default, (torch.randn(3, 8), *arguments(linear), "relu", order)
+        )
     for order in (None, conv.order):
-        torch.library.opcheck(torch.ops.snows.sparse_conv2d.default,
-                              (torch.randn(2, 4, 5, 5), *arguments(conv), (1, 1), (1, 1), (1, 1), "gelu", order))
+        torch.library.opcheck(
+            torch.ops.snows.sparse_conv2d.default,
+            (torch.randn(2, 4, 5, 5), *arguments(conv), (1, 1), (1, 1), (1, 1), "gelu", order),
+        )
 
 
 def test_kernels_and_references_are_one_definition(linear, conv):
@@ -288,10 +340,14 @@ def test_kernels_and_references_are_one_definition(linear, conv):
     weight = reference.unpack(sparse.values, sparse.codes, sparse.shape, 2, 4)
     assert torch.equal(weight, linear[0].weight)
     args = (sparse.values, sparse.codes, sparse.bias, sparse.shape, 2, 4)
-    assert (reference.sparse_linear(x, *args, "gelu") - ops.sparse_linear(x, *args, "gelu", sparse.order)).abs().max() < 2e-6
+    assert (
+        reference.sparse_linear(x, *args, "gelu") - ops.sparse_linear(x, *args, "gelu", sparse.order)
+    ).abs().max() < 2e-6
     _, sparse, x = conv
     args = (sparse.values, sparse.codes, sparse.bias, sparse.shape, 1, 4, (2, 1), (1, 0), (1, 2))
-    assert (reference.sparse_conv2d(x, *args, "gelu") - ops.sparse_conv2d(x, *args, "gelu", sparse.order)).abs().max() < 2e-6
+    assert (
+        reference.sparse_conv2d(x, *args, "gelu") - ops.sparse_conv2d(x, *args, "gelu", sparse.order)
+    ).abs().max() < 2e-6
 
 
 def test_nan_stays_in_its_token():
@@ -303,20 +359,47 @@ def test_nan_stays_in_its_token():
     assert torch.equal(sparse(x)[keep], clean[keep])
 
 
-@pytest.mark.parametrize(("build", "message"), [
-    (lambda: SparseLinear.from_dense(nn.Linear(8, 4)), "expected a weight with zeros"),
-    (lambda: SparseLinear.from_dense(nn.Linear(8, 4), NM(2, 4)), "got 4 in row 0, group 0"),
-    (lambda: SparseLinear.from_dense(nn.Conv2d(4, 4, 1)), "expected an nn.Linear, got Conv2d"),
-    (lambda: SparseConv2d.from_dense(nn.Linear(8, 4)), "expected an nn.Conv2d, got Linear"),
-    (lambda: SparseConv2d.from_dense(nn.Conv2d(8, 8, 3, groups=8)), "expected a convolution of 1 group, got 8"),
-    (lambda: SparseLinear.from_dense(sparsify(nn.Linear(8, 4), NM(2, 4)), activation="tanh"), "expected an activation of None"),
-    (lambda: SparseLinear(pack(torch.eye(8), None, NM(2, 4)), torch.zeros(7)), r"expected a bias of \(8,\)"),
-    (lambda: SparseConv2d(pack(torch.eye(8), None, NM(2, 4))), "expected a packed weight of .out, in, kernel"),
-    (lambda: SparseLinear(pack(torch.eye(8), None, NM(2, 4)))(torch.ones(2, 7)), "an input with 8 channels, got 7"),
-    (lambda: SparseLinear(pack(torch.eye(8), None, NM(2, 4)))(torch.ones(2, 8).double()), "weight's torch.float32, got torch.float64"),
-    (lambda: SparseConv2d(pack(torch.eye(8)[..., None, None], None, NM(2, 4)))(torch.ones(8, 2)), "3 or 4 dimensions"),
-    (lambda: SparseConv2d(pack(torch.zeros(4, 4, 3, 3), None, NM(2, 4)))(torch.ones(1, 4, 2, 5)), "no smaller than the kernel"),
-])
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: SparseLinear.from_dense(nn.Linear(8, 4)), "expected a weight with zeros"),
+        (lambda: SparseLinear.from_dense(nn.Linear(8, 4), NM(2, 4)), "got 4 in row 0, group 0"),
+        (lambda: SparseLinear.from_dense(nn.Conv2d(4, 4, 1)), "expected an nn.Linear, got Conv2d"),
+        (lambda: SparseConv2d.from_dense(nn.Linear(8, 4)), "expected an nn.Conv2d, got Linear"),
+        (
+            lambda: SparseConv2d.from_dense(nn.Conv2d(8, 8, 3, groups=8)),
+            "expected a convolution of 1 group, got 8",
+        ),
+        (
+            lambda: SparseLinear.from_dense(sparsify(nn.Linear(8, 4), NM(2, 4)), activation="tanh"),
+            "expected an activation of None",
+        ),
+        (
+            lambda: SparseLinear(pack(torch.eye(8), None, NM(2, 4)), torch.zeros(7)),
+            r"expected a bias of \(8,\)",
+        ),
+        (
+            lambda: SparseConv2d(pack(torch.eye(8), None, NM(2, 4))),
+            "expected a packed weight of .out, in, kernel",
+        ),
+        (
+            lambda: SparseLinear(pack(torch.eye(8), None, NM(2, 4)))(torch.ones(2, 7)),
+            "an input with 8 channels, got 7",
+        ),
+        (
+            lambda: SparseLinear(pack(torch.eye(8), None, NM(2, 4)))(torch.ones(2, 8).double()),
+            "weight's torch.float32, got torch.float64",
+        ),
+        (
+            lambda: SparseConv2d(pack(torch.eye(8)[..., None, None], None, NM(2, 4)))(torch.ones(8, 2)),
+            "3 or 4 dimensions",
+        ),
+        (
+            lambda: SparseConv2d(pack(torch.zeros(4, 4, 3, 3), None, NM(2, 4)))(torch.ones(1, 4, 2, 5)),
+            "no smaller than the kernel",
+        ),
+    ],
+)
 def test_mistakes_are_one_sentence(build, message):
     with pytest.raises(ValueError, match=message):
         build()
@@ -332,9 +415,15 @@ def test_a_layer_s_bytes():
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_gradients_of_input_and_bias_are_the_dense_layer_s(activation):
-    for dense, build, x in ((sparsify(nn.Linear(8, 3), NM(2, 4)), SparseLinear, torch.randn(1, 2, 8)),
-                            (sparsify(nn.Conv2d(4, 2, 3, 2, 1), NM(1, 4)), SparseConv2d, torch.randn(1, 4, 3, 4))):
-        sparse, there, here = build.from_dense(dense, activation=activation), x.clone().requires_grad_(), x.clone().requires_grad_()
+    for dense, build, x in (
+        (sparsify(nn.Linear(8, 3), NM(2, 4)), SparseLinear, torch.randn(1, 2, 8)),
+        (sparsify(nn.Conv2d(4, 2, 3, 2, 1), NM(1, 4)), SparseConv2d, torch.randn(1, 4, 3, 4)),
+    ):
+        sparse, there, here = (
+            build.from_dense(dense, activation=activation),
+            x.clone().requires_grad_(),
+            x.clone().requires_grad_(),
+        )
         sparse.bias.requires_grad_()
         ACTIVATIONS[activation](dense(there)).square().sum().backward()
         sparse(here).square().sum().backward()
@@ -355,7 +444,9 @@ def test_kernels_take_float32_and_not_float64():
     assert sparse.order.numel() > 0
     assert copy.deepcopy(sparse).double().order.numel() == 0
     x = torch.randn(9, 64)
-    direct = ops.sparse_linear(x, sparse.values, sparse.codes, sparse.bias, sparse.shape, 2, 4)  # without an order: unpacked
+    direct = ops.sparse_linear(
+        x, sparse.values, sparse.codes, sparse.bias, sparse.shape, 2, 4
+    )  # without an order: unpacked
     assert torch.allclose(direct, sparse(x), atol=1e-5)
 
 
@@ -381,15 +472,19 @@ def test_kernels_compute_16_bits_in_float32(text, dtype):
     pattern = parse_pattern(text)
     multiplies = torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.cpu._is_avx512_bf16_supported()
     for kind, dense, shapes in (
-        (SparseLinear, nn.Linear(128, 40), [(128,), (1, 128), (33, 128)]), (SparseLinear, nn.Linear(67, 5, bias=False), [(67,), (17, 67)]),
-        (SparseConv2d, nn.Conv2d(8, 6, 3, padding=1), [(2, 8, 9, 7), (16, 8, 5, 5)]), (SparseConv2d, nn.Conv2d(8, 6, 1, 2), [(3, 8, 9, 7)]),
+        (SparseLinear, nn.Linear(128, 40), [(128,), (1, 128), (33, 128)]),
+        (SparseLinear, nn.Linear(67, 5, bias=False), [(67,), (17, 67)]),
+        (SparseConv2d, nn.Conv2d(8, 6, 3, padding=1), [(2, 8, 9, 7), (16, 8, 5, 5)]),
+        (SparseConv2d, nn.Conv2d(8, 6, 1, 2), [(3, 8, 9, 7)]),
     ):
         if kind is SparseConv2d and isinstance(pattern, NM) and pattern.fits(dense.weight.shape):
             continue
         short = kind.from_dense(sparsify(dense, pattern), pattern, activation="relu").to(dtype)
         wide = copy.deepcopy(short).float()
         assert short.kernel == "native"
-        itself = multiplies and dtype == torch.bfloat16 and (kind is SparseConv2d or dense.in_features % 2 == 0)  # by the next tests
+        itself = (
+            multiplies and dtype == torch.bfloat16 and (kind is SparseConv2d or dense.in_features % 2 == 0)
+        )  # by the next tests
         assert torch.equal(short.order[ORIGIN:], wide.order[ORIGIN:]) != itself
         for shape in shapes:
             x = torch.randn(shape).to(dtype)
@@ -407,31 +502,60 @@ def test_kernels_compute_16_bits_in_float32(text, dtype):
 def test_linear_in_bfloat16_against_float64(text, activation):
     """Sums in float32, rounded once, of exact products: whether the processor multiplies bfloat16 or widens it."""
     pattern = parse_pattern(text)
-    for out, inputs, tokens in ((96, 160, 300), (34, 68, 17), (2, 2, 3), (1026, 768, 95), (770, 130, 257), (33, 66, 40), (64, 67, 33), (6, 256, 1)):
+    for out, inputs, tokens in (
+        (96, 160, 300),
+        (34, 68, 17),
+        (2, 2, 3),
+        (1026, 768, 95),
+        (770, 130, 257),
+        (33, 66, 40),
+        (64, 67, 33),
+        (6, 256, 1),
+    ):
         dense = sparsify(nn.Linear(inputs, out, bias=out != 34), pattern).bfloat16()
         x = torch.randn(tokens + 1, inputs).bfloat16()[1:]
         found = SparseLinear.from_dense(dense, pattern, activation=activation)(x)
         wide = copy.deepcopy(dense).double()
         exact = ACTIVATIONS[activation](wide(x.double()))
         size = x.double().abs() @ wide.weight.abs().T + (1 if dense.bias is None else wide.bias.abs())
-        rounded = 0 if kernels() else 2**-8 * wide(x.double()).abs()  # the reference rounds before its activation too
+        rounded = (
+            0 if kernels() else 2**-8 * wide(x.double()).abs()
+        )  # the reference rounds before its activation too
         assert found.dtype == torch.bfloat16
-        assert ((found.double() - exact).abs() <= 2**-8 * exact.abs() + rounded + 1e-6 * size).all(), (out, inputs, tokens)
+        assert ((found.double() - exact).abs() <= 2**-8 * exact.abs() + rounded + 1e-6 * size).all(), (
+            out,
+            inputs,
+            tokens,
+        )
 
 
 @pytest.mark.parametrize("pattern", [NM(2, 4), NM(1, 4), Unstructured(0.9), Unstructured(0.5)], ids=str)
-@pytest.mark.parametrize(("images", "channels", "out", "size", "kernel", "stride", "padding", "dilation"), [
-    (3, 8, 7, (13, 11), 3, 1, 1, 1), (16, 8, 12, (9, 7), 3, 1, 1, 1), (32, 8, 12, (9, 7), 3, 2, 1, 1),
-    (48, 16, 12, (20, 33), (3, 5), (1, 2), (1, 2), (2, 1)), (16, 8, 12, (7, 7), 1, 1, 0, 1),
-    (32, 8, 5, (7, 8), 1, 2, 0, 1), (16, 4, 12, (56, 56), 3, 1, 1, 1), (40, 4, 12, (5, 5), 3, 1, 4, 1),
-])
-def test_convolution_in_bfloat16_against_float64(pattern, images, channels, out, size, kernel, stride, padding, dilation):
+@pytest.mark.parametrize(
+    ("images", "channels", "out", "size", "kernel", "stride", "padding", "dilation"),
+    [
+        (3, 8, 7, (13, 11), 3, 1, 1, 1),
+        (16, 8, 12, (9, 7), 3, 1, 1, 1),
+        (32, 8, 12, (9, 7), 3, 2, 1, 1),
+        (48, 16, 12, (20, 33), (3, 5), (1, 2), (1, 2), (2, 1)),
+        (16, 8, 12, (7, 7), 1, 1, 0, 1),
+        (32, 8, 5, (7, 8), 1, 2, 0, 1),
+        (16, 4, 12, (56, 56), 3, 1, 1, 1),
+        (40, 4, 12, (5, 5), 3, 1, 4, 1),
+    ],
+)
+def test_convolution_in_bfloat16_against_float64(
+    pattern, images, channels, out, size, kernel, stride, padding, dilation
+):
     dense = sparsify(nn.Conv2d(channels, out, kernel, stride, padding, dilation), pattern).bfloat16()
     sparse, wide = SparseConv2d.from_dense(dense, pattern, activation="relu"), copy.deepcopy(dense).double()
     x = torch.randn(images, channels, *size).bfloat16()
     exact = wide(x.double())
     largest = F.conv2d(x.double().abs(), wide.weight.abs(), wide.bias.abs(), stride, padding, dilation)
-    for given in (x, x.contiguous(memory_format=torch.channels_last), *([reference.innermost_images(x)] if images % 16 == 0 else [])):
+    for given in (
+        x,
+        x.contiguous(memory_format=torch.channels_last),
+        *([reference.innermost_images(x)] if images % 16 == 0 else []),
+    ):
         found = sparse(given)
         assert found.dtype == torch.bfloat16
         assert reference.images_innermost(found) == reference.images_innermost(given)
@@ -459,21 +583,29 @@ for pattern in (NM(2, 4), NM(1, 4), NM(3, 8), Unstructured(0.9)):
 print(torch.backends.cpu.get_cpu_capability())
 """
     package = str(Path(ops.__file__).parents[2])
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True,
-                          env={**os.environ, "ATEN_CPU_CAPABILITY": capability, "PYTHONPATH": package})
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "ATEN_CPU_CAPABILITY": capability, "PYTHONPATH": package},
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip().upper() == capability.upper()
 
 
-@pytest.mark.skipif(not kernels() or not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) < 2,
-                    reason="needs the native kernels and two cores")
+@pytest.mark.skipif(
+    not kernels() or not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) < 2,
+    reason="needs the native kernels and two cores",
+)
 def test_two_threads_share_the_work():
     dense = sparsify(nn.Linear(512, 512), NM(2, 4))
     sparse, x, threads = SparseLinear.from_dense(dense), torch.randn(1024, 512), torch.get_num_threads()
     expected = sparse(x)
     try:
         torch.set_num_threads(2)
-        for _ in range(500):  # a thread that finds its core busy leaves its share to the other; on a busy machine that may take a while
+        for _ in range(
+            500
+        ):  # a thread that finds its core busy leaves its share to the other; on a busy machine that may take a while
             everyone, mine = time.process_time(), time.thread_time()
             for _ in range(20):
                 output = sparse(x)
@@ -496,7 +628,10 @@ w, x = torch.randn(6, 8), torch.randn(3, 8)
 w *= NM(2, 4).mask(w.abs())
 assert (SparseLinear(pack(w, None, NM(2, 4)))(x) - x @ w.T).abs().max() < 1e-6
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True,
-                          env={**os.environ, "SNOWS_REFERENCE": "1", "PYTHONPATH": str(Path(ops.__file__).parents[2])})
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "SNOWS_REFERENCE": "1", "PYTHONPATH": str(Path(ops.__file__).parents[2])},
+    )
     assert done.returncode == 0, done.stderr
-

@@ -17,11 +17,20 @@ def test_medians_and_scatter():
     assert Race([(1.0,), (2.0,), (3.0,)]).quartiles(0) == [1.0, 2.0, 3.0]
 
 
-@pytest.mark.parametrize(("undecided", "times"), [(lambda r: False, 1), (lambda r: len(r.rounds) < 4, 1), (lambda r: len(r.rounds) < 6, 2),
-                                                  (lambda r: True, 3)])
+@pytest.mark.parametrize(
+    ("undecided", "times"),
+    [
+        (lambda r: False, 1),
+        (lambda r: len(r.rounds) < 4, 1),
+        (lambda r: len(r.rounds) < 6, 2),
+        (lambda r: True, 3),
+    ],
+)
 def test_an_undecided_race_is_run_again(undecided, times):
     calls = []
-    found = Stopwatch(layer_seconds=0.0).layer([lambda: calls.append("a"), lambda: calls.append("b")], undecided)
+    found = Stopwatch(layer_seconds=0.0).layer(
+        [lambda: calls.append("a"), lambda: calls.append("b")], undecided
+    )
     assert len(found.rounds) == times * ROUNDS
     assert calls == ["a", "b"] * (times * ROUNDS + 1)  # in turns, after a first run of each
     assert all(ms >= 0 for one in found.rounds for ms in one)

@@ -39,7 +39,13 @@ print(asked(nullcontext()), asked(memory.kept()))
 
 def megabytes_asked(**environment):
     """Megabytes that a pass over 76.8 MB asks of the system, outside and inside."""
-    run = subprocess.run([sys.executable, "-c", PASSES], env={**os.environ, **environment}, capture_output=True, text=True, check=True)
+    run = subprocess.run(
+        [sys.executable, "-c", PASSES],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     return tuple(map(float, run.stdout.split()))
 
 
@@ -49,7 +55,10 @@ def test_passes_do_not_fetch_their_memory_again():
     assert inside < 2  # one tensor in five passes, should a hole have closed
 
 
-@pytest.mark.parametrize(("name", "value"), [("MALLOC_TRIM_THRESHOLD_", "131072"), ("GLIBC_TUNABLES", "glibc.malloc.trim_threshold=131072")])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("MALLOC_TRIM_THRESHOLD_", "131072"), ("GLIBC_TUNABLES", "glibc.malloc.trim_threshold=131072")],
+)
 def test_the_environment_has_the_say(name, value):
     outside, inside = megabytes_asked(**{name: value})
     assert outside > 70
@@ -78,7 +87,9 @@ print(during - before, inside - before, held() - before)
 
 
 def test_memory_goes_back_at_the_end():
-    run = subprocess.run([sys.executable, "-c", HELD], capture_output=True, text=True, check=True)  # this process may hold freed memory
+    run = subprocess.run(
+        [sys.executable, "-c", HELD], capture_output=True, text=True, check=True
+    )  # this process may hold freed memory
     during, inside, after = map(float, run.stdout.split())
     assert during > 300
     assert inside > 300

@@ -25,15 +25,21 @@ CASES = [
 
 def convolution(kernel, stride, padding, dilation, groups, size=(7, 8)):
     x = torch.randn(3, 4, *size, dtype=torch.float64)
-    conv = nn.Conv2d(4, 8, kernel, stride, padding, dilation, groups, bias=False).double().requires_grad_(False)
-    return conv, Call(F.conv2d, x, kernel, {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups})
+    conv = (
+        nn.Conv2d(4, 8, kernel, stride, padding, dilation, groups, bias=False).double().requires_grad_(False)
+    )
+    return conv, Call(
+        F.conv2d, x, kernel, {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
+    )
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_patches_are_the_rows_a_convolution_multiplies(case):
     conv, call = convolution(**case)
     found = torch.cat(list(moments.patches(call)), dim=1)
-    expected = unfold_rows(call.x, case["kernel"], case["stride"], case["padding"], case["dilation"], case["groups"])
+    expected = unfold_rows(
+        call.x, case["kernel"], case["stride"], case["padding"], case["dilation"], case["groups"]
+    )
     assert torch.equal(found, expected)
     assert moments.positions(call) == found.shape[1]
     weight = rows(conv.weight).view(case["groups"], -1, found.shape[2])

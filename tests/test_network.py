@@ -18,11 +18,19 @@ def nets():
     torch.manual_seed(0)
     return {
         "branches": (settle(Branches()).double(), Batch.of(torch.randn(3, 3, 9, 10).double())),
-        "mapped": (settle(Mapped()).double(), Batch.of({"pixel_values": torch.randn(2, 3, 12, 12).double(), "labels": 1})),
-        "resnet": (settle(ResNet20()).double(), Batch.of((torch.randn(2, 1, 28, 28).double(), torch.zeros(2)))),
+        "mapped": (
+            settle(Mapped()).double(),
+            Batch.of({"pixel_values": torch.randn(2, 3, 12, 12).double(), "labels": 1}),
+        ),
+        "resnet": (
+            settle(ResNet20()).double(),
+            Batch.of((torch.randn(2, 1, 28, 28).double(), torch.zeros(2))),
+        ),
         "vit": (settle(ViT(depth=2)).double(), Batch.of(torch.randn(2, 1, 28, 28).double())),
-        "encoder": (settle(nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2)).double(),
-                    Batch.of(torch.randn(2, 5, 8).double())),
+        "encoder": (
+            settle(nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2)).double(),
+            Batch.of(torch.randn(2, 5, 8).double()),
+        ),
     }
 
 
@@ -58,7 +66,8 @@ def test_a_stream_reaches_every_layer_with_its_real_call(name):
         module = net.get_submodule(layer)
         with torch.no_grad():
             again = (F.conv2d if isinstance(module, nn.Conv2d) else F.linear)(
-                call.x, module.weight, module.bias, **call.settings)
+                call.x, module.weight, module.bias, **call.settings
+            )
         assert torch.allclose(again, seen[layer], rtol=0, atol=1e-12)
 
 
@@ -79,8 +88,16 @@ def test_a_convolution_that_pads_itself_is_seen_as_it_acts():
     assert call.settings["padding"] == 0
 
 
-@pytest.mark.parametrize("options", [
-    dict(batch_first=True), dict(batch_first=False), dict(batch_first=True, bias=False), dict(batch_first=True, kdim=6, vdim=10)], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(batch_first=True),
+        dict(batch_first=False),
+        dict(batch_first=True, bias=False),
+        dict(batch_first=True, kdim=6, vdim=10),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("need_weights", [True, False])
 def test_open_attention_computes_what_the_closed_one_does(options, need_weights):
     closed = nn.MultiheadAttention(8, 2, **options).double().eval()
@@ -94,10 +111,12 @@ def test_open_attention_computes_what_the_closed_one_does(options, need_weights)
     padding[1, 3:] = True
     attn_mask = torch.randn(4, 5).double()
     arrange = (lambda x: x) if first else (lambda x: x.transpose(0, 1))
-    calls = [((arrange(q), arrange(k), arrange(v)), dict(key_padding_mask=padding)),
-             ((arrange(q), arrange(k), arrange(v)), dict(attn_mask=attn_mask)),
-             ((arrange(q), arrange(k), arrange(v)), dict(attn_mask=torch.randn(6, 4, 5) > 1.5)),
-             ((arrange(q), arrange(k), arrange(v)), dict(average_attn_weights=False))]
+    calls = [
+        ((arrange(q), arrange(k), arrange(v)), dict(key_padding_mask=padding)),
+        ((arrange(q), arrange(k), arrange(v)), dict(attn_mask=attn_mask)),
+        ((arrange(q), arrange(k), arrange(v)), dict(attn_mask=torch.randn(6, 4, 5) > 1.5)),
+        ((arrange(q), arrange(k), arrange(v)), dict(average_attn_weights=False)),
+    ]
     if "kdim" not in options:
         calls += [((arrange(q),) * 3, {}), ((q[0], k[0], v[0]), {})]
     holder = nn.ModuleDict({"a": closed})

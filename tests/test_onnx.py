@@ -64,9 +64,13 @@ class Fails(nn.Module):
         return x * 2
 
 
-@pytest.mark.parametrize(("net", "sentence"), [
-    (Decides(), "its forward decides by the numbers in a tensor, which a graph cannot: "), (Fails(), "RuntimeError: not in a graph"),
-])
+@pytest.mark.parametrize(
+    ("net", "sentence"),
+    [
+        (Decides(), "its forward decides by the numbers in a tensor, which a graph cannot: "),
+        (Fails(), "RuntimeError: not in a graph"),
+    ],
+)
 def test_what_cannot_be_exported_says_why_in_a_line(tmp_path, net, sentence):
     with pytest.raises(ValueError, match=r"export: .* could not be written \(") as caught:
         export_onnx(net.eval(), torch.ones(2, 6), tmp_path / "x.onnx")
@@ -82,5 +86,7 @@ def test_a_packed_network_is_refused_by_the_layer_s_name(tmp_path):
     dense = nn.Linear(8, 6)
     dense.weight.data *= snows.NM(2, 4).mask(dense.weight.data.abs())
     net = nn.Sequential(snows.SparseLinear.from_dense(dense)).eval()
-    with pytest.raises(ValueError, match="expected a network without packed layers, but 0 is one; ONNX has no operation"):
+    with pytest.raises(
+        ValueError, match="expected a network without packed layers, but 0 is one; ONNX has no operation"
+    ):
         export_onnx(net, torch.randn(2, 8), tmp_path / "x.onnx")

@@ -38,8 +38,10 @@ def case(activation):
 @pytest.mark.parametrize("activation", [nn.ReLU(), nn.GELU(), nn.Tanh()], ids=str)
 def test_hessian_and_gauss_newton_against_dense_matrices(activation):
     loss, at = case(activation)
-    for operator, oracle in ((Hessian(loss, at), dense_hessian(loss, at)),
-                             (GaussNewton(loss, at), dense_gauss_newton(loss, at))):
+    for operator, oracle in (
+        (Hessian(loss, at), dense_hessian(loss, at)),
+        (GaussNewton(loss, at), dense_gauss_newton(loss, at)),
+    ):
         found = matrix_of(operator, at)
         assert (found - oracle).norm() <= 1e-10 * oracle.norm()
         assert operator.value == pytest.approx(loss(at).item(), rel=1e-12)
@@ -59,7 +61,9 @@ def test_restricted_is_the_masked_block_plus_damping():
     mask = torch.rand(3, 4) < 0.5
     keep = mask.flatten().double()
     expected = matrix * keep[:, None] * keep[None] + 0.3 * torch.diag(keep)
-    assert torch.allclose(matrix_of(Restricted(Dense(matrix), mask, 0.3), mask.double()), expected, rtol=0, atol=1e-12)
+    assert torch.allclose(
+        matrix_of(Restricted(Dense(matrix), mask, 0.3), mask.double()), expected, rtol=0, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("groups", [1, 2])
@@ -92,7 +96,9 @@ def test_row_blocks_invert_each_rows_block_on_its_mask(groups):
     sensitivity = G.diagonal(dim1=1, dim2=2).flatten()
     scale = A.diagonal(dim1=1, dim2=2).mean() * sensitivity.mean()
     for i, keep in enumerate(rows(mask)):
-        block = sensitivity[i] / scale * A[i // (6 // groups)][keep][:, keep] + 0.04 * torch.eye(int(keep.sum()), dtype=torch.float64)
+        block = sensitivity[i] / scale * A[i // (6 // groups)][keep][:, keep] + 0.04 * torch.eye(
+            int(keep.sum()), dtype=torch.float64
+        )
         assert torch.allclose(found[i, keep], torch.linalg.solve(block, rows(v)[i, keep]), rtol=1e-9)
         assert not found[i, ~keep].any()
 
@@ -113,7 +119,9 @@ def test_row_blocks_of_moments_that_rounding_made_indefinite_are_damped_until_th
         shift *= 10
     block = A / scale + shift * torch.eye(6).double()
     assert torch.allclose(found[:2], torch.linalg.solve(block, v[:2].T).T, rtol=1e-8)
-    assert found[2, 0].item() == pytest.approx((v[2, 0] / (A[0, 0] / scale + 1e-3)).item(), rel=1e-9)  # no more than it needs
+    assert found[2, 0].item() == pytest.approx(
+        (v[2, 0] / (A[0, 0] / scale + 1e-3)).item(), rel=1e-9
+    )  # no more than it needs
 
 
 def test_trace_is_unbiased_with_an_honest_error():
@@ -124,6 +132,8 @@ def test_trace_is_unbiased_with_an_honest_error():
     exact = matrix.diagonal()[keep].sum().item()
     block = matrix[keep][:, keep]
     variance = 2 * (block.square().sum() - block.diagonal().square().sum()).item()
-    found = trace(Dense(matrix), mask, probes=4000, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    found = trace(
+        Dense(matrix), mask, probes=4000, generator=torch.Generator().manual_seed(1), dtype=torch.float64
+    )
     assert found.error == pytest.approx(math.sqrt(variance / 4000), rel=0.1)
     assert abs(found.mean - exact) < 4 * found.error

@@ -83,7 +83,9 @@ def test_values_and_both_derivatives_are_those_of_eager_pytorch(name):
             y = f(*x)
             g = torch.randn_like(y).requires_grad_()
             first = torch.autograd.grad(y, x, g, create_graph=True)
-            second = torch.autograd.grad(first, [g, *x], [torch.randn_like(a) for a in x], materialize_grads=True)
+            second = torch.autograd.grad(
+                first, [g, *x], [torch.randn_like(a) for a in x], materialize_grads=True
+            )
         found.append((y, *first, *second))
     for one, other in zip(*found, strict=True):
         assert (one - other).abs().max() <= 1e-12 * (1 + other.abs().max())
@@ -105,7 +107,9 @@ def test_lower_precision_is_near_float64(name, dtype):
     oracles = [wanted, *torch.autograd.grad(wanted, exact, g.double())]
     for one, other in zip(results, oracles, strict=True):
         assert one.dtype == dtype
-        assert (one - other).norm() <= (4e-6 if dtype == torch.float32 else 2e-2) * other.norm()  # a few roundings in a second derivative
+        assert (one - other).norm() <= (
+            4e-6 if dtype == torch.float32 else 2e-2
+        ) * other.norm()  # a few roundings in a second derivative
 
 
 def test_opcheck():
@@ -123,15 +127,31 @@ def test_opcheck():
         "attention_tangent": (q, k, v, q, k, v, out, kept, None, 0.5),
         "attention_curve": (out, q, k, v, q, k, v, out, kept, None, 0.5),
     }  # fmt: skip
-    assert set(calls) == {op.name for op in derivatives.OPS if op.backward} - {"sparse_linear", "sparse_conv2d"}  # in test_layers.py
+    assert set(calls) == {op.name for op in derivatives.OPS if op.backward} - {
+        "sparse_linear",
+        "sparse_conv2d",
+    }  # in test_layers.py
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # its own
         for name, args in calls.items():
-            args = [a.clone().requires_grad_() if isinstance(a, torch.Tensor) and i == 0 and not name.endswith("curve") else a
-                    for i, a in enumerate(args)]
-            tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
-            old = torch.__version__.startswith(("2.11", "2.12"))  # asserts in its own `bmm(out=)` of tensors of unknown size
-            torch.library.opcheck(getattr(torch.ops.snows, name).default, args, test_utils=tests[:-1] if old else tests)
+            args = [
+                a.clone().requires_grad_()
+                if isinstance(a, torch.Tensor) and i == 0 and not name.endswith("curve")
+                else a
+                for i, a in enumerate(args)
+            ]
+            tests = (
+                "test_schema",
+                "test_autograd_registration",
+                "test_faketensor",
+                "test_aot_dispatch_dynamic",
+            )
+            old = torch.__version__.startswith(
+                ("2.11", "2.12")
+            )  # asserts in its own `bmm(out=)` of tensors of unknown size
+            torch.library.opcheck(
+                getattr(torch.ops.snows, name).default, args, test_utils=tests[:-1] if old else tests
+            )
 
 
 def test_third_derivatives_are_refused():
@@ -151,7 +171,11 @@ def curves(monkeypatch):
     called = []
     for name in CURVES:
         original = getattr(torch.ops.snows, name)
-        monkeypatch.setattr(torch.ops.snows, name, lambda *a, name=name, original=original: (called.append(name), original(*a))[1])
+        monkeypatch.setattr(
+            torch.ops.snows,
+            name,
+            lambda *a, name=name, original=original: (called.append(name), original(*a))[1],
+        )
     return called
 
 

@@ -8,7 +8,19 @@ from snows.packing import Packed, check, find_pattern, pack, unpack
 from snows.sparsity import rows
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
-PATTERNS = [NM(2, 4), NM(1, 4), NM(2, 8), NM(4, 8), NM(1, 2), NM(3, 4), NM(3, 5), NM(1, 3), NM(7, 32), NM(31, 32), NM(1, 32)]
+PATTERNS = [
+    NM(2, 4),
+    NM(1, 4),
+    NM(2, 8),
+    NM(4, 8),
+    NM(1, 2),
+    NM(3, 4),
+    NM(3, 5),
+    NM(1, 3),
+    NM(7, 32),
+    NM(31, 32),
+    NM(1, 32),
+]
 
 
 def bits_of(x):
@@ -25,7 +37,11 @@ def some_mask(shape, pattern):
             width = min(pattern.m, matrix.shape[1] - start)
             count = int(torch.randint(0, min(pattern.n, width) + 1, ()))
             mask[row, start + torch.randperm(width)[:count]] = True
-    return mask if len(shape) == 2 else mask.view(shape[0], *shape[2:], shape[1]).permute(0, 3, 1, 2).contiguous()
+    return (
+        mask
+        if len(shape) == 2
+        else mask.view(shape[0], *shape[2:], shape[1]).permute(0, 3, 1, 2).contiguous()
+    )
 
 
 def slow_codes(mask, n, m):
@@ -42,7 +58,7 @@ def slow_codes(mask, n, m):
             else:
                 stream += [int(i in stored) for i in range(m)]
     stream += [0] * (-len(stream) % 8)
-    return [sum(bit << i for i, bit in enumerate(stream[j: j + 8])) for j in range(0, len(stream), 8)]
+    return [sum(bit << i for i, bit in enumerate(stream[j : j + 8])) for j in range(0, len(stream), 8)]
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
@@ -50,7 +66,12 @@ def slow_codes(mask, n, m):
 def test_groups_round_trip_bit_for_bit(pattern, shape):
     for dtype in DTYPES:
         mask = some_mask(shape, pattern)
-        weight = torch.randn(shape).masked_fill(torch.rand(shape) < 0.2, -0.0).masked_fill(torch.rand(shape) < 0.2, 0.0).to(dtype)
+        weight = (
+            torch.randn(shape)
+            .masked_fill(torch.rand(shape) < 0.2, -0.0)
+            .masked_fill(torch.rand(shape) < 0.2, 0.0)
+            .to(dtype)
+        )
         weight = torch.where(mask, weight, 0)
         packed = pack(weight, mask, pattern)
         check(packed)
@@ -69,7 +90,9 @@ def test_unstructured_round_trips_bit_for_bit(shape, dtype):
         assert packed.values.shape == (int(mask.sum()),)
         assert torch.equal(bits_of(unpack(packed)), bits_of(weight))
         flat = rows(mask).flatten().tolist()
-        assert packed.codes.tolist() == [sum(bit << i for i, bit in enumerate(flat[j: j + 8])) for j in range(0, len(flat), 8)]
+        assert packed.codes.tolist() == [
+            sum(bit << i for i, bit in enumerate(flat[j : j + 8])) for j in range(0, len(flat), 8)
+        ]
 
 
 def test_all_six_codes_of_2_of_4_are_the_hardware_s():
@@ -109,26 +132,33 @@ def test_the_pattern_found_is_the_sparsest_that_fits():
     few[0, :2] = 1.0
     assert isinstance(find_pattern(few), Unstructured)  # it obeys 2:4, whose places would be all but empty
     # Groups of a convolution lie along the input channels: 3 channels have no groups of 4, whatever the row view says.
-    assert isinstance(find_pattern(torch.eye(3)[:, :, None, None].expand(3, 3, 2, 2).contiguous()), Unstructured)
+    assert isinstance(
+        find_pattern(torch.eye(3)[:, :, None, None].expand(3, 3, 2, 2).contiguous()), Unstructured
+    )
 
 
 def test_too_many_kept_are_refused_by_row_and_group():
     weight = torch.zeros(3, 12)
     weight[1, [4, 5, 7]] = 1.0
-    with pytest.raises(ValueError, match=r"at most 2 kept of every 4, got 3 in row 1, group 1 \(columns 4 to 7"):
+    with pytest.raises(
+        ValueError, match=r"at most 2 kept of every 4, got 3 in row 1, group 1 \(columns 4 to 7"
+    ):
         pack(weight, None, NM(2, 4))
 
 
-@pytest.mark.parametrize(("weight", "mask", "pattern", "message"), [
-    (torch.ones(2, 4), None, None, "expected a weight with zeros"),
-    (torch.tensor([[torch.nan, 0.0]]), None, NM(1, 2), "without NaN"),
-    (torch.ones(2, 4), torch.zeros(2, 4, dtype=torch.bool), NM(2, 4), "got 8 other weights"),
-    (torch.ones(2, 4), torch.ones(2, 4), NM(2, 4), "expected a bool mask"),
-    (torch.ones(2, 4), torch.ones(2, 5, dtype=torch.bool), NM(2, 4), "expected a bool mask"),
-    (torch.ones(2, 4, dtype=torch.int32), None, NM(2, 4), "float32, float16"),
-    (torch.ones(2, 4, 4), None, NM(2, 4), "2 .Linear. or 4"),
-    (torch.zeros(2, 64), None, NM(1, 64), "groups of at most 32"),
-])
+@pytest.mark.parametrize(
+    ("weight", "mask", "pattern", "message"),
+    [
+        (torch.ones(2, 4), None, None, "expected a weight with zeros"),
+        (torch.tensor([[torch.nan, 0.0]]), None, NM(1, 2), "without NaN"),
+        (torch.ones(2, 4), torch.zeros(2, 4, dtype=torch.bool), NM(2, 4), "got 8 other weights"),
+        (torch.ones(2, 4), torch.ones(2, 4), NM(2, 4), "expected a bool mask"),
+        (torch.ones(2, 4), torch.ones(2, 5, dtype=torch.bool), NM(2, 4), "expected a bool mask"),
+        (torch.ones(2, 4, dtype=torch.int32), None, NM(2, 4), "float32, float16"),
+        (torch.ones(2, 4, 4), None, NM(2, 4), "2 .Linear. or 4"),
+        (torch.zeros(2, 64), None, NM(1, 64), "groups of at most 32"),
+    ],
+)
 def test_what_cannot_be_packed(weight, mask, pattern, message):
     with pytest.raises(ValueError, match=message):
         find_pattern(weight, mask) if pattern is None else pack(weight, mask, pattern)
@@ -137,9 +167,20 @@ def test_what_cannot_be_packed(weight, mask, pattern, message):
 @pytest.mark.parametrize("pattern", [NM(2, 4), NM(3, 5), NM(4, 8), NM(1, 3), Unstructured(0.5)], ids=str)
 def test_codes_that_pack_did_not_write_are_refused(pattern):
     weight = torch.randn(6, 40)
-    packed = pack(torch.where(some_mask((6, 40), pattern if isinstance(pattern, NM) else NM(2, 4)), weight, 0), None, pattern)
-    for codes in (torch.full_like(packed.codes, 255), torch.zeros_like(packed.codes), packed.codes[1:], packed.codes.int()):
-        if not (pattern == NM(1, 3) and codes.numel() == packed.codes.numel() and int(codes.max()) == 0):  # all first: legal
+    packed = pack(
+        torch.where(some_mask((6, 40), pattern if isinstance(pattern, NM) else NM(2, 4)), weight, 0),
+        None,
+        pattern,
+    )
+    for codes in (
+        torch.full_like(packed.codes, 255),
+        torch.zeros_like(packed.codes),
+        packed.codes[1:],
+        packed.codes.int(),
+    ):
+        if not (
+            pattern == NM(1, 3) and codes.numel() == packed.codes.numel() and int(codes.max()) == 0
+        ):  # all first: legal
             with pytest.raises(ValueError, match="packed weight: expected"):
                 check(packed._replace(codes=codes))
     with pytest.raises(ValueError, match="packed weight: expected"):

@@ -19,7 +19,9 @@ def test_a_case_runs_is_kept_and_goes_on(tmp_path):
         for kind in ("cat", "dog"):
             (tmp_path / split / kind).mkdir(parents=True)
             for i in range(6):
-                Image.fromarray(generator.integers(0, 255, (16, 18, 3), np.uint8)).save(tmp_path / split / kind / f"{i}.png")
+                Image.fromarray(generator.integers(0, 255, (16, 18, 3), np.uint8)).save(
+                    tmp_path / split / kind / f"{i}.png"
+                )
     (tmp_path / "paper_net.py").write_text("""
 import torch
 from torch import nn
@@ -29,11 +31,32 @@ def net():
     return nn.Sequential(*layers).eval()
 """)
     out = tmp_path / "paper.json"
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(tmp_path), os.environ.get("PYTHONPATH", "")])}
-    command = [sys.executable, ROOT / "bench" / "paper.py", "--case", "resnet20-cifar10", "--model", "paper_net:net", "--data", tmp_path,
-               "--samples", "12", "--batch", "4", "--out", out, "--device", "cpu"]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(tmp_path), os.environ.get("PYTHONPATH", "")]),
+    }
+    command = [
+        sys.executable,
+        ROOT / "bench" / "paper.py",
+        "--case",
+        "resnet20-cifar10",
+        "--model",
+        "paper_net:net",
+        "--data",
+        tmp_path,
+        "--samples",
+        "12",
+        "--batch",
+        "4",
+        "--out",
+        out,
+        "--device",
+        "cpu",
+    ]
     for patterns, expected in (("2:4", ["2:4"]), ("2:4,0.5", ["2:4", "0.5"])):
-        run = subprocess.run([*map(str, command), "--patterns", patterns], env=environment, capture_output=True, text=True)
+        run = subprocess.run(
+            [*map(str, command), "--patterns", patterns], env=environment, capture_output=True, text=True
+        )
         assert run.returncode == 0, run.stderr
         rows = json.loads(out.read_text())["resnet20-cifar10"]
         assert [row["pattern"] for row in rows] == expected

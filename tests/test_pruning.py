@@ -24,7 +24,9 @@ from snows.networks.batches import Batch
 from snows.networks.twins import hold_back
 from snows.sparsity import rows
 
-quiet = partial(snows.prune, select=snows.magnitude, progress=False, matching=Matching(4), solver=Newton(max_iterations=4))
+quiet = partial(
+    snows.prune, select=snows.magnitude, progress=False, matching=Matching(4), solver=Newton(max_iterations=4)
+)
 
 
 def small(seed=0):
@@ -33,7 +35,9 @@ def small(seed=0):
 
 
 def loss_of(report):
-    return sum(x.after for x in report.layers if not x.reason), sum(x.before for x in report.layers if not x.reason)
+    return sum(x.after for x in report.layers if not x.reason), sum(
+        x.before for x in report.layers if not x.reason
+    )
 
 
 def test_prune_keeps_the_pattern_and_the_dense_model():
@@ -48,21 +52,36 @@ def test_prune_keeps_the_pattern_and_the_dense_model():
     for name in pruned:
         weight = sparse.get_submodule(name).weight
         assert (rows(weight).unflatten(1, (-1, 4)) != 0).sum(-1).eq(2).all()
-    assert {x.name: x.reason for x in report.layers if x.reason} == {"stem": "first layer", "depthwise": "depthwise", "head": "last layer"}
+    assert {x.name: x.reason for x in report.layers if x.reason} == {
+        "stem": "first layer",
+        "depthwise": "depthwise",
+        "head": "last layer",
+    }
     after, start = loss_of(report)
     assert after < 0.8 * start
     assert all(x.after <= x.before for x in report.layers if not x.reason)
 
 
 def test_a_budget_takes_less_from_a_grouped_convolution():
-    net = nn.Sequential(nn.Conv2d(3, 64, 1), nn.Conv2d(64, 64, 1), nn.Conv2d(64, 64, 3, groups=16), nn.Conv2d(64, 3, 1)).eval()
+    net = nn.Sequential(
+        nn.Conv2d(3, 64, 1), nn.Conv2d(64, 64, 1), nn.Conv2d(64, 64, 3, groups=16), nn.Conv2d(64, 3, 1)
+    ).eval()
     for layer in net[1:3]:  # magnitudes evenly spread over (0, 1], so that a share is a threshold
         count = layer.weight.numel()
         layer.weight.data = (torch.randperm(count) + 1.0).div(count).view_as(layer.weight)
-    sparse, _ = snows.prune(net, [torch.randn(2, 3, 6, 6)], snows.Unstructured(0.5), select=snows.magnitude, solver=None, progress=False)
+    sparse, _ = snows.prune(
+        net,
+        [torch.randn(2, 3, 6, 6)],
+        snows.Unstructured(0.5),
+        select=snows.magnitude,
+        solver=None,
+        progress=False,
+    )
     shares = [(layer.weight == 0).double().mean().item() for layer in sparse[1:3]]
     assert shares[0] / shares[1] == pytest.approx(16**0.25, rel=0.01)
-    assert sum((layer.weight == 0).sum().item() for layer in sparse[1:3]) == round(0.5 * (64 * 64 + 64 * 4 * 9))
+    assert sum((layer.weight == 0).sum().item() for layer in sparse[1:3]) == round(
+        0.5 * (64 * 64 + 64 * 4 * 9)
+    )
 
 
 def test_an_unstructured_budget_is_exact_over_the_prunable_weights():
@@ -80,7 +99,9 @@ def test_patterns_by_name_and_by_function():
     net, batches = small()
     _, report = quiet(net, batches, {"left": NM(1, 4), "head": Unstructured(0.5)}, solver=None)
     assert {x.name: (x.pattern, x.kept) for x in report.layers if not x.reason} == {
-        "left": ("1:4", net.left.weight.numel() // 4), "head": ("0.5", 30)}
+        "left": ("1:4", net.left.weight.numel() // 4),
+        "head": ("0.5", 30),
+    }
 
     def linear(name, module):
         return Unstructured(0.25) if isinstance(module, nn.Linear) else None
@@ -118,7 +139,12 @@ def test_mappings_attention_generators_and_labels():
     sparse, report = quiet(net, ({"pixel_values": x, "labels": torch.zeros(4)} for x in images), NM(2, 4))
     assert type(sparse.attention) is nn.MultiheadAttention
     assert list(sparse.state_dict()) == list(net.state_dict())
-    assert [x.name for x in report.layers if not x.reason] == ["attention.in_proj", "attention.out_proj", "mlp.0", "mlp.2"]
+    assert [x.name for x in report.layers if not x.reason] == [
+        "attention.in_proj",
+        "attention.out_proj",
+        "mlp.0",
+        "mlp.2",
+    ]
     for weight in (sparse.attention.in_proj_weight, sparse.attention.out_proj.weight, sparse.mlp[0].weight):
         assert (weight.unflatten(1, (-1, 4)) != 0).sum(-1).eq(2).all()
     with torch.no_grad():
@@ -146,8 +172,15 @@ def test_the_zoos_network_keeps_its_function_better_than_masks_and_least_squares
 def test_the_settings_of_the_published_method():
     """README's row: one step a batch, local unscaled targets; each layer's loss is that of its own unpruned weight."""
     net, batches = small()
-    _, report = snows.prune(net, batches, NM(2, 4), select=snows.magnitude, matching=Matching.published(),
-                            solver=Newton.published(max_iterations=10), progress=False)
+    _, report = snows.prune(
+        net,
+        batches,
+        NM(2, 4),
+        select=snows.magnitude,
+        matching=Matching.published(),
+        solver=Newton.published(max_iterations=10),
+        progress=False,
+    )
     done = [x for x in report.layers if not x.reason]
     assert all(x.steps == 3 for x in done)  # three batches, the fourth is held back
     after, before = loss_of(report)
@@ -160,7 +193,9 @@ def test_the_settings_of_the_published_method():
     here = horizon.stream(stream[0])
     with torch.no_grad():
         pairs = zip(horizon.outputs(masked, here).values(), horizon.outputs(own, here).values(), strict=True)
-        assert done[0].before == pytest.approx(sum((a - b).square().mean().item() for a, b in pairs), rel=1e-4)
+        assert done[0].before == pytest.approx(
+            sum((a - b).square().mean().item() for a, b in pairs), rel=1e-4
+        )
 
 
 def test_the_last_of_the_largest_batches_is_held_back():
@@ -180,7 +215,9 @@ def test_an_output_that_does_not_depend_on_the_layer_is_not_matched():
             features = self.first(x).tanh()
             return {"features": features, "logits": self.third(self.second(features).tanh())}
 
-    _, report = quiet(settle(Features()), [torch.randn(16, 8) for _ in range(4)], NM(2, 4), matching=Matching("end"))
+    _, report = quiet(
+        settle(Features()), [torch.randn(16, 8) for _ in range(4)], NM(2, 4), matching=Matching("end")
+    )
     (done,) = [x for x in report.layers if not x.reason]
     assert done.name == "second"
     assert done.after < 0.9 * done.before
@@ -190,16 +227,23 @@ def test_the_same_seed_gives_the_same_bits():
     net, batches = small()
     a, _ = quiet(net, batches, NM(2, 4), seed=3)
     b, _ = quiet(net, iter(batches), NM(2, 4), seed=3)
-    assert all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True)
+    )
 
 
 def test_recalibration_moves_statistics_by_what_pruning_moved():
-    dense = settle(nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)))
+    dense = settle(
+        nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    )
     batches = [torch.randn(n, 2, 6, 6) + 0.5 for n in (5, 2, 9)]
     inputs = [Batch.of(x) for x in batches]
     same = copy.deepcopy(dense)
     recalibrate_statistics(same, dense, inputs)
-    assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in zip(same.state_dict().values(), dense.state_dict().values(), strict=True))
+    assert all(
+        torch.allclose(a, b, rtol=1e-5, atol=1e-6)
+        for a, b in zip(same.state_dict().values(), dense.state_dict().values(), strict=True)
+    )
     sparse = copy.deepcopy(dense)
     with torch.no_grad():
         sparse[0].weight[0] *= 0.5
@@ -208,10 +252,17 @@ def test_recalibration_moves_statistics_by_what_pruning_moved():
         recalibrate_statistics(moved, dense, inputs)
         x = torch.cat(batches)
         for start, norm in ((0, 1), (3, 4)):  # the second sees the first as it was corrected
-            a, b = dense[: start + 1](x).movedim(1, 0).flatten(1).double(), moved[: start + 1](x).movedim(1, 0).flatten(1).double()
-            assert torch.allclose(moved[norm].running_mean.double(), dense[norm].running_mean + b.mean(1) - a.mean(1), atol=2e-3)
+            a, b = (
+                dense[: start + 1](x).movedim(1, 0).flatten(1).double(),
+                moved[: start + 1](x).movedim(1, 0).flatten(1).double(),
+            )
+            assert torch.allclose(
+                moved[norm].running_mean.double(), dense[norm].running_mean + b.mean(1) - a.mean(1), atol=2e-3
+            )
             ratio = b.var(1) / a.var(1)
-            assert torch.allclose(moved[norm].running_var.double(), dense[norm].running_var * ratio, rtol=5e-2)
+            assert torch.allclose(
+                moved[norm].running_var.double(), dense[norm].running_var * ratio, rtol=5e-2
+            )
     assert not moved[1].training
 
 
@@ -252,8 +303,13 @@ def test_a_run_that_was_stopped_goes_on_and_ends_with_the_same_bits(tmp_path, da
     if damaged:
         (tmp_path / "part" / "layers" / "0001.safetensors").write_bytes(b"half a file")
     resumed, report = quiet(net, batches, NM(2, 4), out=tmp_path / "part", resume=True)
-    assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), resumed.state_dict().values(), strict=True))
-    assert (tmp_path / "part" / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(whole.state_dict().values(), resumed.state_dict().values(), strict=True)
+    )
+    assert (tmp_path / "part" / "model.safetensors").read_bytes() == (
+        tmp_path / "whole" / "model.safetensors"
+    ).read_bytes()
     assert report.zeros == sum(x.size // 2 for x in report.layers if not x.reason)
 
 
@@ -264,7 +320,10 @@ from test_pruning import Matching, quiet, small, NM
 net, batches = small()
 quiet(net, batches, NM(2, 4), matching=Matching('end'), out={str(tmp_path / "run")!r}, resume=True)
 """
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([os.path.dirname(os.path.dirname(__file__)), *sys.path])}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([os.path.dirname(os.path.dirname(__file__)), *sys.path]),
+    }
     process = subprocess.Popen([sys.executable, "-c", script], env=environment)
     layers = tmp_path / "run" / "layers"
     while not (layers.is_dir() and any(layers.glob("*.safetensors"))) and process.poll() is None:
@@ -275,7 +334,10 @@ quiet(net, batches, NM(2, 4), matching=Matching('end'), out={str(tmp_path / "run
     net, batches = small()
     resumed, _ = quiet(net, batches, NM(2, 4), matching=Matching("end"), out=tmp_path / "run", resume=True)
     whole, _ = quiet(net, batches, NM(2, 4), matching=Matching("end"))
-    assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), resumed.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(whole.state_dict().values(), resumed.state_dict().values(), strict=True)
+    )
 
 
 def test_a_run_is_not_mixed_with_another(tmp_path):
@@ -283,9 +345,21 @@ def test_a_run_is_not_mixed_with_another(tmp_path):
     quiet(net, batches, NM(2, 4), out=tmp_path, solver=None)
     content = (tmp_path / "model.safetensors").read_bytes()
     other, _ = small(1)
-    for change, word in (({"pattern": NM(1, 4)}, "pattern"), ({"matching": Matching(3)}, "horizon"), ({"seed": 1}, "seed"),
-                         ({"model": other}, "model"), ({"batches": batches[:2]}, "data")):
-        call = {"model": net, "batches": batches, "pattern": NM(2, 4), "out": tmp_path, "resume": True, "solver": None} | change
+    for change, word in (
+        ({"pattern": NM(1, 4)}, "pattern"),
+        ({"matching": Matching(3)}, "horizon"),
+        ({"seed": 1}, "seed"),
+        ({"model": other}, "model"),
+        ({"batches": batches[:2]}, "data"),
+    ):
+        call = {
+            "model": net,
+            "batches": batches,
+            "pattern": NM(2, 4),
+            "out": tmp_path,
+            "resume": True,
+            "solver": None,
+        } | change
         with pytest.raises(ValueError, match=f"resume: .*{word}"):
             quiet(**call)
     with pytest.raises(ValueError, match="already holds a run"):
@@ -338,7 +412,9 @@ def with_nan():
 
 
 def parametrised():
-    return nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), nn.Linear(4, 4), nn.Linear(4, 4)).eval()
+    return nn.Sequential(
+        nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), nn.Linear(4, 4), nn.Linear(4, 4)
+    ).eval()
 
 
 x = torch.randn(8, 4)
@@ -354,10 +430,28 @@ WRONG = {
     "empty batch": (plain, [x[:0]], NM(2, 4), {}, "at least one sample"),
     "group divides no layer": (plain, [x], NM(2, 7), {}, "no layer is left.*7"),
     "budget beyond the caps": (plain, [x], Unstructured(0.9), {"cap": 0.5}, "raise the cap"),
-    "mask of another shape": (plain, [x], None, {"select": {"2": torch.ones(3, 3, dtype=torch.bool)}}, r"\(8, 8\), got .* \(3, 3\)"),
-    "mask of another dtype": (plain, [x], None, {"select": {"2": torch.full((8, 8), 0.5)}}, "torch.bool, or zeros and ones"),
+    "mask of another shape": (
+        plain,
+        [x],
+        None,
+        {"select": {"2": torch.ones(3, 3, dtype=torch.bool)}},
+        r"\(8, 8\), got .* \(3, 3\)",
+    ),
+    "mask of another dtype": (
+        plain,
+        [x],
+        None,
+        {"select": {"2": torch.full((8, 8), 0.5)}},
+        "torch.bool, or zeros and ones",
+    ),
     "mask for no layer": (plain, [x], None, {"select": {"nope": torch.ones(8, 8, dtype=torch.bool)}}, "nope"),
-    "mask against the pattern": (plain, [x], NM(2, 4), {"select": {"2": torch.ones(8, 8, dtype=torch.bool)}}, "keeps more than"),
+    "mask against the pattern": (
+        plain,
+        [x],
+        NM(2, 4),
+        {"select": {"2": torch.ones(8, 8, dtype=torch.bool)}},
+        "keeps more than",
+    ),
     "no pattern": (plain, [x], None, {}, "expected a pattern"),
     "pattern for no layer": (plain, [x], {"9": NM(2, 4)}, {}, "'9'"),
     "called twice": (lambda: Twice().eval(), [x], NM(2, 4), {}, "layer is called 2 times"),
@@ -365,8 +459,20 @@ WRONG = {
     "another network for masks": (plain, [x], None, {"select": nn.Linear(3, 3)}, "pruned copy of the model"),
     "a network without zeros": (plain, [x], None, {"select": plain()}, "needs zeros"),
     "parametrised": (parametrised, [x], NM(2, 4), {}, "parametrisation"),
-    "images of another shape": (plain, [torch.randn(8, 5)], NM(2, 4), {}, r"cannot run a batch of torch.float32 of \(8, 5\)"),
-    "one batch of another shape": (plain, [x, x, torch.randn(8, 5)], NM(2, 4), {}, r"cannot run a batch of torch.float32 of \(8, 5\)"),
+    "images of another shape": (
+        plain,
+        [torch.randn(8, 5)],
+        NM(2, 4),
+        {},
+        r"cannot run a batch of torch.float32 of \(8, 5\)",
+    ),
+    "one batch of another shape": (
+        plain,
+        [x, x, torch.randn(8, 5)],
+        NM(2, 4),
+        {},
+        r"cannot run a batch of torch.float32 of \(8, 5\)",
+    ),
     "images of another dtype": (plain, [x.double()], NM(2, 4), {}, "cannot run a batch of torch.float64"),
     "cap": (plain, [x], Unstructured(0.5), {"cap": math.nan}, "cap to be above 0 and at most 1, got nan"),
     "seed": (plain, [x], NM(2, 4), {"seed": -1}, "seed to be a whole number"),
@@ -385,33 +491,60 @@ def test_bad_input_gets_one_clear_sentence(name):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(("setting", "message"), [
-    ({"targets": "mine"}, "Matching: expected targets to be one of dense, local, got 'mine'"),
-    ({"metric": "mine"}, "Matching: expected metric to be one of output, variance, none, got 'mine'"),
-    ({"horizon": -1}, 'Matching: expected horizon to be a whole number of at least 0, or "end", got -1'),
-    ({"horizon": True}, "Matching: expected horizon to be a whole number"),
-])
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"targets": "mine"}, "Matching: expected targets to be one of dense, local, got 'mine'"),
+        ({"metric": "mine"}, "Matching: expected metric to be one of output, variance, none, got 'mine'"),
+        ({"horizon": -1}, 'Matching: expected horizon to be a whole number of at least 0, or "end", got -1'),
+        ({"horizon": True}, "Matching: expected horizon to be a whole number"),
+    ],
+)
 def test_a_setting_of_matching_that_is_none(setting, message):
     with pytest.raises(ValueError, match=message):
         Matching(**setting)
 
 
-@pytest.mark.parametrize(("pattern", "settings", "message"), [
-    (NM(2, 4), {"matching": 3}, "expected matching to be a snows.Matching, got 3"),
-    ("2:4", {}, "parse_pattern reads texts"), ({"2": "2:4"}, {}, "for 2, got '2:4'"), (NM(2, 4), {"solver": "newton"}, "snows.Newton or None"),
-    (NM(2, 4), {"select": "magnitude"}, "expected select to be a rule"),
-])
+@pytest.mark.parametrize(
+    ("pattern", "settings", "message"),
+    [
+        (NM(2, 4), {"matching": 3}, "expected matching to be a snows.Matching, got 3"),
+        ("2:4", {}, "parse_pattern reads texts"),
+        ({"2": "2:4"}, {}, "for 2, got '2:4'"),
+        (NM(2, 4), {"solver": "newton"}, "snows.Newton or None"),
+        (NM(2, 4), {"select": "magnitude"}, "expected select to be a rule"),
+    ],
+)
 def test_a_setting_of_another_type_is_named(pattern, settings, message):
     with pytest.raises(TypeError, match=message):
         quiet(plain(), [x], pattern, **settings)
 
 
-@pytest.mark.parametrize(("select", "kind", "message"), [
-    (lambda w, s, p: 3, TypeError, "expected select to return a snows.sparsity.MaskedWeight for 2, got a int"),
-    (lambda w, s, p: (w, w), ValueError, r"expected the mask that select returns for 2 to be torch.bool of"),
-    (lambda w, s, p: (w[:1], p.mask(w)), ValueError, r"expected the weight that select returns for 2 to be torch.float32 of"),
-    (lambda w, s, p: (w, w == w), ValueError, "the mask that select returns for 2 keeps more than the pattern 2:4 allows"),
-])
+@pytest.mark.parametrize(
+    ("select", "kind", "message"),
+    [
+        (
+            lambda w, s, p: 3,
+            TypeError,
+            "expected select to return a snows.sparsity.MaskedWeight for 2, got a int",
+        ),
+        (
+            lambda w, s, p: (w, w),
+            ValueError,
+            r"expected the mask that select returns for 2 to be torch.bool of",
+        ),
+        (
+            lambda w, s, p: (w[:1], p.mask(w)),
+            ValueError,
+            r"expected the weight that select returns for 2 to be torch.float32 of",
+        ),
+        (
+            lambda w, s, p: (w, w == w),
+            ValueError,
+            "the mask that select returns for 2 keeps more than the pattern 2:4 allows",
+        ),
+    ],
+)
 def test_what_a_rule_returns_is_checked(select, kind, message):
     with pytest.raises(kind, match=message):
         quiet(plain(), [x], NM(2, 4), select=select)
@@ -444,7 +577,10 @@ def test_a_damaged_layer_is_computed_again(tmp_path):
     quiet(net, [x], NM(2, 4), out=tmp_path)
     wanted = (tmp_path / "model.safetensors").read_bytes()
     layer = next((tmp_path / "layers").iterdir())
-    for tensors in ({"weight": torch.zeros(2, 2), "mask": torch.ones(2, 2, dtype=torch.bool)}, load_file(layer)):
+    for tensors in (
+        {"weight": torch.zeros(2, 2), "mask": torch.ones(2, 2, dtype=torch.bool)},
+        load_file(layer),
+    ):
         save_file(tensors, layer)  # of another layer; without its report
         quiet(net, [x], NM(2, 4), out=tmp_path, resume=True)
         assert (tmp_path / "model.safetensors").read_bytes() == wanted

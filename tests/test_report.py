@@ -35,7 +35,9 @@ def test_names_are_data(capsys):
     deployed = small(sparse, batches[0])
     for text in (str(report), run_page(report)):
         assert all(name in text for name in NAMES)
-    assert all(name in str(deployed.report) for name in NAMES[1:3])  # the first and the last layer have no zeros
+    assert all(
+        name in str(deployed.report) for name in NAMES[1:3]
+    )  # the first and the last layer have no zeros
 
 
 @pytest.mark.parametrize("width", [60, 100])
@@ -43,15 +45,28 @@ def test_the_end_of_a_long_name_is_shown(width):
     name = "features." + "stage." * 20 + "block.7.conv"
     console = Console(width=width, record=True, file=open("/dev/null", "w"))  # noqa: SIM115 - closed with the test
     console.print(Report([LayerReport(name, (64, 64, 3, 3), "2:4", 18432)]).table())
-    lines = [line.strip("│ ").split("│")[0].strip() for line in console.export_text().splitlines() if line.startswith("│")]
+    lines = [
+        line.strip("│ ").split("│")[0].strip()
+        for line in console.export_text().splitlines()
+        if line.startswith("│")
+    ]
     assert "".join(lines) == name
     console.file.close()
 
 
 def reports():
-    prune = Report([LayerReport("a", (4, 4), "2:4", 8, before=0.1, after=0.05, stop="x"), LayerReport("b", (2, 2), "dense", 4, "excluded")],
-                   20, {"seed": 1, "share": math.nan}, ["a note"])
-    deploy = Deployment([DeployedLayer("a", (4, 4), "2:4", "native", 1.0, 0.5, 64, 40)], dense_ms=1.0, notes=["n"])
+    prune = Report(
+        [
+            LayerReport("a", (4, 4), "2:4", 8, before=0.1, after=0.05, stop="x"),
+            LayerReport("b", (2, 2), "dense", 4, "excluded"),
+        ],
+        20,
+        {"seed": 1, "share": math.nan},
+        ["a note"],
+    )
+    deploy = Deployment(
+        [DeployedLayer("a", (4, 4), "2:4", "native", 1.0, 0.5, 64, 40)], dense_ms=1.0, notes=["n"]
+    )
     return {"prune": (Report, prune), "deploy": (Deployment, deploy)}
 
 
@@ -118,7 +133,9 @@ def test_deploy_says_where_times_scatter(monkeypatch):
     monkeypatch.setattr(snows.SparseLinear, "kernel", "native")
 
     def notes(layers, whole, **settings):
-        return snows.deploy(net, torch.randn(3, 8), stopwatch=Told(layers, whole), progress=False, **settings).report.notes
+        return snows.deploy(
+            net, torch.randn(3, 8), stopwatch=Told(layers, whole), progress=False, **settings
+        ).report.notes
 
     steady, wild = [(2.0, 1.0)] * 5, [(2.0, 1.0), (1.0, 2.0), (3.0, 1.0), (1.0, 3.0), (2.0, 1.0)]
     assert notes(steady, [(3.0, 2.0, 1.0)] * 5) == []

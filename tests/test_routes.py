@@ -26,7 +26,11 @@ class Functional(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.first, self.last, self.context = nn.Linear(4, 6), nn.Linear(6, 3), nn.Parameter(torch.randn(2, 2, 5, 3))
+        self.first, self.last, self.context = (
+            nn.Linear(4, 6),
+            nn.Linear(6, 3),
+            nn.Parameter(torch.randn(2, 2, 5, 3)),
+        )
         self.scale = nn.Parameter(torch.rand(6) + 0.5)
         self.register_buffer("some", torch.rand(5, 5) < 0.7)
 
@@ -36,7 +40,9 @@ class Functional(nn.Module):
         q = x.unflatten(-1, (2, 3)).transpose(1, 2)
         q = q + F.scaled_dot_product_attention(q, self.context, q, attn_mask=self.some)
         q = q + F.scaled_dot_product_attention(q, q, q, is_causal=True, scale=0.8)
-        q = q + F.scaled_dot_product_attention(query=q, key=q, value=self.context, attn_mask=torch.log(0.1 + self.some))
+        q = q + F.scaled_dot_product_attention(
+            query=q, key=q, value=self.context, attn_mask=torch.log(0.1 + self.some)
+        )
         return self.last(F.gelu(q.transpose(1, 2).flatten(2)))
 
 
@@ -93,7 +99,12 @@ CASES = {  # network, its input, the layer, the ops that must run
     "functional": (Functional, tokens, "first", {"gelu": 2, "layer_norm": 1, "attention": 3}),
     "closed attention": (Closed, tokens, "first", {"attention": 1}),
     "residual": (Residual, lambda: torch.randn(2, 2, 4, 4).double(), "first", {"affine_relu": 3}),
-    "block": (Block, lambda: torch.randn(2, 2, 4, 6).double(), "embed", {"gelu": 1, "layer_norm": 2, "attention": 1}),
+    "block": (
+        Block,
+        lambda: torch.randn(2, 2, 4, 6).double(),
+        "embed",
+        {"gelu": 1, "layer_norm": 2, "attention": 1},
+    ),
 }
 cases = pytest.mark.parametrize("name", CASES)
 
@@ -130,7 +141,9 @@ def test_the_ops_run_where_gradients_flow_and_the_operations_are_the_same(name, 
     called = Counter()
     for op in ("gelu", "layer_norm", "attention", "affine_relu"):
         original = getattr(ops, op)
-        monkeypatch.setattr(ops, op, lambda *a, op=op, original=original: (called.update([op]), original(*a))[1])
+        monkeypatch.setattr(
+            ops, op, lambda *a, op=op, original=original: (called.update([op]), original(*a))[1]
+        )
     found, stream, at = horizon(name)
     called.clear()
     outputs = found.outputs(at.requires_grad_(), stream)
@@ -155,7 +168,10 @@ def test_gradients_of_other_things_keep_pytorchs_own_functions(monkeypatch):
     with routes.Rerouted():
         assert torch.autograd.grad(F.layer_norm(x, (6,), weight).sum(), weight)[0].norm() > 0
         bias = torch.randn(3, 3, requires_grad=True)
-        assert torch.autograd.grad(F.scaled_dot_product_attention(x, x, x, bias).sum(), bias)[0].shape == (3, 3)
+        assert torch.autograd.grad(F.scaled_dot_product_attention(x, x, x, bias).sum(), bias)[0].shape == (
+            3,
+            3,
+        )
         assert F.scaled_dot_product_attention(x, x, x, dropout_p=0.5).shape == x.shape
         assert F.scaled_dot_product_attention(x, few, few, enable_gqa=True).shape == x.shape
         training = F.batch_norm(x, torch.zeros(4), torch.ones(4), training=True)

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from test_pruning import quiet, small
 
 from snows import NM
-from snows.results.run import LOCK, Run
+from snows.results.run import LOCK
 
 
 def bits(net):
@@ -33,7 +33,7 @@ def again(run):
 
 
 def test_a_flipped_bit_in_a_layers_file_is_found_and_the_layer_fitted_again(run):
-    net, batches, folder, wanted = run
+    _, _, folder, wanted = run
     path = folder / "layers" / "0001.safetensors"
     content = bytearray(path.read_bytes())
     content[-5] ^= 1
@@ -79,7 +79,9 @@ quiet(net, batches, NM(2, 4), select=slow, out={str(tmp_path / "run")!r})
     with subprocess.Popen([sys.executable, "-c", script], env=environment, **pipes) as process:
         assert process.stdout.readline() == "inside\n"
         net, batches = small()
-        with pytest.raises(ValueError, match=r"out: .* is in use by another process; wait for it, or name another folder"):
+        with pytest.raises(
+            ValueError, match=r"out: .* is in use by another process; wait for it, or name another folder"
+        ):
             quiet(net, batches, NM(2, 4), out=tmp_path / "run", resume=True)
         process.communicate("\n" * 10)
         assert process.returncode == 0
@@ -98,7 +100,7 @@ def test_a_lock_that_is_a_link_is_not_followed(tmp_path):
 
 
 def test_results_do_not_go_through_a_link(run, tmp_path):
-    _, _, folder, wanted = run
+    _, _, folder, _ = run
     (folder / "elsewhere").write_text("mine")
     (folder / "model.safetensors").unlink()
     (folder / "model.safetensors").symlink_to(folder / "elsewhere")
@@ -108,11 +110,14 @@ def test_results_do_not_go_through_a_link(run, tmp_path):
 
 
 def test_a_run_of_an_older_version_is_refused_by_name(run):
-    net, batches, folder, _ = run
+    _, _, folder, _ = run
     path = folder / "run.json"
     content = json.loads(path.read_text())
     path.write_text(json.dumps({**content, "version": 1}))
-    with pytest.raises(ValueError, match=r"resume: .* holds a run of another version of snows \(format 1, this one writes 2\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"resume: .* holds a run of another version of snows \(format 1, this one writes 2\)",
+    ):
         again(run)
 
 
@@ -123,8 +128,10 @@ def test_another_number_of_threads_is_told(run):
     assert content["threads"] == torch.get_num_threads()
     path.write_text(json.dumps({**content, "threads": 77}))
     _, report = again(run)
-    assert report.notes == [f"The run began with 77 threads and ended with {torch.get_num_threads()}; the last bits of its numbers may differ "
-                            "from those of a run that was not interrupted."]
+    assert report.notes == [
+        f"The run began with 77 threads and ended with {torch.get_num_threads()}; the last bits of its numbers may differ "
+        "from those of a run that was not interrupted."
+    ]
 
 
 def test_a_lock_is_free_after_an_error(tmp_path):
@@ -137,4 +144,3 @@ def test_a_lock_is_free_after_an_error(tmp_path):
         quiet(net, batches, NM(2, 4), select=fails, out=tmp_path)
     with pytest.raises(ValueError, match="another select"):
         quiet(net, batches, NM(2, 4), out=tmp_path, resume=True)
-    assert isinstance(Run, type)

@@ -27,8 +27,11 @@ def linear_case():
 def conv_case(groups):
     x = torch.randn(5, 8, 5, 6, dtype=torch.float64)
     weight = torch.randn(4, 8 // groups, 3, 3, dtype=torch.float64)
-    statistics = LayerStatistics([conv_call(x[:2], groups), conv_call(x[2:], groups)], [conv_call(x[:2], groups), conv_call(x[2:], groups)],
-                                 identity(groups, 4 // groups))
+    statistics = LayerStatistics(
+        [conv_call(x[:2], groups), conv_call(x[2:], groups)],
+        [conv_call(x[:2], groups), conv_call(x[2:], groups)],
+        identity(groups, 4 // groups),
+    )
     return weight, statistics, unfold_rows(x, (3, 3), 1, 1, 1, groups)
 
 
@@ -47,8 +50,11 @@ def test_statistics_are_moments_over_all_batches(groups):
 def test_cross_pairs_the_dense_layer_with_the_pruned_rows(groups):
     x, d = torch.randn(2, 5, 8, 5, 6, dtype=torch.float64)
     weight = torch.randn(4, 8 // groups, 3, 3, dtype=torch.float64)
-    statistics = LayerStatistics([conv_call(x[:2], groups), conv_call(x[2:], groups)], [conv_call(d[:2], groups), conv_call(d[2:], groups)],
-                                 identity(groups, 4 // groups))
+    statistics = LayerStatistics(
+        [conv_call(x[:2], groups), conv_call(x[2:], groups)],
+        [conv_call(d[:2], groups), conv_call(d[2:], groups)],
+        identity(groups, 4 // groups),
+    )
     X, D = (unfold_rows(v, (3, 3), 1, 1, 1, groups) for v in (x, d))
     W = rows(weight).view(groups, 4 // groups, -1)
     assert torch.allclose(statistics.cross(weight), W @ D.transpose(1, 2) @ X / X.shape[1])
@@ -94,7 +100,9 @@ def test_sparsegpt_against_the_column_by_column_formula(groups, pattern):
                 if j % 4:
                     return None
                 U = torch.linalg.cholesky(torch.linalg.inv(H), upper=True).diagonal()
-                return torch.zeros(out, 4, dtype=torch.bool).scatter(1, (W[:, j : j + 4] / U[j : j + 4]).abs().topk(2).indices, True)
+                return torch.zeros(out, 4, dtype=torch.bool).scatter(
+                    1, (W[:, j : j + 4] / U[j : j + 4]).abs().topk(2).indices, True
+                )
 
             W, mask = sparsegpt_oracle(rows(weight)[g * out : (g + 1) * out], H, choose)
             assert torch.equal(rows(found.mask)[g * out : (g + 1) * out], mask)
@@ -107,7 +115,10 @@ def test_sparsegpt_lowers_the_layers_error():
     weight, statistics, X, _ = linear_case()
     target = X @ weight.T
     for pattern in (NM(2, 4), NM(1, 4), Unstructured(0.7)):
-        error = {f.__name__: (X @ f(weight, statistics, pattern).weight.T - target).square().sum().item() for f in (magnitude, sparsegpt)}
+        error = {
+            f.__name__: (X @ f(weight, statistics, pattern).weight.T - target).square().sum().item()
+            for f in (magnitude, sparsegpt)
+        }
         assert error["sparsegpt"] < 0.9 * error["magnitude"]
 
 

@@ -86,7 +86,12 @@ def test_batched_cg_solves_every_rows_own_system(groups):
         for i in range(7):
             keep = mask[g, i]
             assert not found[g, i][~keep].any()
-            assert torch.allclose(found[g, i][keep], torch.linalg.solve(damped[keep][:, keep], right[g, i][keep]), rtol=1e-8, atol=1e-10)
+            assert torch.allclose(
+                found[g, i][keep],
+                torch.linalg.solve(damped[keep][:, keep], right[g, i][keep]),
+                rtol=1e-8,
+                atol=1e-10,
+            )
 
 
 def test_armijo_backtracks_to_a_real_decrease():
@@ -128,7 +133,14 @@ def test_one_newton_step_reaches_the_closed_form_on_a_linear_problem(curvature, 
     mask = torch.rand(5, 9) < 0.6
     loss = LeastSquares(X, X @ W.T)
     factors = Factors((X.T @ X / 80)[None], torch.eye(5, dtype=torch.float64)[None])
-    newton = Newton(gradient=gradient, curvature=curvature, preconditioner=preconditioner, rtol=1e-12, max_iterations=100, damping=1e-12)
+    newton = Newton(
+        gradient=gradient,
+        curvature=curvature,
+        preconditioner=preconditioner,
+        rtol=1e-12,
+        max_iterations=100,
+        damping=1e-12,
+    )
     found, steps, *_ = newton.solve([loss], MaskedWeight(W * mask, mask), held=loss, factors=factors)
     expected = masked_least_squares(X, X @ W.T, mask)
     assert torch.allclose(found.weight, expected, rtol=1e-6, atol=1e-8)
@@ -142,7 +154,9 @@ def test_the_best_held_back_weight_is_kept():
     mask = torch.ones(2, 4, dtype=torch.bool)
     held = LeastSquares(X, X @ good.T)
     misleading = LeastSquares(X, X @ (-good).T)
-    found, steps, before, after = Newton(preconditioner="none", gradient="batch").solve([misleading], MaskedWeight(good, mask), held=held)
+    found, steps, before, after = Newton(preconditioner="none", gradient="batch").solve(
+        [misleading], MaskedWeight(good, mask), held=held
+    )
     assert torch.equal(found.weight, good)
     assert steps[0].size > 0
     assert steps[0].after < steps[0].before  # of the misleading batch

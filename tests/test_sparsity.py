@@ -7,7 +7,9 @@ from snows.choosing.budgets import allocate
 from snows.sparsity import rows, unrows
 
 
-@pytest.mark.parametrize(("n", "m", "columns"), [(1, 4, 16), (2, 4, 20), (3, 8, 24), (2, 4, 7), (3, 32, 70), (1, 2, 1)])
+@pytest.mark.parametrize(
+    ("n", "m", "columns"), [(1, 4, 16), (2, 4, 20), (3, 8, 24), (2, 4, 7), (3, 32, 70), (1, 2, 1)]
+)
 def test_nm_mask_is_the_best_of_all_choices(n, m, columns):
     scores = torch.randn(9, columns, dtype=torch.float64)
     mask = ops.nm_mask(scores, n, m)
@@ -37,7 +39,9 @@ def test_nm_mask_opcheck():
     torch.library.opcheck(torch.ops.snows.nm_mask.default, (torch.randn(4, 8), 2, 4))
 
 
-@pytest.mark.parametrize("bad", [torch.ones(3), torch.ones(2, 4, dtype=torch.int64), torch.tensor([[torch.nan, 1, 2, 3]])])
+@pytest.mark.parametrize(
+    "bad", [torch.ones(3), torch.ones(2, 4, dtype=torch.int64), torch.tensor([[torch.nan, 1, 2, 3]])]
+)
 def test_nm_mask_refuses(bad):
     with pytest.raises(ValueError, match="nm_mask: expected"):
         ops.nm_mask(bad, 2, 4)

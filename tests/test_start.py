@@ -19,13 +19,20 @@ def python(code):
 
 
 def test_importing_the_package_imports_no_torch():
-    assert python("import sys, snows; snows.__version__, dir(snows); print('torch' in sys.modules)") == "False\n"
+    assert (
+        python("import sys, snows; snows.__version__, dir(snows); print('torch' in sys.modules)") == "False\n"
+    )
     assert python("import sys, snows; print(snows.NM(2, 4), 'torch' in sys.modules)") == "2:4 True\n"
-    assert python("import snows; from snows import *; print(prune.__module__, SparseLinear.__module__)") == "snows.pruning snows.layers\n"
+    assert (
+        python("import snows; from snows import *; print(prune.__module__, SparseLinear.__module__)")
+        == "snows.pruning snows.layers\n"
+    )
     assert python("import snows, torch; snows.ops; print(torch.ops.snows.nm_mask)") == "snows.nm_mask\n"
 
 
-@pytest.mark.parametrize("command", ["", "prune", "eval", "report", "deploy", "bench", "export", "demo", "info"])
+@pytest.mark.parametrize(
+    "command", ["", "prune", "eval", "report", "deploy", "bench", "export", "demo", "info"]
+)
 def test_help_answers_without_torch(command):
     text = python(f"""
 import sys
@@ -53,9 +60,16 @@ def test_every_public_name_is_there_and_no_other():
 
 def test_the_options_start_from_the_library_s_own_numbers():
     """They are written out, so that `--help` needs no torch."""
-    defaults = {command.callback.__name__: {p.name: p.default for p in inspect.signature(command.callback).parameters.values()}
-                for command in cli.app.registered_commands}
-    assert (defaults["prune"]["iterations"], defaults["prune"]["passes"]) == (snows.Newton().max_iterations, snows.Newton().passes)
+    defaults = {
+        command.callback.__name__: {
+            p.name: p.default for p in inspect.signature(command.callback).parameters.values()
+        }
+        for command in cli.app.registered_commands
+    }
+    assert (defaults["prune"]["iterations"], defaults["prune"]["passes"]) == (
+        snows.Newton().max_iterations,
+        snows.Newton().passes,
+    )
     assert defaults["demo"]["images"] == demo.JUDGED
 
 
@@ -65,10 +79,16 @@ def test_every_rule_that_the_command_line_offers_is_a_selector():
         pruning._rule("best")
 
 
-@pytest.mark.parametrize(("text", "sentence"), [
-    ("gpu", "--device: expected auto, cpu, cuda or cuda:NUMBER, got 'gpu'"), ("cuda:x", "got 'cuda:x'"), ("cuda:", "got 'cuda:'"),
-    ("cuda:99", r"expected one that is there, got cuda:99, but this torch \(.*\) sees"), ("cpu:1", "got cpu:1"),
-])
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("gpu", "--device: expected auto, cpu, cuda or cuda:NUMBER, got 'gpu'"),
+        ("cuda:x", "got 'cuda:x'"),
+        ("cuda:", "got 'cuda:'"),
+        ("cuda:99", r"expected one that is there, got cuda:99, but this torch \(.*\) sees"),
+        ("cpu:1", "got cpu:1"),
+    ],
+)
 def test_a_device_that_is_not_there_is_one_sentence(text, sentence):
     with pytest.raises(ValueError, match=sentence):
         terminal.device_of(text)

@@ -47,7 +47,13 @@ class Gate(nn.Module):
 class Gated(nn.Module):
     def __init__(self):
         super().__init__()
-        self.a, self.t, self.b, self.d, self.f = cbr(3, 16), Gate(), cbr(16, 16), cbr(16, 16), nn.Linear(16, 10)
+        self.a, self.t, self.b, self.d, self.f = (
+            cbr(3, 16),
+            Gate(),
+            cbr(16, 16),
+            cbr(16, 16),
+            nn.Linear(16, 10),
+        )
 
     def forward(self, x):
         h = self.b(self.t(self.a(x)))
@@ -57,7 +63,9 @@ class Gated(nn.Module):
 def calls_in_a_whole_pass(net, batch, layer):
     """The input of a layer as a hook sees it in a whole pass."""
     seen = []
-    handle = net.get_submodule(layer).register_forward_pre_hook(lambda module, args: seen.append(args[0].clone()))
+    handle = net.get_submodule(layer).register_forward_pre_hook(
+        lambda module, args: seen.append(args[0].clone())
+    )
     with torch.no_grad(), plain_forward():
         batch.through(net)
     handle.remove()
@@ -68,8 +76,10 @@ def calls_in_a_whole_pass(net, batch, layer):
 def test_state_that_a_module_keeps_is_the_batchs_own(sizes):
     net, batches = settle(Gated()), images(*sizes)
     twins = Twins(net, batches)
-    assert twins.notes == ["Modules keep state from one call to the next, which the network reads, so that every pass began at the "
-                           "network's input; this takes longer."]
+    assert twins.notes == [
+        "Modules keep state from one call to the next, which the network reads, so that every pass began at the "
+        "network's input; this takes longer."
+    ]
     for layer in ("a.0", "t.c", "b.0", "d.0"):
         site = twins.at(layer)
         assert len(site.training) == len(sizes) - 1
@@ -77,13 +87,17 @@ def test_state_that_a_module_keeps_is_the_batchs_own(sizes):
             whole = calls_in_a_whole_pass(twins.sparse, pair.sparse.batch, layer)
             torch.testing.assert_close(pair.sparse.call.x, whole, rtol=1e-5, atol=1e-6)
     losses = Objective(twins, Matching(2), 0).at(twins.at("d.0"))
-    assert losses.held(losses.site.weight).item() == pytest.approx(0, abs=1e-9)  # the dense weight matches the dense network
+    assert losses.held(losses.site.weight).item() == pytest.approx(
+        0, abs=1e-9
+    )  # the dense weight matches the dense network
     _, report = quiet(net, batches, NM(2, 4))
     assert [x.name for x in report.layers if not x.reason] == ["t.g", "t.c", "b.0", "d.0"]
 
 
 def test_a_network_without_state_starts_late():
-    net = settle(nn.Sequential(cbr(3, 16), cbr(16, 16), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 4)))
+    net = settle(
+        nn.Sequential(cbr(3, 16), cbr(16, 16), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 4))
+    )
     twins = Twins(net, images())
     assert twins.notes == []
     assert not any(schedule.whole for schedule in twins.schedules)
@@ -102,7 +116,11 @@ class Recording(nn.Module):
 
 
 def test_state_that_nobody_reads_costs_nothing():
-    net = settle(nn.Sequential(cbr(3, 16), Recording(), cbr(16, 16), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 4)))
+    net = settle(
+        nn.Sequential(
+            cbr(3, 16), Recording(), cbr(16, 16), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 4)
+        )
+    )
     twins = Twins(net, images())
     assert not any(schedule.whole for schedule in twins.schedules)
 
@@ -116,7 +134,9 @@ class Experts(nn.Module):
     def __init__(self):
         super().__init__()
         self.stem, self.head = nn.Linear(8, 8), nn.Linear(8, 4)
-        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)) for _ in range(3))
+        self.experts = nn.ModuleList(
+            nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)) for _ in range(3)
+        )
 
     def forward(self, x):
         h = self.stem(x).tanh()
@@ -138,12 +158,16 @@ def test_experts_are_fitted_to_the_batches_that_reach_them():
     sparse, report = quiet(net, batches, NM(2, 4), select=snows.magnitude)
     assert any("Batches take different ways through the network" in note for note in report.notes)
     rows = {x.name: x for x in report.layers}
-    assert [name for name, x in rows.items() if not x.reason] == [f"experts.{i}.{j}" for i in (0, 1) for j in (0, 2)]
+    assert [name for name, x in rows.items() if not x.reason] == [
+        f"experts.{i}.{j}" for i in (0, 1) for j in (0, 2)
+    ]
     assert rows["experts.2.0"].reason == "never runs"
     twins = Twins(net, batches)
     reached = [pair.sparse.batch.args[0] for pair in twins.at("experts.1.0").training]
     assert all((x.mean(1) > 0).any() for x in reached)
-    assert len(reached) == sum(bool((x.mean(1) > 0).any()) for x in (b.args[0] for b in hold_back([Batch.of(x) for x in batches])[0]))
+    assert len(reached) == sum(
+        bool((x.mean(1) > 0).any()) for x in (b.args[0] for b in hold_back([Batch.of(x) for x in batches])[0])
+    )
     masks, _ = quiet(net, batches, NM(2, 4), select=snows.magnitude, solver=None)
     with torch.no_grad():
         x = torch.cat([torch.randn(64, 8) - 2, torch.randn(64, 8) + 2])
@@ -167,7 +191,12 @@ def test_an_expert_that_only_the_held_back_batch_reaches_stays_dense():
 class Within(nn.Module):
     def __init__(self, between):
         super().__init__()
-        self.first, self.second, self.third, self.last = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 4)
+        self.first, self.second, self.third, self.last = (
+            nn.Linear(8, 8),
+            nn.Linear(8, 8),
+            nn.Linear(8, 8),
+            nn.Linear(8, 4),
+        )
         self.between = between
 
     def forward(self, x):
@@ -180,11 +209,22 @@ def overwrite(y):
     return z
 
 
-@pytest.mark.parametrize(("between", "note"), [
-    (lambda y: torch.cdist(y.unsqueeze(0), y.unsqueeze(0))[0] @ y, "second: matched up to what comes before :relu"),
-    (overwrite, ""), (torch.no_grad()(lambda y: y * 2), ""), (nn.Hardsigmoid(), ""), (nn.Hardswish(), ""),
-    (lambda y: y + torch.round(y), ""), (lambda y: y.detach() * 2, ""),
-], ids=["cdist", "in place", "no_grad", "hardsigmoid", "hardswish", "round", "detach"])
+@pytest.mark.parametrize(
+    ("between", "note"),
+    [
+        (
+            lambda y: torch.cdist(y.unsqueeze(0), y.unsqueeze(0))[0] @ y,
+            "second: matched up to what comes before :relu",
+        ),
+        (overwrite, ""),
+        (torch.no_grad()(lambda y: y * 2), ""),
+        (nn.Hardsigmoid(), ""),
+        (nn.Hardswish(), ""),
+        (lambda y: y + torch.round(y), ""),
+        (lambda y: y.detach() * 2, ""),
+    ],
+    ids=["cdist", "in place", "no_grad", "hardsigmoid", "hardswish", "round", "detach"],
+)
 def test_a_network_is_pruned_whatever_its_derivatives(between, note):
     torch.manual_seed(0)
     net, batches = Within(between).eval(), [torch.randn(16, 8) for _ in range(4)]
@@ -208,7 +248,9 @@ class Checkpointed(nn.Module):
     def forward(self, x):
         x = self.first(x).relu()
         if self.grad_checkpointing:
-            x = torch.utils.checkpoint.checkpoint(lambda y: self.second(y).tanh(), x, use_reentrant=self.reentrant)
+            x = torch.utils.checkpoint.checkpoint(
+                lambda y: self.second(y).tanh(), x, use_reentrant=self.reentrant
+            )
         else:
             x = self.second(x).tanh()
         return self.last(x)
@@ -233,7 +275,9 @@ class TwoInputs(nn.Module):
         self.forward = self.with_default if default else self.without
 
     def with_default(self, x, scale=None):
-        return self.last(self.second(self.first(x) * (1 if scale is None else scale.mean((1, 2))[:, None])).relu())
+        return self.last(
+            self.second(self.first(x) * (1 if scale is None else scale.mean((1, 2))[:, None])).relu()
+        )
 
     def without(self, x, scale):
         return self.with_default(x, scale)
@@ -243,8 +287,11 @@ class TwoInputs(nn.Module):
 def test_a_pair_for_a_model_of_two_inputs_is_not_taken_for_labels(default):
     net = TwoInputs(default).eval()
     pairs = [(torch.randn(8, 8), torch.rand(8, 3, 3)) for _ in range(4)]
-    with pytest.raises(ValueError, match=r"prune: expected a mapping of inputs by name for a model that takes 2 inputs, got a tuple of 2.*"
-                                         r"pass \{'x': \.\.\., 'scale': \.\.\.\}"):
+    with pytest.raises(
+        ValueError,
+        match=r"prune: expected a mapping of inputs by name for a model that takes 2 inputs, got a tuple of 2.*"
+        r"pass \{'x': \.\.\., 'scale': \.\.\.\}",
+    ):
         quiet(net, pairs, NM(2, 4))
     net.second.weight.data *= NM(2, 4).mask(net.second.weight.abs())
     with pytest.raises(ValueError, match="deploy: expected a mapping of inputs by name"):
@@ -254,7 +301,11 @@ def test_a_pair_for_a_model_of_two_inputs_is_not_taken_for_labels(default):
     assert [x.name for x in report.layers if not x.reason] == ["second"]
 
 
-@pytest.mark.parametrize("labels", [torch.arange(8), torch.zeros(8), torch.zeros(8, 4), [0] * 8], ids=["numbers", "floats", "soft", "list"])
+@pytest.mark.parametrize(
+    "labels",
+    [torch.arange(8), torch.zeros(8), torch.zeros(8, 4), [0] * 8],
+    ids=["numbers", "floats", "soft", "list"],
+)
 def test_labels_for_a_model_of_two_inputs_are_labels(labels):
     _, report = quiet(TwoInputs(True).eval(), [(torch.randn(8, 8), labels) for _ in range(4)], NM(2, 4))
     assert [x.name for x in report.layers if not x.reason] == ["second"]
@@ -292,10 +343,21 @@ def test_the_mask_lies_beside_its_weight_and_in_the_result():
 def test_masks_of_attention_survive_opening_and_closing():
     torch.manual_seed(0)
     net = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
-    pruned = quiet(net, [torch.randn(4, 6, 8) for _ in range(4)], NM(2, 4), select=snows.magnitude, solver=None)
+    pruned = quiet(
+        net, [torch.randn(4, 6, 8) for _ in range(4)], NM(2, 4), select=snows.magnitude, solver=None
+    )
     assert set(pruned.masks) == {"self_attn.out_proj", "linear1"}
-    pruned = quiet(net, [torch.randn(4, 6, 8) for _ in range(4)], NM(2, 4), select=snows.magnitude, solver=None, only=lambda n, m: True)
-    assert torch.equal(getattr(pruned.network.self_attn, f"in_proj_{MASK}"), pruned.masks["self_attn.in_proj"])
+    pruned = quiet(
+        net,
+        [torch.randn(4, 6, 8) for _ in range(4)],
+        NM(2, 4),
+        select=snows.magnitude,
+        solver=None,
+        only=lambda n, m: True,
+    )
+    assert torch.equal(
+        getattr(pruned.network.self_attn, f"in_proj_{MASK}"), pruned.masks["self_attn.in_proj"]
+    )
     assert torch.equal(mask_of(pruned.network.self_attn.out_proj), pruned.masks["self_attn.out_proj"])
     again = quiet(net, [torch.randn(4, 6, 8) for _ in range(4)], None, select=pruned.network, solver=None)
     assert all(torch.equal(again.masks[name], mask) for name, mask in pruned.masks.items())
@@ -305,11 +367,19 @@ def test_a_weight_that_is_not_zero_off_its_mask_is_refused():
     net = settle(nn.Sequential(cbr(3, 16), cbr(16, 16), nn.Flatten(), nn.Linear(16 * 256, 4)))
     network, _ = quiet(net, images(), NM(2, 4), select=snows.magnitude, solver=None)
     network.get_submodule("1.0").weight.data += 0.1  # somebody trained it
-    with pytest.raises(ValueError, match=r"the weight of 1\.0 to be zero off its mask.*multiply it by mask_of\(layer\), or prune again"):
+    with pytest.raises(
+        ValueError,
+        match=r"the weight of 1\.0 to be zero off its mask.*multiply it by mask_of\(layer\), or prune again",
+    ):
         snows.deploy(network, images()[0], progress=False)
     layer = network.get_submodule("1.0")
     layer.weight.data *= layer.pruning_mask
-    assert snows.deploy(network, images()[0], objective="size", stopwatch=QUICK, progress=False).report.layers[0].reason == ""
+    assert (
+        snows.deploy(network, images()[0], objective="size", stopwatch=QUICK, progress=False)
+        .report.layers[0]
+        .reason
+        == ""
+    )
 
 
 class Corners:
@@ -334,7 +404,9 @@ class Corners:
 @pytest.mark.parametrize("select", [snows.alps, snows.least_squares], ids=["alps", "least squares"])
 def test_a_pattern_of_ones_own_goes_all_the_way(select, tmp_path):
     """Pruned, fitted, packed, saved and loaded; a layer that it does not fit stays dense with its reason."""
-    net = settle(nn.Sequential(cbr(3, 16), cbr(16, 16), nn.Conv2d(16, 8, 1), nn.Flatten(), nn.Linear(8 * 256, 4)))
+    net = settle(
+        nn.Sequential(cbr(3, 16), cbr(16, 16), nn.Conv2d(16, 8, 1), nn.Flatten(), nn.Linear(8 * 256, 4))
+    )
     pruned = quiet(net, images(), Corners(), select=select, solver=Newton(max_iterations=2))
     rows = {x.name: x for x in pruned.report.layers}
     assert rows["2"].reason == "it has no kernel of 3 x 3"
@@ -352,7 +424,11 @@ def test_a_pattern_of_ones_own_goes_all_the_way(select, tmp_path):
 
 def test_the_dense_weight_matches_the_dense_network_everywhere():
     """At every layer, before anything is pruned: the loss is zero, whatever the horizon."""
-    net = settle(nn.Sequential(cbr(3, 16), cbr(16, 16), cbr(16, 16), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 4)))
+    net = settle(
+        nn.Sequential(
+            cbr(3, 16), cbr(16, 16), cbr(16, 16), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 4)
+        )
+    )
     twins = Twins(net, images())
     for layer in ("1.0", "2.0", "5"):
         for k in (0, 3, "end"):

@@ -1,1 +1,1 @@
-"""What is asked, decided before anything is fitted: goals, budgets, the plan; and the stopwatch that choices are made by."""
+"""What is asked, decided before anything is fitted: goals, budgets, the plan; and the stopwatch."""

@@ -15,9 +15,9 @@ from snows.sparsity import Unstructured, refuse_nan
 def spend(layers: Mapping[str, Layer], budget: Unstructured, cap: float) -> dict[str, Unstructured]:
     """Divide an `Unstructured` budget over layers; one from which nothing is taken is left out.
 
-    Weights are ranked by ``|W| (groups)^¼ / rms(W)^½``. That is half-way, in the logarithm, between the global ranking by
-    magnitude and one in which a weight counts by its layer's root mean square, and in a grouped convolution by the share
-    of the output that it makes; `docs/experiments.md` compares the three.
+    Weights are ranked by ``|W| (groups)^¼ / rms(W)^½``. That is half-way, in the logarithm, between the
+    global ranking by magnitude and one in which a weight counts by its layer's root mean square, and in a
+    grouped convolution by the share of the output that it makes; `docs/experiments.md` compares the three.
 
     Args:
         layers: by name.
@@ -36,15 +36,18 @@ def spend(layers: Mapping[str, Layer], budget: Unstructured, cap: float) -> dict
     shares = {name: counts[name] / score.numel() for name, score in scores.items()}
     if not any(shares.values()):
         total = sum(s.numel() for s in scores.values())
-        raise ValueError(f"prune: a sparsity of {budget.sparsity:g} removes none of {total} weights; raise it")
+        raise ValueError(
+            f"prune: a sparsity of {budget.sparsity:g} removes none of {total} weights; raise it"
+        )
     return {name: Unstructured(share) for name, share in shares.items() if share > 0}
 
 
 def allocate(scores: Mapping[str, Tensor], sparsity: float, cap: float = 0.95) -> dict[str, int]:
     """Spend one exact sparsity budget over several layers: how many weights each layer loses.
 
-    The lowest scores of all layers go first; no layer loses more than the share `cap` of its own, nor its last weight, and
-    what a layer may not lose is taken from the others. The denominator is the number of weights in `scores`.
+    The lowest scores of all layers go first; no layer loses more than the share `cap` of its own, nor its
+    last weight, and what a layer may not lose is taken from the others. The denominator is the number of
+    weights in `scores`.
 
     Args:
         scores: by layer, comparable between layers; higher stays.
@@ -61,8 +64,10 @@ def allocate(scores: Mapping[str, Tensor], sparsity: float, cap: float = 0.95) -
     limits = {name: min(math.floor(cap * s.numel() + 1e-9), s.numel() - 1) for name, s in scores.items()}
     if budget > sum(limits.values()):
         raise ValueError(
-            f"allocate: a sparsity of {sparsity:g} needs {budget} of {total} weights removed, but with a cap of {cap:g} "
-            f"per layer, and one weight of each kept, at most {sum(limits.values())} can go; lower the sparsity or raise the cap"
+            f"allocate: a sparsity of {sparsity:g} needs {budget} of {total} weights removed, but with a cap "
+            f"of {cap:g} "
+            f"per layer, and one weight of each kept, at most {sum(limits.values())} can go; lower the "
+            "sparsity or raise the cap"
         )
     candidates, owner = [], []
     for index, (name, score) in enumerate(scores.items()):

@@ -28,14 +28,20 @@ def check_goal(pattern: Any, select: Any, cap: Any) -> None:
         ValueError: there is neither a pattern nor masks, or `cap` is out of range.
     """
     if pattern is not None and not (isinstance(pattern, Pattern | Mapping) or callable(pattern)):
-        raise TypeError(f"prune: expected a pattern such as snows.NM(2, 4) or snows.Unstructured(0.7), got {pattern!r}; "
-                        "snows.parse_pattern reads texts")
+        raise TypeError(
+            f"prune: expected a pattern such as snows.NM(2, 4) or snows.Unstructured(0.7), got {pattern!r}; "
+            "snows.parse_pattern reads texts"
+        )
     if not isinstance(select, Mapping | nn.Module):
         if not callable(select):
-            raise TypeError("prune: expected select to be a rule, masks by layer name, or a pruned network, got "
-                            f"{type(select).__name__}")
+            raise TypeError(
+                "prune: expected select to be a rule, masks by layer name, or a pruned network, got "
+                f"{type(select).__name__}"
+            )
         if pattern is None:
-            raise ValueError("prune: expected a pattern such as NM(2, 4) or Unstructured(0.7), got None without masks")
+            raise ValueError(
+                "prune: expected a pattern such as NM(2, 4) or Unstructured(0.7), got None without masks"
+            )
     if not (isinstance(cap, int | float) and 0 < cap <= 1):
         raise ValueError(f"prune: expected cap to be above 0 and at most 1, got {cap!r}")
 
@@ -51,6 +57,7 @@ class Given:
         self.start = start
 
     def __call__(self, weight: Tensor, statistics: LayerStatistics, pattern: Pattern | None) -> MaskedWeight:
+        """Return the given mask and weight, on the weight's device."""
         return MaskedWeight(*(x.to(weight.device) for x in self.start))
 
 
@@ -59,12 +66,12 @@ def given(twins: Twins, select: Choosing) -> dict[str, MaskedWeight]:
 
     Args:
         twins: of the network to prune.
-        select: a rule; masks by layer name (bool, or numbers that are all 0 or 1; under `layer` or `layer.weight`); or a
-            pruned network, whose weights are taken too.
+        select: a rule; masks by layer name (bool, or numbers that are all 0 or 1; under `layer` or
+            `layer.weight`); or a pruned network, whose weights are taken too.
 
     Raises:
-        ValueError: the masks are not of this network's layers, or there are none; or there is a rule, and the network carries
-            masks of `torch.nn.utils.prune`.
+        ValueError: the masks are not of this network's layers, or there are none; or there is a rule, and the
+            network carries masks of `torch.nn.utils.prune`.
     """
     layers = prunable(twins.sparse)
     if isinstance(select, nn.Module):
@@ -73,20 +80,31 @@ def given(twins: Twins, select: Choosing) -> dict[str, MaskedWeight]:
         open_attention(closed)
         sources = prunable(closed)
         if sources.keys() != layers.keys():
-            raise ValueError("prune: expected select to be a pruned copy of the model, got a network with other layers: "
-                             f"{sorted(sources.keys() ^ layers.keys())[:5]}")
-        masks = {name: mask for name, mask in {**masks_in(closed), **carried}.items() if name in sources and not mask.all()}
+            raise ValueError(
+                "prune: expected select to be a pruned copy of the model, got a network with other layers: "
+                f"{sorted(sources.keys() ^ layers.keys())[:5]}"
+            )
+        masks = {
+            name: mask
+            for name, mask in {**masks_in(closed), **carried}.items()
+            if name in sources and not mask.all()
+        }
         weights = {name: sources[name].weight.detach() for name in masks}
     elif isinstance(select, Mapping):
         masks = {_layer_of(key, layers): mask for key, mask in select.items()}
         weights = {name: layers[name].weight.detach() for name in masks}
     else:
         if pruned := [x.layer for x in twins.carried if x.is_weight and x.layer in layers]:
-            raise ValueError(f"prune: {pruned[0]} carries a mask of torch.nn.utils.prune; pass select=model to keep the masks, "
-                             "or remove them first (torch.nn.utils.prune.remove)")
+            raise ValueError(
+                f"prune: {pruned[0]} carries a mask of torch.nn.utils.prune; pass select=model to keep the "
+                "masks, "
+                "or remove them first (torch.nn.utils.prune.remove)"
+            )
         return {}
     if not masks:
-        raise ValueError("prune: expected select to hold masks, got none; a pruned network needs zeros in its weights")
+        raise ValueError(
+            "prune: expected select to hold masks, got none; a pruned network needs zeros in its weights"
+        )
     found = {}
     for name, mask in masks.items():
         mask = _as_mask(name, mask, layers[name].weight.shape)
@@ -99,15 +117,25 @@ def _layer_of(key: Any, layers: Mapping[str, nn.Module]) -> str:
     for name in (key, str(key).removesuffix(".weight")):
         if name in layers:
             return str(name)
-    raise ValueError(f"prune: expected masks for layers of the model, got one for {key!r}; the layers are "
-                     f"{', '.join(list(layers)[:8])}, ...")
+    raise ValueError(
+        f"prune: expected masks for layers of the model, got one for {key!r}; the layers are "
+        f"{', '.join(list(layers)[:8])}, ..."
+    )
 
 
 def _as_mask(name: str, mask: Any, shape: torch.Size) -> Tensor:
     """Return a mask as bool of the weight's shape; numbers that are all 0 or 1 are read as such."""
-    if isinstance(mask, Tensor) and mask.dtype != torch.bool and not mask.is_complex() and ((mask == 0) | (mask == 1)).all():
+    if (
+        isinstance(mask, Tensor)
+        and mask.dtype != torch.bool
+        and not mask.is_complex()
+        and ((mask == 0) | (mask == 1)).all()
+    ):
         mask = mask.bool()
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != shape:
         got = f"{mask.dtype} of {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
-        raise ValueError(f"prune: expected the mask of {name} to be torch.bool, or zeros and ones, of {tuple(shape)}, got {got}")
+        raise ValueError(
+            f"prune: expected the mask of {name} to be torch.bool, or zeros and ones, of {tuple(shape)}, got "
+            f"{got}"
+        )
     return mask

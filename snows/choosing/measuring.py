@@ -1,4 +1,7 @@
-"""The stopwatch: calls timed in alternation, so that interference affects all alike, and whether their times tell them apart."""
+"""The stopwatch: calls timed in alternation, and whether their times tell them apart.
+
+Interference affects all calls alike.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,8 @@ import torch
 
 ROUNDS = 5  # at least so many runs of each
 REPEATS = 3  # a race that is not decided is run so many times in all
-SCATTER = 0.1  # quartiles of a quotient that lie further apart than this, relative to its median, are said to scatter
+# quartiles of a quotient that lie further apart than this, relative to its median, are said to scatter
+SCATTER = 0.1
 
 
 class Race(NamedTuple):
@@ -36,8 +40,9 @@ class Race(NamedTuple):
     def scatters(self, slow: int, fast: int, margin: float = 1.0) -> bool:
         """Say whether the times do not tell if call `fast` is `margin` times as fast as call `slow`.
 
-        That is where the quartiles of the rounds' quotients lie on both sides of `margin`, further apart than `SCATTER`. Calls within a few
-        per cent of each other are not reported, because either choice costs little.
+        That is where the quartiles of the rounds' quotients lie on both sides of `margin`, further apart than
+        `SCATTER`. Calls within a few per cent of each other are not reported, because either choice costs
+        little.
         """
         quotients = [times[slow] / times[fast] for times in self.rounds]
         low, median, high = statistics.quantiles(quotients, n=4)
@@ -60,16 +65,24 @@ class Stopwatch:
     rounds: int = ROUNDS
     repeats: int = REPEATS
 
-    def layer(self, runs: Sequence[Callable[[], object]], undecided: Callable[[Race], bool] = lambda race: False) -> Race:
+    def layer(
+        self, runs: Sequence[Callable[[], object]], undecided: Callable[[Race], bool] = lambda race: False
+    ) -> Race:
         """Time ways to run one layer."""
         return self.race(runs, self.layer_seconds, undecided)
 
-    def network(self, runs: Sequence[Callable[[], object]], undecided: Callable[[Race], bool] = lambda race: False) -> Race:
+    def network(
+        self, runs: Sequence[Callable[[], object]], undecided: Callable[[Race], bool] = lambda race: False
+    ) -> Race:
         """Time ways to run a network."""
         return self.race(runs, self.network_seconds, undecided)
 
-    def race(self, runs: Sequence[Callable[[], object]], seconds: float = 0.0,
-             undecided: Callable[[Race], bool] = lambda race: False) -> Race:
+    def race(
+        self,
+        runs: Sequence[Callable[[], object]],
+        seconds: float = 0.0,
+        undecided: Callable[[Race], bool] = lambda race: False,
+    ) -> Race:
         """Time calls in turns, after one run of each that does not count.
 
         Args:

@@ -49,8 +49,9 @@ class Packing:
     stopwatch: Stopwatch
     times: dict[Any, Race] = field(default_factory=dict)
 
-    def choose(self, name: str, layer: Layer, use: Use, activation: tuple[str, nn.Module] | None,
-               terms: Terms) -> tuple[tuple[Pack, Packed] | None, DeployedLayer]:
+    def choose(
+        self, name: str, layer: Layer, use: Use, activation: tuple[str, nn.Module] | None, terms: Terms
+    ) -> tuple[tuple[Pack, Packed] | None, DeployedLayer]:
         """Choose between a layer as it is and its packed form.
 
         Args:
@@ -83,29 +84,48 @@ class Packing:
 
     def _race(self, dense: nn.Module, packed: Packed, use: Use, terms: Terms) -> Race:
         innermost = isinstance(packed, SparseConv2d) and packed.innermost
-        key = (type(packed), packed.shape, tuple(use.calls), _pattern(packed), packed.activation, str(use.settings),
-               packed.values.dtype, innermost)
+        key = (
+            type(packed),
+            packed.shape,
+            tuple(use.calls),
+            _pattern(packed),
+            packed.activation,
+            str(use.settings),
+            packed.values.dtype,
+            innermost,
+        )
         if key not in self.times:
             x = [_random(shape, stride, packed.values) for shape, stride in use.calls]
             laid = [innermost_images(a) for a in x] if innermost else x
             with torch.inference_mode():
                 self.times[key] = self.stopwatch.layer(
                     [lambda: [dense(a) for a in x], lambda: [packed(a) for a in laid]],
-                    lambda race: terms.objective == "speed" and race.scatters(0, 1, terms.margin))
+                    lambda race: terms.objective == "speed" and race.scatters(0, 1, terms.margin),
+                )
         return self.times[key]
 
     def scatter(self, margin: float) -> list[str]:
         """Say of which choices the times mean little."""
         unsure = sum(race.scatters(0, 1, margin) for race in self.times.values())
-        return [f"The times of {unsure} of {len(self.times)} kinds of layer {SCATTERS}, so that choosing between dense and packed "
-                "means little there; run deploy again on a quieter machine."] if unsure else []
+        return (
+            [
+                f"The times of {unsure} of {len(self.times)} kinds of layer {SCATTERS}, so that choosing "
+                "between dense and packed "
+                "means little there; run deploy again on a quieter machine."
+            ]
+            if unsure
+            else []
+        )
 
 
 SCATTERS = f"scatter by more than {100 * SCATTER:.0f} % although they were taken {REPEATS} times"
 
 
 def whole_scatters(race: Race) -> bool:
-    """Say whether a packed network cannot be told from the dense, folded one, which is the second; the model is the first."""
+    """Say whether times cannot tell a packed network from the dense one.
+
+    The model is the first run of the race, the dense network with its normalisation folded the second.
+    """
     return any(race.scatters(1, i) for i in range(2, len(race.rounds[0])))
 
 
@@ -144,13 +164,14 @@ def _why_dense(row: DeployedLayer, packed: Packed, dtype: torch.dtype, terms: Te
 
 
 def _random(shape: torch.Size, stride: tuple[int, ...], like: Tensor) -> Tensor:
-    x = torch.empty(shape, dtype=like.dtype, device=like.device) if 0 in stride else \
-        torch.empty_strided(shape, stride, dtype=like.dtype, device=like.device)
+    x = (
+        torch.empty(shape, dtype=like.dtype, device=like.device)
+        if 0 in stride
+        else torch.empty_strided(shape, stride, dtype=like.dtype, device=like.device)
+    )
     return x.normal_()
 
 
 def nbytes(module: nn.Module) -> int:
     """Count the bytes of a module's state."""
     return sum(x.nbytes for x in module.state_dict().values() if isinstance(x, Tensor))
-
-

@@ -42,7 +42,8 @@ class Plan:
 
     Attributes:
         choices: by layer, in order of execution.
-        rows: a line for each layer of the network, as it will be reported; those of the chosen layers are replaced by fits.
+        rows: a line for each layer of the network, as it will be reported; those of the chosen layers are
+            replaced by fits.
         patterns: as they were asked, for the record of a run.
     """
 
@@ -60,7 +61,8 @@ def decide(twins: Twins, pattern: PatternChoice, select: Choosing, only: Only | 
 
     Args:
         twins: the networks.
-        pattern: for all layers, by layer name, or a function of name and module that may return None for dense.
+        pattern: for all layers, by layer name, or a function of name and module that may return None for
+            dense.
         select: a rule, masks by layer name, or a pruned network.
         only: which layers to prune; by default all that run but the first and the last.
         cap: the largest share that a layer may lose under an `Unstructured` budget.
@@ -73,17 +75,24 @@ def decide(twins: Twins, pattern: PatternChoice, select: Choosing, only: Only | 
     deciding = _Deciding(twins, pattern, starts, only)
     reasons = {name: deciding.reason(name) for name in deciding.names}
     chosen = {name: deciding.wanted(name) for name, reason in reasons.items() if not reason}
-    plan = Plan({}, [deciding.row(name, reason) for name, reason in reasons.items()] + _other_convolutions(twins.sparse))
+    plan = Plan(
+        {},
+        [deciding.row(name, reason) for name, reason in reasons.items()] + _other_convolutions(twins.sparse),
+    )
     if not chosen:
         telling = [x for x in plan.rows if x.reason not in (NO_PATTERN, NO_MASK)] or plan.rows
         said = "; ".join(f"{x.name}: {x.reason}" for x in telling[:4])
-        raise ValueError(f"prune: no layer is left to prune ({said or 'the model has no Linear or Conv2d that runs'})")
+        raise ValueError(
+            f"prune: no layer is left to prune ({said or 'the model has no Linear or Conv2d that runs'})"
+        )
     plan.patterns = {name: str(x) for name, x in chosen.items()}
     if isinstance(pattern, Unstructured) and not starts:
         layers = prunable(twins.dense)
         budget = spend({name: layers[name] for name in chosen}, pattern, cap)
-        plan.rows = [x if x.reason or x.name in budget else replace(x, pattern="dense", kept=x.size, reason=SPARED)
-                     for x in plan.rows]
+        plan.rows = [
+            x if x.reason or x.name in budget else replace(x, pattern="dense", kept=x.size, reason=SPARED)
+            for x in plan.rows
+        ]
         chosen = dict(budget)
     kept = twins.mask_unchosen(chosen)
     plan.rows = [replace(x, kept=kept.get(x.name, x.kept)) for x in plan.rows]
@@ -99,10 +108,14 @@ NO_PATTERN, NO_MASK = "no pattern given", "no mask given"
 class _Deciding:
     """Ask of each layer whether it is pruned."""
 
-    def __init__(self, twins: Twins, pattern: PatternChoice, starts: Mapping[str, MaskedWeight], only: Only | None) -> None:
+    def __init__(
+        self, twins: Twins, pattern: PatternChoice, starts: Mapping[str, MaskedWeight], only: Only | None
+    ) -> None:
         self.twins, self.pattern, self.starts, self.only = twins, pattern, starts, only
         self.layers: dict[str, Any] = dict(prunable(twins.sparse))
-        if isinstance(pattern, Mapping) and (unknown := [name for name in pattern if name not in self.layers]):
+        if isinstance(pattern, Mapping) and (
+            unknown := [name for name in pattern if name not in self.layers]
+        ):
             raise ValueError(f"prune: expected patterns for layers of the model, got one for {unknown[0]!r}")
         order = twins.order
         self.names = [*order, *(name for name in self.layers if name not in order)]
@@ -139,7 +152,11 @@ class _Deciding:
         if wanted is None and not self.starts:
             return NO_PATTERN
         if name not in self.twins.calls:
-            return f"it shares its weight with {self.shared[name]}" if name in self.shared else self._unseen(name)
+            return (
+                f"it shares its weight with {self.shared[name]}"
+                if name in self.shared
+                else self._unseen(name)
+            )
         explicit = name in self.starts or (isinstance(self.pattern, Mapping) and name in self.pattern)
         if self.only is None and not explicit and name in self.ends:
             return "first layer" if name == self.twins.order[0] else "last layer"
@@ -152,17 +169,26 @@ class _Deciding:
     def _unseen(self, name: str) -> str:
         """Say why no call of a function with this layer's own weight was seen."""
         if how := how_computed(self.layers[name]):
-            raise ValueError(f"prune: expected {name}.weight to be a plain parameter, got one computed by {how}, or leave the "
-                             "layer out with only=")
+            raise ValueError(
+                f"prune: expected {name}.weight to be a plain parameter, got one computed by {how}, or leave "
+                "the "
+                "layer out with only="
+            )
         return "its weight is computed before use" if self.twins.trace.called[name] else "never runs"
 
     def _refuse(self, name: str, wanted: Pattern | None) -> None:
         if name in self.shared:
-            raise ValueError(f"prune: {name} and {self.shared[name]} share one weight; give each its own, or leave both out with "
-                             "only=")
+            raise ValueError(
+                f"prune: {name} and {self.shared[name]} share one weight; give each its own, or leave both "
+                "out with "
+                "only="
+            )
         if self.twins.calls[name] > 1:
-            raise ValueError(f"prune: {name} is called {self.twins.calls[name]} times in one forward pass; such a layer cannot be "
-                             "pruned yet, exclude it with only=lambda name, module: ...")
+            raise ValueError(
+                f"prune: {name} is called {self.twins.calls[name]} times in one forward pass; such a layer "
+                "cannot be "
+                "pruned yet, exclude it with only=lambda name, module: ..."
+            )
         if self.starts and wanted is not None and not allows(wanted, self.starts[name].mask):
             raise ValueError(f"prune: the mask of {name} keeps more than the pattern {wanted} allows")
 
@@ -198,11 +224,18 @@ def checked(select: Selector, name: str, found: Any, weight: Tensor, pattern: Pa
     """
     shape, dtypes = tuple(weight.shape), (weight.dtype, torch.bool)
     if not (isinstance(found, tuple) and len(found) == 2 and all(isinstance(t, Tensor) for t in found)):
-        raise TypeError(f"prune: expected select to return a snows.sparsity.MaskedWeight for {name}, got a {type(found).__name__}")
+        raise TypeError(
+            f"prune: expected select to return a snows.sparsity.MaskedWeight for {name}, got a "
+            f"{type(found).__name__}"
+        )
     for what, tensor, dtype in zip(("weight", "mask"), found, dtypes, strict=True):
         if tensor.dtype != dtype or tuple(tensor.shape) != shape:
-            raise ValueError(f"prune: expected the {what} that select returns for {name} to be {dtype} of {shape}, "
-                             f"got {tensor.dtype} of {tuple(tensor.shape)}")
+            raise ValueError(
+                f"prune: expected the {what} that select returns for {name} to be {dtype} of {shape}, "
+                f"got {tensor.dtype} of {tuple(tensor.shape)}"
+            )
     if pattern is not None and not isinstance(select, Given) and not allows(pattern, found[1]):
-        raise ValueError(f"prune: the mask that select returns for {name} keeps more than the pattern {pattern} allows")
+        raise ValueError(
+            f"prune: the mask that select returns for {name} keeps more than the pattern {pattern} allows"
+        )
     return MaskedWeight(found[0].masked_fill(~found[1], 0), found[1])

@@ -12,8 +12,12 @@ import typer
 from snows.cli import machine, pruning, runs
 from snows.cli.terminal import errors
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
-                  help="One-shot pruning of vision networks by Hessian-free Newton steps.")
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="One-shot pruning of vision networks by Hessian-free Newton steps.",
+)
 app.command()(pruning.prune)
 app.command("eval")(pruning.evaluate)
 for _command in (runs.report, runs.deploy, runs.bench, runs.export, machine.demo, machine.info):

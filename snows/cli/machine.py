@@ -13,7 +13,9 @@ from snows.cli.terminal import Device, console, device_of
 
 def demo(
     out: Annotated[Path, typer.Option(help="folder for the pruned weights and the page")] = Path("runs/demo"),
-    images: Annotated[int, typer.Option(min=1, max=10_000, help="how many of the 10,000 test images judge")] = 4_000,
+    images: Annotated[
+        int, typer.Option(min=1, max=10_000, help="how many of the 10,000 test images judge")
+    ] = 4_000,
     device: Device = "auto",
 ) -> None:
     """Prune the two networks of the zoo, deploy them and print two tables."""
@@ -33,11 +35,19 @@ def info() -> None:
     table = Table("", "", show_header=False)
     table.add_row("snows", snows.__version__)
     table.add_row("Python", platform.python_version())
-    table.add_row("torch", f"{torch.__version__}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
+    table.add_row(
+        "torch",
+        f"{torch.__version__}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
+    )
     table.add_row("CUDA", torch.cuda.get_device_name() if torch.cuda.is_available() else "none")
-    table.add_row("native kernels", f"{ops.native}; built for: {build.outcome()}{' ' * bool(build.complaint())}{build.complaint()}")
+    table.add_row(
+        "native kernels",
+        f"{ops.native}; built for: {build.outcome()}{' ' * bool(build.complaint())}{build.complaint()}",
+    )
     table.add_row("Triton kernels", ops.triton)
     for op in ops.OPS:
         devices = ("CPU", "CUDA") if torch.cuda.is_available() else ("CPU",)
-        table.add_row(f"op {op}", ", ".join(f"{device}: {ops.implementation(op, device)}" for device in devices))
+        table.add_row(
+            f"op {op}", ", ".join(f"{device}: {ops.implementation(op, device)}" for device in devices)
+        )
     console.print(table)

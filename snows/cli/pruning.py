@@ -1,4 +1,4 @@
-"""`snows prune` and `snows eval`: from a network and pictures, by name, to a pruned network and its figures."""
+"""`snows prune` and `snows eval`: from a network and pictures, by name, to a pruned network."""
 
 from __future__ import annotations
 
@@ -16,33 +16,64 @@ if TYPE_CHECKING:
 
     from snows.sources import Data, Network
 
-Rule = Literal["alps", "magnitude", "wanda", "sparsegpt", "least-squares", "least-squares:sparsegpt", "least-squares:wanda"]
+Rule = Literal[
+    "alps",
+    "magnitude",
+    "wanda",
+    "sparsegpt",
+    "least-squares",
+    "least-squares:sparsegpt",
+    "least-squares:wanda",
+]
 
 
 def prune(
     model: terminal.Model,
     data: terminal.Data,
-    out: Annotated[Path, typer.Option(help="folder for the pruned weights, masks and report; finished layers are saved at once")],
-    pattern: Annotated[str | None, typer.Option(help='"2:4" keeps two of four, "0.7" or "70%" removes that share')] = None,
+    out: Annotated[
+        Path,
+        typer.Option(
+            help="folder for the pruned weights, masks and report; finished layers are saved at once"
+        ),
+    ],
+    pattern: Annotated[
+        str | None, typer.Option(help='"2:4" keeps two of four, "0.7" or "70%" removes that share')
+    ] = None,
     weights: terminal.Weights = None,
     random_weights: terminal.RandomWeights = False,
     select: Annotated[Rule, typer.Option(help="how each layer's mask and first weights are found")] = "alps",
-    masks: Annotated[Path | None, typer.Option(help="safetensors of boolean masks by layer, instead of --select")] = None,
+    masks: Annotated[
+        Path | None, typer.Option(help="safetensors of boolean masks by layer, instead of --select")
+    ] = None,
     horizon: Annotated[str, typer.Option(help='operations matched after each layer, or "end"')] = "3",
     samples: Annotated[int, typer.Option(min=1, help="calibration images")] = 1024,
     batch_size: Annotated[int, typer.Option(min=1, help="images a batch")] = 128,
-    targets: Annotated[Literal["dense", "local"], typer.Option(help="features from the dense network's inputs, or from the pruned one's")] = "dense",
-    metric: Annotated[Literal["output", "variance", "none"], typer.Option(help="how a mismatch of features is measured")] = "output",
+    targets: Annotated[
+        Literal["dense", "local"],
+        typer.Option(help="features from the dense network's inputs, or from the pruned one's"),
+    ] = "dense",
+    metric: Annotated[
+        Literal["output", "variance", "none"], typer.Option(help="how a mismatch of features is measured")
+    ] = "output",
     passes: Annotated[int, typer.Option(min=1, help="over the calibration images, at most")] = 1,
     iterations: Annotated[int, typer.Option(min=1, help="conjugate-gradient iterations a step, at most")] = 5,
     cap: Annotated[float, typer.Option(help="largest share a layer may lose under a sparsity budget")] = 0.95,
     recalibrate: Annotated[bool, typer.Option(help="re-estimate BatchNorm statistics")] = True,
-    judge: Annotated[int, typer.Option(min=0, help="test images that the result is compared with the dense network on; 0 for none")] = 1000,
+    judge: Annotated[
+        int,
+        typer.Option(
+            min=0, help="test images that the result is compared with the dense network on; 0 for none"
+        ),
+    ] = 1000,
     resume: Annotated[bool, typer.Option("--resume", help="go on with the run in --out")] = False,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     device: terminal.Device = "auto",
-    classes: terminal.Classes = None, labels: terminal.Labels = None,
-    crop: terminal.Crop = None, resize: terminal.Resize = None, mean: terminal.Mean = None, std: terminal.Std = None,
+    classes: terminal.Classes = None,
+    labels: terminal.Labels = None,
+    crop: terminal.Crop = None,
+    resize: terminal.Resize = None,
+    mean: terminal.Mean = None,
+    std: terminal.Std = None,
 ) -> None:
     """Prune a trained network in one shot."""
     import snows
@@ -58,10 +89,20 @@ def prune(
     solver = snows.Newton(max_iterations=iterations, passes=passes)
     place = terminal.device_of(device)
     if (out / "run.json").exists() and not resume:
-        raise ValueError(f"--out: {out} already holds a run; add --resume to go on with it, or name another folder")
+        raise ValueError(
+            f"--out: {out} already holds a run; add --resume to go on with it, or name another folder"
+        )
     files = {"weights": weights, "classes": classes, "labels": labels}
-    source = Source(model, data, **{name: str(path) if path else None for name, path in files.items()}, random_weights=random_weights, crop=crop,
-                    resize=resize, mean=numbers(mean, "mean"), std=numbers(std, "std"))
+    source = Source(
+        model,
+        data,
+        **{name: str(path) if path else None for name, path in files.items()},
+        random_weights=random_weights,
+        crop=crop,
+        resize=resize,
+        mean=numbers(mean, "mean"),
+        std=numbers(std, "std"),
+    )
     network = _network(model, weights, random_weights)
     preparation = network.preparation.override(*source.settings())
     images = sources.load_data(data, network, "calibration", preparation=preparation)
@@ -73,8 +114,18 @@ def prune(
         matching = snows.Matching("end" if horizon == "end" else int(horizon), targets, metric)
         with memory.kept():
             sparse, report = snows.prune(
-                net, batches, chosen, select=rule, solver=solver, matching=matching, cap=cap, recalibrate=recalibrate, out=out,
-                resume=resume, seed=seed)
+                net,
+                batches,
+                chosen,
+                select=rule,
+                solver=solver,
+                matching=matching,
+                cap=cap,
+                recalibrate=recalibrate,
+                out=out,
+                resume=resume,
+                seed=seed,
+            )
     except KeyboardInterrupt:
         warn(f"stopped; finished layers are kept in {out}. Add --resume to the same command to go on.")
         raise typer.Exit(130) from None
@@ -83,34 +134,60 @@ def prune(
     say(f"weights, masks and report are in {out}")
     if judge:
         try:
-            test = sources.load_data(data, network, "test", preparation=preparation, classes=classes, labels=labels)
-            _judge(net, sparse, test, images.drawn(samples, seed) if test.origin == images.origin else None, judge, batch_size)
+            test = sources.load_data(
+                data, network, "test", preparation=preparation, classes=classes, labels=labels
+            )
+            _judge(
+                net,
+                sparse,
+                test,
+                images.drawn(samples, seed) if test.origin == images.origin else None,
+                judge,
+                batch_size,
+            )
         except ValueError as error:  # what was pruned is there all the same
             warn(f"not judged: {error}")
-    next_command("snows", "deploy", out, *(["--trust"] if sources.runs_code(model) or (sources.runs_code(data) and not Path(data).is_dir()) else []))
+    next_command(
+        "snows",
+        "deploy",
+        out,
+        *(
+            ["--trust"]
+            if sources.runs_code(model) or (sources.runs_code(data) and not Path(data).is_dir())
+            else []
+        ),
+    )
 
 
-def _judge(dense: nn.Module, sparse: nn.Module, test: Data, used: list[int] | None, count: int, batch_size: int) -> None:
+def _judge(
+    dense: nn.Module, sparse: nn.Module, test: Data, used: list[int] | None, count: int, batch_size: int
+) -> None:
     """Compare what was pruned with the dense network on test images, by class too where the data has labels.
 
     Args:
         dense: the dense network.
         sparse: the pruned one.
         test: the test images.
-        used: numbers of the calibration images where they are of the same split, for the data has one alone; None where it has two.
+        used: numbers of the calibration images where they are of the same split, for the data has one alone;
+            None where it has two.
         count: images at most.
         batch_size: images a batch.
     """
     from snows import evaluation
 
     others = len(test) - len(used or ())
-    first, second = evaluation.compare(dense, sparse, test.spread(count, batch_size, used if used and others else ()))
+    first, second = evaluation.compare(
+        dense, sparse, test.spread(count, batch_size, used if used and others else ())
+    )
     _note(test)
     if not first.images:
         raise ValueError(f"none of the pictures in {test.origin} can be read")
     show_scores([("dense", first), ("pruned", second)])
     if used is not None:
-        say("of the same data as the calibration images, which has no test split" + (", but not of these images" if used and others else ""))
+        say(
+            "of the same data as the calibration images, which has no test split"
+            + (", but not of these images" if used and others else "")
+        )
     elif count < len(test):
         say(f"on {first.images} of {len(test)} test images; snows eval judges on all")
 
@@ -130,8 +207,12 @@ def _rule(name: str) -> Any:
     from snows import selectors
 
     named = {
-        "alps": selectors.alps, "magnitude": selectors.magnitude, "wanda": selectors.wanda, "sparsegpt": selectors.sparsegpt,
-        "least-squares": selectors.least_squares, "least-squares:sparsegpt": partial(selectors.least_squares, select=selectors.sparsegpt),
+        "alps": selectors.alps,
+        "magnitude": selectors.magnitude,
+        "wanda": selectors.wanda,
+        "sparsegpt": selectors.sparsegpt,
+        "least-squares": selectors.least_squares,
+        "least-squares:sparsegpt": partial(selectors.least_squares, select=selectors.sparsegpt),
         "least-squares:wanda": partial(selectors.least_squares, select=selectors.wanda),
     }
     return named[name]
@@ -165,11 +246,18 @@ def evaluate(
     data: terminal.Data,
     weights: terminal.Weights = None,
     random_weights: terminal.RandomWeights = False,
-    dense: Annotated[Path | None, typer.Option(help="weights of the dense network, to compare with; by default the library's own")] = None,
+    dense: Annotated[
+        Path | None,
+        typer.Option(help="weights of the dense network, to compare with; by default the library's own"),
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="images a batch")] = 250,
     device: terminal.Device = "auto",
-    classes: terminal.Classes = None, labels: terminal.Labels = None,
-    crop: terminal.Crop = None, resize: terminal.Resize = None, mean: terminal.Mean = None, std: terminal.Std = None,
+    classes: terminal.Classes = None,
+    labels: terminal.Labels = None,
+    crop: terminal.Crop = None,
+    resize: terminal.Resize = None,
+    mean: terminal.Mean = None,
+    std: terminal.Std = None,
 ) -> None:
     """Measure accuracy, and agreement and divergence against the dense network."""
     from snows import evaluation, sources
@@ -192,7 +280,10 @@ def evaluate(
 
 
 def _reference(model: str, weights: Path | None, dense: Path | None) -> nn.Module | None:
-    """Load the dense network to compare with: of the weights in `dense`, or the library's own if others are judged."""
+    """Load the dense network to compare with.
+
+    Its weights are those in `dense`, or the library's own if others are judged.
+    """
     from snows import sources
 
     if dense is None and (weights is None or sources.runs_code(model)):

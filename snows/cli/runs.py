@@ -17,9 +17,15 @@ if TYPE_CHECKING:
     from snows.sources.source import Source
 
 Folder = Annotated[Path, typer.Argument(help="the folder of a run")]
-Trust = Annotated[bool, typer.Option("--trust", help="import and call the Python objects that the run's source.json names")]
-Model = Annotated[str | None, typer.Option("--model", help="the dense network, instead of the one that source.json names")]
-Data = Annotated[str | None, typer.Option("--data", help="where the example comes from, instead of what source.json names")]
+Trust = Annotated[
+    bool, typer.Option("--trust", help="import and call the Python objects that the run's source.json names")
+]
+Model = Annotated[
+    str | None, typer.Option("--model", help="the dense network, instead of the one that source.json names")
+]
+Data = Annotated[
+    str | None, typer.Option("--data", help="where the example comes from, instead of what source.json names")
+]
 
 
 def report(run: Folder) -> None:
@@ -43,11 +49,16 @@ def _not_its_own(run: Path, out: Path) -> None:
     """Refuse to write over what a run made."""
     from snows.results.run import RESULTS
 
-    if out.resolve() in {(run / name).resolve() for name in ("run.json", *RESULTS)} or (run / "layers").resolve() in out.resolve().parents:
+    if (
+        out.resolve() in {(run / name).resolve() for name in ("run.json", *RESULTS)}
+        or (run / "layers").resolve() in out.resolve().parents
+    ):
         raise ValueError(f"--out: {out} is a file of the run itself; name another")
 
 
-def _load_run(run: Path, images: int, device: str, trust: bool, model: str | None, data: str | None) -> tuple[nn.Module, Tensor, Source]:
+def _load_run(
+    run: Path, images: int, device: str, trust: bool, model: str | None, data: str | None
+) -> tuple[nn.Module, Tensor, Source]:
     """Load a run's pruned network, a batch of its images, both on the device, and where they come from."""
     from snows import sources
     from snows.results import files
@@ -55,29 +66,53 @@ def _load_run(run: Path, images: int, device: str, trust: bool, model: str | Non
 
     place, weights = terminal.device_of(device), run / "model.safetensors"
     if not (run / SOURCE).is_file() or not weights.is_file():
-        raise ValueError(f"{run} is not the folder of a finished run; expected {SOURCE} and model.safetensors there, from snows prune")
+        raise ValueError(
+            f"{run} is not the folder of a finished run; expected {SOURCE} and model.safetensors there, from "
+            "snows prune"
+        )
     if files.is_packed(weights):
         raise ValueError(f"{weights} is packed; expected the pruned weights as snows prune wrote them there")
     source = Source.read(run)
     for option, given, named in (("--model", model, source.model), ("--data", data, source.data)):
         is_folder = option == "--data" and Path(named).is_dir()
         if given is None and sources.runs_code(named) and not is_folder and not trust:
-            raise ValueError(f"{run / SOURCE} names {named}, Python code that would be imported and called; add --trust if you trust whoever made "
-                             f"this folder, or say what to use instead with {option}")
+            raise ValueError(
+                f"{run / SOURCE} names {named}, Python code that would be imported and called; add --trust "
+                "if you trust whoever made "
+                f"this folder, or say what to use instead with {option}"
+            )
     source = replace(source, model=model or source.model, data=data or source.data)
     network = sources.load_model(source.model, weights)
-    found = sources.load_data(source.data, network, "calibration", preparation=network.preparation.override(*source.settings()),
-                              fetch=trust or data is not None)
+    found = sources.load_data(
+        source.data,
+        network,
+        "calibration",
+        preparation=network.preparation.override(*source.settings()),
+        fetch=trust or data is not None,
+    )
     return network.model.to(place), found.first(images).to(place), source
 
 
 def deploy(
     run: Folder,
-    out: Annotated[Path | None, typer.Option(help="safetensors file for the packed network; by default packed.safetensors in the folder")] = None,
-    objective: Annotated[Literal["speed", "size"], typer.Option(help="keep the faster of dense and packed, or pack what gets smaller")] = "speed",
-    dtype: Annotated[Literal["float32", "float16", "bfloat16"], typer.Option(help="of the packed network")] = "float32",
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="safetensors file for the packed network; by default packed.safetensors in the folder"
+        ),
+    ] = None,
+    objective: Annotated[
+        Literal["speed", "size"],
+        typer.Option(help="keep the faster of dense and packed, or pack what gets smaller"),
+    ] = "speed",
+    dtype: Annotated[
+        Literal["float32", "float16", "bfloat16"], typer.Option(help="of the packed network")
+    ] = "float32",
     batch_size: Annotated[int, typer.Option(min=1, help="images at a time that layers are timed with")] = 8,
-    device: terminal.Device = "auto", trust: Trust = False, model: Model = None, data: Data = None,
+    device: terminal.Device = "auto",
+    trust: Trust = False,
+    model: Model = None,
+    data: Data = None,
 ) -> None:
     """Put a run's network on packed layers, and say layer by layer what that gained."""
     import torch
@@ -87,25 +122,46 @@ def deploy(
     path = out or run / "packed.safetensors"
     _not_its_own(run, path)
     net, example, source = _load_run(run, batch_size, device, trust, model, data)
-    deployed = snows.deploy(net, example, objective=objective, dtype=getattr(torch, dtype), progress=terminal.errors.is_terminal)
+    deployed = snows.deploy(
+        net, example, objective=objective, dtype=getattr(torch, dtype), progress=terminal.errors.is_terminal
+    )
     found = deployed.report
     show(found)
     if all(row.reason for row in found.layers):
-        raise ValueError("deploy: no layer is packed, so there is nothing to write; --objective size packs whatever gets smaller")
+        raise ValueError(
+            "deploy: no layer is packed, so there is nothing to write; --objective size packs whatever gets "
+            "smaller"
+        )
     snows.save(deployed, path)
     say(f"{path}: {path.stat().st_size / 1e6:.2f} MB")
-    settings = {"--dense": source.weights, "--classes": source.classes, "--labels": source.labels, "--crop": source.crop, "--resize": source.resize,
-                "--mean": source.mean, "--std": source.std}
-    given = [x for name, value in settings.items() if value is not None
-             for x in (name, ",".join(map(str, value)) if isinstance(value, tuple) else value)]
+    settings = {
+        "--dense": source.weights,
+        "--classes": source.classes,
+        "--labels": source.labels,
+        "--crop": source.crop,
+        "--resize": source.resize,
+        "--mean": source.mean,
+        "--std": source.std,
+    }
+    given = [
+        x
+        for name, value in settings.items()
+        if value is not None
+        for x in (name, ",".join(map(str, value)) if isinstance(value, tuple) else value)
+    ]
     next_command("snows", "eval", "--model", source.model, "--data", source.data, "--weights", path, *given)
 
 
 def bench(
     run: Folder,
     batch_sizes: Annotated[str, typer.Option(help="images at a time, with commas between")] = "1,8,64",
-    out: Annotated[Path | None, typer.Option(help="JSON file for the figures; by default bench.json in the run's folder")] = None,
-    device: terminal.Device = "auto", trust: Trust = False, model: Model = None, data: Data = None,
+    out: Annotated[
+        Path | None, typer.Option(help="JSON file for the figures; by default bench.json in the run's folder")
+    ] = None,
+    device: terminal.Device = "auto",
+    trust: Trust = False,
+    model: Model = None,
+    data: Data = None,
 ) -> None:
     """Time a run's network, whole and layer by layer, packed against dense."""
     import torch
@@ -119,7 +175,9 @@ def bench(
     except ValueError:
         sizes = [0]
     if min(sizes) < 1:
-        raise ValueError(f"--batch-sizes: expected numbers of at least 1 with commas between, got {batch_sizes!r}")
+        raise ValueError(
+            f"--batch-sizes: expected numbers of at least 1 with commas between, got {batch_sizes!r}"
+        )
     path = out or run / "bench.json"
     _not_its_own(run, path)
     net, images, _ = _load_run(run, max(sizes), device, trust, model, data)
@@ -128,15 +186,26 @@ def bench(
         found = snows.deploy(net, images[:size], progress=terminal.errors.is_terminal).report
         show(found, f"{size} at a time")
         rows.append(asdict(found))
-    write(path, (to_json({"torch": torch.__version__, "device": str(images.device), "batches": rows}) + "\n").encode())
+    write(
+        path,
+        (
+            to_json({"torch": torch.__version__, "device": str(images.device), "batches": rows}) + "\n"
+        ).encode(),
+    )
     say(f"figures are in {path}")
 
 
 def export(
     run: Folder,
-    onnx: Annotated[Path | None, typer.Option(help="ONNX file: dense weights with their zeros, checked with onnxruntime")] = None,
-    dense: Annotated[Path | None, typer.Option(help="safetensors with the keys of the network's own library")] = None,
-    trust: Trust = False, model: Model = None, data: Data = None,
+    onnx: Annotated[
+        Path | None, typer.Option(help="ONNX file: dense weights with their zeros, checked with onnxruntime")
+    ] = None,
+    dense: Annotated[
+        Path | None, typer.Option(help="safetensors with the keys of the network's own library")
+    ] = None,
+    trust: Trust = False,
+    model: Model = None,
+    data: Data = None,
 ) -> None:
     """Write a run's network for other runtimes and libraries."""
     from safetensors.torch import save
@@ -155,4 +224,7 @@ def export(
         say(f"{dense}: {dense.stat().st_size / 1e6:.2f} MB")
     if onnx is not None:
         error = export_onnx(net, example, onnx)
-        say(f"{onnx}: {onnx.stat().st_size / 1e6:.2f} MB; onnxruntime's outputs differ by {error:.1e} of the largest")
+        say(
+            f"{onnx}: {onnx.stat().st_size / 1e6:.2f} MB; onnxruntime's outputs differ by {error:.1e} of the "
+            "largest"
+        )

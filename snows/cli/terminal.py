@@ -19,18 +19,49 @@ if TYPE_CHECKING:
 
 console, errors = Console(width=None if sys.stdout.isatty() else 160), Console(stderr=True)
 
-Model = Annotated[str, typer.Option("--model", help="zoo:NAME, timm:NAME, torchvision:NAME[:WEIGHTS], hf:ID or hf:FOLDER, with trained weights; "
-                                    "or package.module:callable")]
-Data = Annotated[str, typer.Option("--data", help="a folder of pictures, zoo:fashion-mnist, cifar10:FOLDER, cifar100:FOLDER, "
-                                   "torchvision:NAME[:FOLDER], hf:ID, hf:FOLDER, or package.module:callable, which returns batches")]
-Weights = Annotated[Path | None, typer.Option("--weights", help="safetensors, or a pickled checkpoint (loaded without running code), instead of "
-                                              "the library's")]
+Model = Annotated[
+    str,
+    typer.Option(
+        "--model",
+        help="zoo:NAME, timm:NAME, torchvision:NAME[:WEIGHTS], hf:ID or hf:FOLDER, with trained weights; "
+        "or package.module:callable",
+    ),
+]
+Data = Annotated[
+    str,
+    typer.Option(
+        "--data",
+        help="a folder of pictures, zoo:fashion-mnist, cifar10:FOLDER, cifar100:FOLDER, "
+        "torchvision:NAME[:FOLDER], hf:ID, hf:FOLDER, or package.module:callable, which returns batches",
+    ),
+]
+Weights = Annotated[
+    Path | None,
+    typer.Option(
+        "--weights",
+        help="safetensors, or a pickled checkpoint (loaded without running code), instead of the library's",
+    ),
+]
 RandomWeights = Annotated[bool, typer.Option("--random-weights", help="do not load trained weights")]
-Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:1; auto is CUDA where there is one")]
-Classes = Annotated[Path | None, typer.Option("--classes", help="the network's classes in order, to judge folders by: a line each, or JSON")]
-Labels = Annotated[Path | None, typer.Option("--labels", help="of a flat folder of pictures: a class a line, in the order of the files' names")]
+Device = Annotated[
+    str, typer.Option("--device", help="auto, cpu, cuda or cuda:1; auto is CUDA where there is one")
+]
+Classes = Annotated[
+    Path | None,
+    typer.Option(
+        "--classes", help="the network's classes in order, to judge folders by: a line each, or JSON"
+    ),
+]
+Labels = Annotated[
+    Path | None,
+    typer.Option(
+        "--labels", help="of a flat folder of pictures: a class a line, in the order of the files' names"
+    ),
+]
 Crop = Annotated[int | None, typer.Option("--crop", min=1, help="pixels of the square that the network sees")]
-Resize = Annotated[int | None, typer.Option("--resize", min=1, help="pixels of the shorter side before cropping")]
+Resize = Annotated[
+    int | None, typer.Option("--resize", min=1, help="pixels of the shorter side before cropping")
+]
 Mean = Annotated[str | None, typer.Option("--mean", help="channel means in [0, 1], e.g. 0.485,0.456,0.406")]
 Std = Annotated[str | None, typer.Option("--std", help="channel deviations, likewise")]
 
@@ -61,24 +92,38 @@ def device_of(text: str) -> torch.device:
     if text == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     kind, _, index = text.partition(":")
-    if kind not in ("cpu", "cuda") or (index and not (index.isascii() and index.isdigit())) or text.endswith(":"):
+    if (
+        kind not in ("cpu", "cuda")
+        or (index and not (index.isascii() and index.isdigit()))
+        or text.endswith(":")
+    ):
         raise ValueError(f"--device: expected auto, cpu, cuda or cuda:NUMBER, got {text!r}")
     count = torch.cuda.device_count() if kind == "cuda" else 1
     if int(index or 0) >= count:
         seen = f"{count} CUDA device{'s' if count > 1 else ''}" if count else "no CUDA device"
-        raise ValueError(f"--device: expected one that is there, got {text}, but this torch ({torch.__version__}) sees {seen}")
+        raise ValueError(
+            f"--device: expected one that is there, got {text}, but this torch ({torch.__version__}) sees "
+            f"{seen}"
+        )
     if index and kind == "cuda":
-        torch.cuda.set_device(int(index))  # what waits for the device, or launches a kernel, takes the current one
+        torch.cuda.set_device(
+            int(index)
+        )  # what waits for the device, or launches a kernel, takes the current one
     return torch.device(text)
 
 
 class Shown(Protocol):
-    """A report of pruning or of deployment."""
+    """Stand for a report of pruning or of deployment."""
 
     notes: list[str]
 
-    def table(self) -> Table: ...
-    def summary(self) -> str: ...
+    def table(self) -> Table:
+        """Make the table of layers."""
+        ...
+
+    def summary(self) -> str:
+        """Say in a sentence what came of it."""
+        ...
 
 
 def show(report: Shown, title: str = "") -> None:
@@ -114,6 +159,10 @@ def show_scores(rows: Iterable[tuple[str, Scores]]) -> None:
 
     table = Table("", "images", "top-1", "top-5", "agreement", "divergence")
     for name, scores in rows:
-        table.add_row(name, str(scores.images), *(f"{x:.2f} %" if x == x else "" for x in scores[1:4]),
-                      f"{scores.divergence:.5f}" if scores.divergence == scores.divergence else "")
+        table.add_row(
+            name,
+            str(scores.images),
+            *(f"{x:.2f} %" if x == x else "" for x in scores[1:4]),
+            f"{scores.divergence:.5f}" if scores.divergence == scores.divergence else "",
+        )
     console.print(table)

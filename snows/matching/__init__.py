@@ -1,1 +1,1 @@
-"""A layer against the dense network: the operations after it, how a mismatch is measured, the loss, and statistics."""
+"""A layer against the dense network: the operations after it, metrics, the loss, and statistics."""

@@ -15,12 +15,18 @@ from snows.sparsity import MaskedWeight
 OVERWRITTEN = "modified by an inplace operation"  # PyTorch's words
 
 
-def fit(solver: Newton, losses: LayerLosses, statistics: LayerStatistics, start: MaskedWeight, generator: torch.Generator,
-        tell: Callable[[Step], None]) -> Fit:
+def fit(
+    solver: Newton,
+    losses: LayerLosses,
+    statistics: LayerStatistics,
+    start: MaskedWeight,
+    generator: torch.Generator,
+    tell: Callable[[Step], None],
+) -> Fit:
     """Solve for a layer's weights; where a derivative is missing, match fewer operations.
 
-    A network that changes in place what a derivative needs is run with copies of that. One with an operation that has no
-    second derivative is matched up to that operation, which the report names.
+    A network that changes in place what a derivative needs is run with copies of that. One with an operation
+    that has no second derivative is matched up to that operation, which the report names.
 
     Args:
         solver: settings.
@@ -36,7 +42,9 @@ def fit(solver: Newton, losses: LayerLosses, statistics: LayerStatistics, start:
     factors = statistics.factors if solver.preconditioner != "none" else None
     while True:
         try:
-            return solver.solve(losses, start, held=losses.held, factors=factors, generator=generator, tell=tell)
+            return solver.solve(
+                losses, start, held=losses.held, factors=factors, generator=generator, tell=tell
+            )
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, NotImplementedError) as error:
@@ -44,8 +52,10 @@ def fit(solver: Newton, losses: LayerLosses, statistics: LayerStatistics, start:
                 losses.begin_again(tolerant=True)
             elif name := losses.undifferentiable(start.weight):
                 losses.objective.twins.notes.append(
-                    f"{losses.site.name}: matched up to what comes before {name}, which has no second derivative "
-                    f"({first_line(error)}).")
+                    f"{losses.site.name}: matched up to what comes before {name}, which has no second "
+                    "derivative "
+                    f"({first_line(error)})."
+                )
                 losses.begin_again()
             else:
                 raise

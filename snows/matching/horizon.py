@@ -1,9 +1,9 @@
 """A layer and the operations after it, as a function of the layer's weight.
 
-An *operation* is one call, after the layer, of a convolution, linear, activation, LayerNorm or attention, as a module or
-as a function, whose output depends on the layer's weight. Evaluated BatchNorm, dropout, flatten, pooling and residual
-additions are not counted. Operations are known by their names (see `networks.watching`), so that another copy of the network
-is asked for the same ones.
+An *operation* is one call, after the layer, of a convolution, linear, activation, LayerNorm or attention, as
+a module or as a function, whose output depends on the layer's weight. Evaluated BatchNorm, dropout, flatten,
+pooling and residual additions are not counted. Operations are known by their names (see `networks.watching`),
+so that another copy of the network is asked for the same ones.
 """
 
 from __future__ import annotations
@@ -48,10 +48,14 @@ class _Window(Watch):
         return self.gather(name, self.run(call.function, args, kwargs))
 
     def other(self, func: Any, args: Any, kwargs: Any) -> Any:
-        if func is torch._C._set_grad_enabled:  # the network's own no_grad: lifted, or nothing could be fitted through it
+        if (
+            func is torch._C._set_grad_enabled
+        ):  # the network's own no_grad: lifted, or nothing could be fitted through it
             return None
         counted = known(func).counted
-        name = self.frame.operation(func) if counted else ""  # before the layer runs too: numbers count from the call's start
+        name = (
+            self.frame.operation(func) if counted else ""
+        )  # before the layer runs too: numbers count from the call's start
         out = self.run(func, args, kwargs)
         if counted and self.found:
             return self.operation(name, out)
@@ -71,7 +75,9 @@ class _Window(Watch):
 class _Learn(_Window):
     """Count an operation where its output needs the weight's gradient."""
 
-    def __init__(self, net: nn.Module, layer: str, weight: Tensor, run: Run, k: float, counts: Callable[[str], bool]) -> None:
+    def __init__(
+        self, net: nn.Module, layer: str, weight: Tensor, run: Run, k: float, counts: Callable[[str], bool]
+    ) -> None:
         super().__init__(net, layer, weight, run)
         self.k, self.counts = k, counts
         self.versions: dict[str, int] = {}
@@ -89,7 +95,9 @@ class _Follow(_Window):
     """Gather the operations that were counted, and end the pass after the last."""
 
     def __init__(self, net: nn.Module, layer: str, weight: Tensor, horizon: Horizon) -> None:
-        super().__init__(net, layer, weight, partial(protected, horizon.run) if horizon.tolerant else horizon.run)
+        super().__init__(
+            net, layer, weight, partial(protected, horizon.run) if horizon.tolerant else horizon.run
+        )
         self.horizon = horizon
 
     def gather(self, name: str, out: Tensor) -> Tensor:
@@ -97,7 +105,9 @@ class _Follow(_Window):
             return out
         changed, own = name in self.horizon.changed, not self.found  # changed later, in place
         self.found[name] = out.clone() if changed and not own else out
-        if changed and own:  # the layer's own output stays on the path of the gradients: the network gets the copy
+        if (
+            changed and own
+        ):  # the layer's own output stays on the path of the gradients: the network gets the copy
             out = out.clone()
         if not self.horizon.to_end and len(self.found) == len(self.horizon.wanted):
             raise Finished
@@ -107,8 +117,8 @@ class _Follow(_Window):
 class Horizon:
     """Compute a layer and the `k` operations after it, as a function of the layer's weight.
 
-    The forward pass is the network's own, from its input; modules that ran before the layer answer from the stream's
-    memory. One pass over `sample` learns which operations depend on the weight.
+    The forward pass is the network's own, from its input; modules that ran before the layer answer from the
+    stream's memory. One pass over `sample` learns which operations depend on the weight.
 
     Attributes:
         operations: names of what is matched, the layer's own output first.
@@ -122,8 +132,15 @@ class Horizon:
         run: calls the network's functions; by default through ops that are cheap to differentiate twice.
     """
 
-    def __init__(self, net: nn.Module, layer: str, k: int | Literal["end"], sample: Stream | Batch,
-                 counts: Callable[[str], bool] = lambda name: True, run: Run = reroute) -> None:
+    def __init__(
+        self,
+        net: nn.Module,
+        layer: str,
+        k: int | Literal["end"],
+        sample: Stream | Batch,
+        counts: Callable[[str], bool] = lambda name: True,
+        run: Run = reroute,
+    ) -> None:
         self.net, self.name, self.run = net, layer, run
         self.to_end = k == "end"
         self.parameter: nn.Parameter = net.get_submodule(layer).weight  # type: ignore[assignment]
@@ -132,11 +149,20 @@ class Horizon:
         weight = self.parameter.detach().clone().requires_grad_()
         watch = _Learn(net, layer, weight, run, float("inf") if k == "end" else int(k), counts)
         output = None
-        with torch.enable_grad(), frozen(net), plain_forward(), stream.answering(copies=True), watch, suppress(Finished):
+        with (
+            torch.enable_grad(),
+            frozen(net),
+            plain_forward(),
+            stream.answering(copies=True),
+            watch,
+            suppress(Finished),
+        ):
             output = stream.batch.through(net)
         self.operations = list(watch.found)
         self.wanted = set(self.operations)
-        self.ends = [i for i, x in enumerate(output_tensors(output)) if x.requires_grad]  # outputs that depend on the weight
+        self.ends = [
+            i for i, x in enumerate(output_tensors(output)) if x.requires_grad
+        ]  # outputs that depend on the weight
         self.changed = {name for name, x in watch.found.items() if x._version != watch.versions[name]}
 
     def stream(self, batch: Batch) -> Stream:
@@ -160,13 +186,15 @@ class Horizon:
             found = self.outputs(at, x)
         for name in list(found)[1:]:  # the layer's own output is linear in the weight
             if not _twice_differentiable(found[name], at):
-                self.operations = self.operations[: self.operations.index(name)] if name in self.wanted else self.operations
+                self.operations = (
+                    self.operations[: self.operations.index(name)] if name in self.wanted else self.operations
+                )
                 self.wanted, self.to_end, self.ends = set(self.operations), False, []
                 return name
         return ""
 
     def outputs(self, weight: Tensor, x: Stream) -> Outputs:
-        """Compute the layer's own output, then those of the operations after it, with `weight` in the layer's place.
+        """Compute the layer's own output and those of the operations after it, for a weight in its place.
 
         Args:
             weight: the layer's shape; gradients flow to it alone.
@@ -183,12 +211,18 @@ class Horizon:
         found = watch.found
         if self.to_end:
             seen, tensors = {id(x) for x in found.values()}, output_tensors(output)
-            found |= {f"output {i}": tensors[i] for i in self.ends if i < len(tensors) and id(tensors[i]) not in seen}
+            found |= {
+                f"output {i}": tensors[i]
+                for i in self.ends
+                if i < len(tensors) and id(tensors[i]) not in seen
+            }
         return found
 
 
 def protected(run: Run, func: Any, args: Any, kwargs: Any) -> Any:
-    """Call a function on copies, and return a copy, so that no later change in place reaches what a derivative needs.
+    """Call a function on copies, and return a copy.
+
+    So no later change in place reaches what a derivative needs.
 
     A function that changes its input, or returns a view of it, is called on the input itself.
     """
@@ -222,7 +256,10 @@ def frozen(net: nn.Module) -> Iterator[None]:
 
 
 def _twice_differentiable(y: Tensor, at: Tensor) -> bool:
-    """Say whether a Gauss-Newton product through an output can be computed: the derivative of ``Jᵀ u`` by u."""
+    """Say whether a Gauss-Newton product through an output can be computed.
+
+    It takes the derivative of ``Jᵀ u`` by u.
+    """
     try:
         with torch.enable_grad():
             u = torch.ones_like(y).requires_grad_()

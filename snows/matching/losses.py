@@ -24,11 +24,11 @@ class Matching:
 
     Attributes:
         horizon: operations matched after each layer; "end" matches up to and with the network's output.
-        targets: "dense": what the dense network computes on its own; "local": what the layer's dense weight computes from
-            the pruned network's features, as published.
-        metric: how a matched output's mismatch is measured: "output": by how strongly the network's output depends on it,
-            channel by channel (one backward pass of the dense network); "variance": divided by the target's variance;
-            "none": as it is, as published.
+        targets: "dense": what the dense network computes on its own; "local": what the layer's dense weight
+            computes from the pruned network's features, as published.
+        metric: how a matched output's mismatch is measured: "output": by how strongly the network's output
+            depends on it, channel by channel (one backward pass of the dense network); "variance": divided by
+            the target's variance; "none": as it is, as published.
 
     Raises:
         ValueError: a setting is none of these.
@@ -40,10 +40,16 @@ class Matching:
 
     def __post_init__(self) -> None:
         if self.horizon != "end" and not (type(self.horizon) is int and self.horizon >= 0):
-            raise ValueError(f'Matching: expected horizon to be a whole number of at least 0, or "end", got {self.horizon!r}')
+            raise ValueError(
+                'Matching: expected horizon to be a whole number of at least 0, or "end", got '
+                f"{self.horizon!r}"
+            )
         for name, allowed in (("targets", ("dense", "local")), ("metric", ("output", "variance", "none"))):
             if getattr(self, name) not in allowed:
-                raise ValueError(f"Matching: expected {name} to be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+                raise ValueError(
+                    f"Matching: expected {name} to be one of {', '.join(allowed)}, got "
+                    f"{getattr(self, name)!r}"
+                )
 
     @classmethod
     def published(cls, horizon: int = 5) -> Matching:
@@ -69,8 +75,11 @@ class Objective:
         twins = self.twins
         found = OutputSensitivity(twins.dense, twins.probe, torch.Generator().manual_seed(self.seed))
         if found.note:
-            twins.notes.append("The output sensitivity could not be measured, so that features are weighed by their variance: "
-                               f"{found.note}")
+            twins.notes.append(
+                "The output sensitivity could not be measured, so that features are weighed by their "
+                "variance: "
+                f"{found.note}"
+            )
         return found
 
     def at(self, site: Site) -> LayerLosses:
@@ -79,7 +88,9 @@ class Objective:
 
 
 class LayerLosses:
-    """Give one reconstruction loss a batch, all in the same metrics; each makes its targets when it is used, and drops them.
+    """Give one reconstruction loss a batch, all in the same metrics.
+
+    Each makes its targets when it is used, and drops them.
 
     Args:
         objective: settings, networks and output sensitivity.
@@ -115,13 +126,20 @@ class LayerLosses:
 
     def _loss(self, pair: Pair) -> Reconstruction:
         matching = self.objective.matching
-        source = pair.dense if matching.targets == "dense" and pair.calls[0] is pair.dense.call else pair.sparse
+        source = (
+            pair.dense if matching.targets == "dense" and pair.calls[0] is pair.dense.call else pair.sparse
+        )
         with torch.no_grad():
             targets = self.horizon.outputs(self.site.weight, source.on_device())
         if self._metrics is None:  # of the first batch that is asked for, so that all agree
             scaling: Literal["variance", "none"] = "none" if matching.metric == "none" else "variance"
-            found = self.objective.sensitivity.of(self.horizon.operations) if matching.metric == "output" else {}
-            self._metrics = {name: found[name] if name in found else Metric.plain(y, scaling) for name, y in targets.items()}
+            found = (
+                self.objective.sensitivity.of(self.horizon.operations) if matching.metric == "output" else {}
+            )
+            self._metrics = {
+                name: found[name] if name in found else Metric.plain(y, scaling)
+                for name, y in targets.items()
+            }
         return Reconstruction(self.horizon, pair.sparse.on_device(), targets, self._metrics)
 
     def begin_again(self, tolerant: bool = False) -> None:
@@ -135,7 +153,7 @@ class LayerLosses:
         self.__dict__.pop("held", None)
 
     def undifferentiable(self, weight: Tensor) -> str:
-        """End the horizon before the first operation that cannot be differentiated twice; return that one's name, or ""."""
+        """End the horizon before the first operation without a second derivative; return its name, or ""."""
         return self.horizon.shorten(weight, self.site.training[0].sparse.on_device())
 
     def __len__(self) -> int:
@@ -158,14 +176,19 @@ class Reconstruction:
         metrics: by name; a term that weighs nothing is left out.
     """
 
-    def __init__(self, horizon: Horizon, x: Stream, targets: Outputs, metrics: Mapping[str, Metric] | None = None) -> None:
+    def __init__(
+        self, horizon: Horizon, x: Stream, targets: Outputs, metrics: Mapping[str, Metric] | None = None
+    ) -> None:
         self.horizon, self.x = horizon, x
         metrics = metrics if metrics is not None else {name: Metric.plain(y) for name, y in targets.items()}
-        self.targets = {name: y for name, y in targets.items() if name in metrics and not metrics[name].is_zero}
+        self.targets = {
+            name: y for name, y in targets.items() if name in metrics and not metrics[name].is_zero
+        }
         self._weighers = {name: _weigher(metrics[name], y) for name, y in self.targets.items()}
         self._names: list[str] = []  # of the last residuals
 
     def __call__(self, weight: Tensor) -> Tensor:
+        """Compute the loss of a weight."""
         residuals = self.residuals(weight)
         if not residuals:
             return torch.zeros((), dtype=weight.dtype, device=weight.device)
@@ -174,7 +197,9 @@ class Reconstruction:
     def residuals(self, weight: Tensor) -> list[Tensor]:
         """Return ``f_k(W) - y_k`` for each operation."""
         outputs = self.horizon.outputs(weight, self.x)
-        self._names = [name for name, y in self.targets.items() if name in outputs and outputs[name].shape == y.shape]
+        self._names = [
+            name for name, y in self.targets.items() if name in outputs and outputs[name].shape == y.shape
+        ]
         return [outputs[name] - self.targets[name] for name in self._names]
 
     def weigh(self, residuals: Sequence[Tensor]) -> list[Tensor]:
@@ -183,7 +208,7 @@ class Reconstruction:
 
 
 def _weigher(metric: Metric, y: Tensor) -> Callable[[Tensor], Tensor]:
-    """Return the derivative of a metric's mean over the positions of y, as a function of the mismatch, in few passes."""
+    """Return the derivative of a metric's mean over the positions of y, as a function of the mismatch."""
     channel, width = metric.channel, y.shape[metric.channel]
     share = 2 * width / y.numel()  # of a position
     if metric.basis is None:

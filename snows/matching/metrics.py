@@ -1,4 +1,4 @@
-"""How a mismatch of features is measured: by how strongly the network's output depends on them, or by their variance."""
+"""How a mismatch of features is measured: by the network's output sensitivity, or by their variance."""
 
 from __future__ import annotations
 
@@ -36,15 +36,23 @@ class Metric(NamedTuple):
 
     @classmethod
     def plain(cls, y: Tensor, scaling: Literal["variance", "none"] = "variance") -> Metric:
-        """Take the mean over all elements, divided by the variance of the target `y`, or, as published, not."""
+        """Take the mean over all elements, divided by the variance of the target `y`, or not."""
         return cls(1.0 / (y.shape[-1] * (variance(y) if scaling == "variance" else 1.0)))
 
     @classmethod
-    def from_gradients(cls, gradients: Tensor, channel: int, generator: torch.Generator | None = None, *,
-                       smoothing: float = 0.1, rank: int = 64) -> Metric:
-        """Take ``G = Σ g gᵀ`` over rows g (the output factor of K-FAC), its small eigenvalues replaced by their mean.
+    def from_gradients(
+        cls,
+        gradients: Tensor,
+        channel: int,
+        generator: torch.Generator | None = None,
+        *,
+        smoothing: float = 0.1,
+        rank: int = 64,
+    ) -> Metric:
+        """Take ``G = Σ g gᵀ`` over rows g, the output factor of K-FAC, with its small eigenvalues averaged.
 
-        The larger ones are found by subspace iteration (Halko et al. 2011), so that a wide layer's G is never decomposed.
+        The larger ones are found by subspace iteration (Halko et al. 2011), so that a wide layer's G is never
+        decomposed.
 
         Args:
             gradients: (positions, channels).
@@ -57,7 +65,9 @@ class Metric(NamedTuple):
         trace = gradients.square().sum().item()
         mean = trace / width
         gram = gradients.T @ gradients if width <= len(gradients) else None
-        Q = torch.randn(width, min(rank, width), generator=generator, dtype=gradients.dtype).to(gradients.device)
+        Q = torch.randn(width, min(rank, width), generator=generator, dtype=gradients.dtype).to(
+            gradients.device
+        )
         for _ in range(ROUNDS):
             product = gram @ Q if gram is not None else gradients.T @ (gradients @ Q)
             last, Q = Q, torch.linalg.qr(product).Q
@@ -72,7 +82,9 @@ class Metric(NamedTuple):
         return self.floor == 0 and (self.basis is None or not self.basis.any())
 
     def matrix(self, channels: int, groups: int = 1, like: Tensor | None = None) -> Tensor:
-        """Return the diagonal blocks of ``floor I + basis basisᵀ``: (groups, channels / groups, channels / groups).
+        """Return the diagonal blocks of ``floor I + basis basisᵀ``.
+
+        Their shape is (groups, channels / groups, channels / groups).
 
         Args:
             channels: of the output.
@@ -88,12 +100,15 @@ class Metric(NamedTuple):
 
 
 class OutputSensitivity:
-    """Measure how strongly a network's output depends on each of its operations, by one forward and one backward pass.
+    """Measure how strongly a network's output depends on each of its operations.
 
-    Gaussian noise z takes the place of the output's error, divided by the square root of the output's variance and number of
-    entries, and is pulled back to every operation: g = Jᵀ z. For a mismatch e at one position, the mean of (gᵀ e)² over z is
-    the share of the output's variance that e makes up. Summed over positions, as if they erred independently, that is the
-    metric of the operation.
+    One forward and one backward pass serve for all.
+
+    Gaussian noise z takes the place of the output's error, divided by the square root of the output's
+    variance and number of
+    entries, and is pulled back to every operation: g = Jᵀ z. For a mismatch e at one position, the mean of
+    (gᵀ e)² over z is the share of the output's variance that e makes up. Summed over positions, as if they
+    erred independently, that is the metric of the operation.
 
     Attributes:
         note: why nothing could be measured; empty where it was.
@@ -107,7 +122,10 @@ class OutputSensitivity:
     def __init__(self, net: nn.Module, batch: Batch, generator: torch.Generator) -> None:
         self.note = ""
         self._metrics: dict[str, Metric | None] = {}
-        for run in (_plain, partial(protected, _plain)):  # the second for a network that changes in place what a derivative needs
+        for run in (
+            _plain,
+            partial(protected, _plain),
+        ):  # the second for a network that changes in place what a derivative needs
             try:
                 self._metrics, self.note = _measured(net, batch, generator, run), ""
                 return
@@ -115,7 +133,9 @@ class OutputSensitivity:
                 self.note = first_line(error)
 
     def of(self, names: Iterable[str]) -> dict[str, Metric]:
-        """Return the metrics of operations by name; empty if the output depends on none of them, or nothing was measured.
+        """Return the metrics of operations by name.
+
+        It is empty if the output depends on none of them, or nothing was measured.
 
         Args:
             names: of operations; what is not known of one is left out.
@@ -131,14 +151,20 @@ def _plain(func: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _measured(net: nn.Module, batch: Batch, generator: torch.Generator, run: Run) -> dict[str, Metric | None]:
-    """Pull noise back from the output to every operation, and return the metrics by name; None where nothing arrives."""
+    """Pull noise back from the output to every operation, and return the metrics by name.
+
+    A metric is None where no gradient arrives.
+    """
     watch = _Measuring(net, generator, run)
     with torch.enable_grad(), frozen(net), plain_forward():
         with watch:
             output = batch.through(net)
         ends = [y for y in output_tensors(output) if y.requires_grad]
-        noise = [torch.randn(y.shape, generator=generator, dtype=y.dtype).to(y.device)
-                 / (y.numel() * variance(y.detach())) ** 0.5 for y in ends]
+        noise = [
+            torch.randn(y.shape, generator=generator, dtype=y.dtype).to(y.device)
+            / (y.numel() * variance(y.detach())) ** 0.5
+            for y in ends
+        ]
         if ends:
             torch.autograd.backward(ends, noise)
     return watch.metrics
@@ -151,7 +177,9 @@ class _Measuring(Watch):
         super().__init__(net)
         self.generator, self.run = generator, run
         self.metrics: dict[str, Metric | None] = {}
-        self.channels: dict[int, tuple[weakref.ref[Tensor], int]] = {}  # by id: the dimension that holds a tensor's channels
+        self.channels: dict[
+            int, tuple[weakref.ref[Tensor], int]
+        ] = {}  # by id: the dimension that holds a tensor's channels
 
     def layer(self, name: str, call: Call, args: Any, kwargs: Any) -> Any:
         return self.other(call.function, args, kwargs)
@@ -161,8 +189,11 @@ class _Measuring(Watch):
             return None
         counted = known(func).counted
         name = self.frame.operation(func) if counted else ""
-        inputs = [(x, self.channels[id(x)][1]) for x in tree_leaves((args, kwargs))
-                  if isinstance(x, Tensor) and id(x) in self.channels and self.channels[id(x)][0]() is x]
+        inputs = [
+            (x, self.channels[id(x)][1])
+            for x in tree_leaves((args, kwargs))
+            if isinstance(x, Tensor) and id(x) in self.channels and self.channels[id(x)][0]() is x
+        ]
         out = self.run(func, args, kwargs)
         if counted:
             first = out[0] if isinstance(out, tuple) else out
@@ -181,13 +212,18 @@ class _Measuring(Watch):
             out = out.detach().requires_grad_().clone()
 
         def measure(g: Tensor) -> None:
-            self.metrics[name] = Metric.from_gradients(g.movedim(channel, -1).flatten(0, -2), channel, self.generator)
+            self.metrics[name] = Metric.from_gradients(
+                g.movedim(channel, -1).flatten(0, -2), channel, self.generator
+            )
 
         out.register_hook(measure)
         return out
 
 
 def variance(y: Tensor) -> float:
-    """Return a tensor's variance over all elements, in double precision where that is cheap; 1 where it is 0."""
+    """Return a tensor's variance over all elements; 1 where it is 0.
+
+    Small tensors are summed in double precision, where that is cheap.
+    """
     found = y.double().var(unbiased=False).item() if y.numel() < 2**16 else y.var(unbiased=False).item()
     return found if found > 0 else 1.0

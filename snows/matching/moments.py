@@ -19,7 +19,10 @@ CHUNK = 2**21  # numbers unfolded at a time
 
 
 class _Windows(NamedTuple):
-    """Say where a convolution reads an image: (height, width) each, and the zeros around it as ``F.pad`` takes them."""
+    """Say where a convolution reads an image.
+
+    Sizes are (height, width), the zeros around the image as ``F.pad`` takes them.
+    """
 
     kernel: tuple[int, int]
     stride: tuple[int, int]
@@ -29,28 +32,54 @@ class _Windows(NamedTuple):
 
     @classmethod
     def of(cls, call: Call) -> _Windows:
-        stride, dilation, kernel = (_pair(x) for x in (call.settings.get("stride", 1), call.settings.get("dilation", 1), call.kernel))
-        return cls(kernel, stride, dilation, _padding(call.settings.get("padding", 0), kernel, dilation), call.settings.get("groups", 1))
+        stride, dilation, kernel = (
+            _pair(x) for x in (call.settings.get("stride", 1), call.settings.get("dilation", 1), call.kernel)
+        )
+        return cls(
+            kernel,
+            stride,
+            dilation,
+            _padding(call.settings.get("padding", 0), kernel, dilation),
+            call.settings.get("groups", 1),
+        )
 
     def views(self, images: Tensor) -> Iterator[Tensor]:
-        """Give each window, some images at a time: (groups, images, height, width, kernel height, kernel width, channels)."""
-        layout = torch.channels_last if self.groups == 1 else torch.contiguous_format  # what a window takes from an image lies close together
+        """Give each window, some images at a time.
+
+        Their shape is (groups, images, height, width, kernel height, kernel width, channels).
+        """
+        layout = (
+            torch.channels_last if self.groups == 1 else torch.contiguous_format
+        )  # what a window takes from an image lies close together
         each = images[0].numel() * self.kernel[0] * self.kernel[1] // (self.stride[0] * self.stride[1])
         for x in images.split(max(1, CHUNK // max(1, each))):
             x = F.pad(x, self.padding).contiguous(memory_format=layout)
             b, c, h, w = x.stride()
             channels = x.shape[1] // self.groups
-            out = [(x.shape[2 + i] - self.dilation[i] * (self.kernel[i] - 1) - 1) // self.stride[i] + 1 for i in range(2)]
-            yield x.as_strided((self.groups, x.shape[0], *out, *self.kernel, channels),
-                               (channels * c, b, h * self.stride[0], w * self.stride[1], h * self.dilation[0], w * self.dilation[1], c))
+            out = [
+                (x.shape[2 + i] - self.dilation[i] * (self.kernel[i] - 1) - 1) // self.stride[i] + 1
+                for i in range(2)
+            ]
+            yield x.as_strided(
+                (self.groups, x.shape[0], *out, *self.kernel, channels),
+                (
+                    channels * c,
+                    b,
+                    h * self.stride[0],
+                    w * self.stride[1],
+                    h * self.dilation[0],
+                    w * self.dilation[1],
+                    c,
+                ),
+            )
 
 
 def patches(call: Call) -> Iterator[Tensor]:
     """Give the rows that a layer multiplies its weight with, some images at a time.
 
     Yields:
-        (groups, positions, in): for a Linear one row a token; for a convolution one an output position, with zeros
-        where it is padded, input channel fastest.
+        (groups, positions, in): for a Linear one row a token; for a convolution one an output position, with
+        zeros where it is padded, input channel fastest.
     """
     if call.function is F.linear:
         yield call.x.flatten(0, -2).unsqueeze(0)
@@ -62,22 +91,28 @@ def patches(call: Call) -> Iterator[Tensor]:
 def gram(call: Call) -> Tensor:
     """Sum ``x xᵀ`` over the rows x of `patches`: (groups, in, in), float64.
 
-    In a convolution of stride 1 the block for lines i and j of the kernel multiplies lines of the image that are j - i apart,
-    nearly the same ones for all i: what they share is multiplied once. A kernel's width is unfolded, its height is not.
+    In a convolution of stride 1 the block for lines i and j of the kernel multiplies lines of the image that
+    are j - i apart,
+    nearly the same ones for all i: what they share is multiplied once. A kernel's width is unfolded, its
+    height is not.
     """
     if call.function is F.linear or (windows := _Windows.of(call)).stride[0] > 1 or windows.kernel[0] == 1:
         return sum((x.mT @ x).double() for x in patches(call))  # type: ignore[return-value]
     height, dilation = windows.kernel[0], windows.dilation[0]
     total: Tensor | None = None
     for view in windows._replace(kernel=(1, windows.kernel[1])).views(call.x):
-        lines = view.transpose(1, 2).reshape(len(view), view.shape[2], view.shape[1] * view.shape[3], view.shape[4:].numel())
+        lines = view.transpose(1, 2).reshape(
+            len(view), view.shape[2], view.shape[1] * view.shape[3], view.shape[4:].numel()
+        )
         groups, tall, _, size = lines.shape
         if total is None:
             total = lines.new_zeros(height, height, groups, size, size, dtype=torch.float64)
         span = tall - dilation * (height - 1)  # lines that one line of the kernel moves over
         for apart in range(height):
             last = dilation * (height - 1 - apart)
-            low, high = (last, span) if last < span else (last + span,) * 2  # what they share: nothing, in a low image
+            low, high = (
+                (last, span) if last < span else (last + span,) * 2
+            )  # what they share: nothing, in a low image
             product = partial(_product, lines, lines[:, apart * dilation :])
             shared = product(low, high)
             for i in range(height - apart):
@@ -109,7 +144,9 @@ def cross(call: Call, y: Tensor) -> Tensor:
     kernel, stride, dilation, padding, groups = _Windows.of(call)
     x = F.pad(call.x, padding)
     shape = (y.shape[1], x.shape[1] // groups, *kernel)
-    return rows(conv2d_weight(x, shape, y, stride, 0, dilation, groups)).view(groups, y.shape[1] // groups, -1)
+    return rows(conv2d_weight(x, shape, y, stride, 0, dilation, groups)).view(
+        groups, y.shape[1] // groups, -1
+    )
 
 
 def output(call: Call, weight: Tensor) -> Tensor:

@@ -16,17 +16,22 @@ from snows.networks.batches import Batch
 def recalibrate_statistics(sparse: nn.Module, dense: nn.Module, batches: Sequence[Batch]) -> None:
     """Correct the statistics of every BatchNorm by how far pruning moved them, in place.
 
-    Each BatchNorm's running mean moves by the difference of its input's means in the pruned and in the dense network,
-    its variance by their ratio, both over all calibration images. So a network that was not pruned stays as it is, and
-    images that differ from those of training (without their augmentation, say) do no harm; where they do not differ
-    this is the usual re-estimation. One pass each; in the pruned network each BatchNorm normalises with what it sees.
+    Each BatchNorm's running mean moves by the difference of its input's means in the pruned and in the dense
+    network, its variance by their ratio, both over all calibration images. So a network that was not pruned
+    stays as it is, and images that differ from those of training (without their augmentation, say) do no
+    harm; where they do not differ this is the usual re-estimation. One pass each; in the pruned network each
+    BatchNorm normalises with what it sees.
 
     Args:
         sparse: the pruned network, in evaluation mode.
         dense: the dense network with the same BatchNorms.
         batches: the calibration batches; each travels to the network's device when it is used.
     """
-    own = {name: m for name, m in sparse.named_modules() if isinstance(m, _BatchNorm) and m.running_mean is not None}
+    own = {
+        name: m
+        for name, m in sparse.named_modules()
+        if isinstance(m, _BatchNorm) and m.running_mean is not None
+    }
     theirs = {name: dense.get_submodule(name) for name in own}
     if not own:
         return
@@ -39,7 +44,9 @@ def recalibrate_statistics(sparse: nn.Module, dense: nn.Module, batches: Sequenc
         mean, var = origin[name]
         own[name].running_mean.copy_(mean + after.mean - before.mean)  # type: ignore[union-attr]
         ratio = (after.var + own[name].eps) / (before.var + own[name].eps)
-        varied = (before.var + own[name].eps > 0) & (after.var + own[name].eps > 0)  # with eps=0 a constant channel tells nothing
+        varied = (before.var + own[name].eps > 0) & (
+            after.var + own[name].eps > 0
+        )  # with eps=0 a constant channel tells nothing
         own[name].running_var.copy_(torch.where(varied, var * ratio, var))  # type: ignore[union-attr]
 
     def watch_dense(name: str, module: nn.Module, args: tuple[Tensor, ...]) -> None:

@@ -1,4 +1,4 @@
-"""Second moments of a layer's inputs in the row view, made on demand; and the Kronecker model of its curvature."""
+"""Second moments of a layer's inputs in the row view, and the Kronecker model of its curvature."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ class LayerStatistics:
         sensitivity: makes what `sensitivity` returns.
     """
 
-    def __init__(self, sparse: Sequence[Call], dense: Sequence[Call], sensitivity: Callable[[], Tensor]) -> None:
+    def __init__(
+        self, sparse: Sequence[Call], dense: Sequence[Call], sensitivity: Callable[[], Tensor]
+    ) -> None:
         self._sparse, self._dense, self._sensitivity = sparse, dense, sensitivity
 
     @classmethod
@@ -87,7 +89,9 @@ class LayerStatistics:
 class Selector(Protocol):
     """Choose a mask and give the weights on it; settings go in with `functools.partial`."""
 
-    def __call__(self, weight: Tensor, statistics: LayerStatistics, pattern: Pattern) -> MaskedWeight: ...
+    def __call__(self, weight: Tensor, statistics: LayerStatistics, pattern: Pattern) -> MaskedWeight:
+        """Choose which entries of a weight stay, as the pattern allows, and their values."""
+        ...
 
 
 def columns(per_group: Tensor, weight: Tensor) -> Tensor:
@@ -100,4 +104,6 @@ def damped(gram: Tensor, share: float) -> Tensor:
     gram = gram.double()
     mean = gram.diagonal(dim1=-2, dim2=-1).mean(-1)
     mean = torch.where(mean > 0, mean, 1.0)
-    return gram + (share * mean)[:, None, None] * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    return gram + (share * mean)[:, None, None] * torch.eye(
+        gram.shape[-1], dtype=gram.dtype, device=gram.device
+    )

@@ -1,1 +1,1 @@
-"""Any `nn.Module` as pruning sees it: its batches, layers and operations, passes that start late, edits, and its twin."""
+"""Any `nn.Module` as pruning sees it: batches, layers, operations, late starts, edits, and its twin."""

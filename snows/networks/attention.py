@@ -11,7 +11,12 @@ from torch import Tensor, nn
 
 from snows.networks.masks import give_mask, kept_mask
 
-PROJECTIONS = ("in_proj", "q_proj", "k_proj", "v_proj")  # the children whose weights are parameters of the closed module
+PROJECTIONS = (
+    "in_proj",
+    "q_proj",
+    "k_proj",
+    "v_proj",
+)  # the children whose weights are parameters of the closed module
 
 
 @contextmanager
@@ -26,7 +31,7 @@ def plain_forward() -> Iterator[None]:
 
 
 class OpenAttention(nn.Module):
-    """Compute what an `nn.MultiheadAttention` computes, with projections that are plain Linear layers over the same parameters.
+    """Compute what an `nn.MultiheadAttention` computes, by plain Linear layers over its parameters.
 
     The same call and the same results as the closed module in evaluation (Vaswani et al. 2017).
     """
@@ -35,7 +40,10 @@ class OpenAttention(nn.Module):
         super().__init__()
         self.closed = [closed]  # in a list: not a submodule
         self.heads, self.batch_first, self.training = closed.num_heads, closed.batch_first, closed.training
-        self.in_proj_bias, self._qkv_same_embed_dim = None, False  # nn.TransformerEncoderLayer reads these for its fast path
+        self.in_proj_bias, self._qkv_same_embed_dim = (
+            None,
+            False,
+        )  # nn.TransformerEncoderLayer reads these for its fast path
         if closed._qkv_same_embed_dim:
             self.in_proj = _linear(closed.in_proj_weight, closed.in_proj_bias)
         else:
@@ -60,9 +68,17 @@ class OpenAttention(nn.Module):
         q, k, v = self.in_proj(torch.cat([query, key, value], dim=1)).split(sizes, dim=1)
         return q[..., :width], k[..., width : 2 * width], v[..., 2 * width :]
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None = None,
-                need_weights: bool = True, attn_mask: Tensor | None = None, average_attn_weights: bool = True,
-                is_causal: bool = False) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
         """Attend as `nn.MultiheadAttention.forward` does, whose arguments and results these are."""
         same = query is key and key is value
         batched = query.ndim == 3
@@ -72,7 +88,9 @@ class OpenAttention(nn.Module):
             query, key, value = (x.transpose(0, 1) for x in (query, key, value))
         if same:
             key = value = query
-        q, k, v = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in self._project(query, key, value))
+        q, k, v = (
+            x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in self._project(query, key, value)
+        )
         mask = self._mask(attn_mask, key_padding_mask, q, k)
         weights = None
         if need_weights:
@@ -95,7 +113,11 @@ class OpenAttention(nn.Module):
         """Make one additive mask that broadcasts to (batch, heads, queries, keys)."""
 
         def additive(mask: Tensor) -> Tensor:
-            return q.new_zeros(mask.shape).masked_fill(mask, -torch.inf) if mask.dtype == torch.bool else mask.to(q)
+            return (
+                q.new_zeros(mask.shape).masked_fill(mask, -torch.inf)
+                if mask.dtype == torch.bool
+                else mask.to(q)
+            )
 
         total = None
         if attn_mask is not None:
@@ -122,7 +144,7 @@ def can_open(module: nn.Module) -> bool:
 
 
 def open_attention(model: nn.Module) -> None:
-    """Replace each `nn.MultiheadAttention` that can be by an `OpenAttention` over the same parameters, in place."""
+    """Replace each `nn.MultiheadAttention` that can be by an `OpenAttention`, in place."""
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if can_open(child):
@@ -136,7 +158,11 @@ def close_attention(model: nn.Module) -> None:
     """
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            if isinstance(child, OpenAttention) and child.closed and all(isinstance(x, nn.Linear) for x in child.children()):
+            if (
+                isinstance(child, OpenAttention)
+                and child.closed
+                and all(isinstance(x, nn.Linear) for x in child.children())
+            ):
                 closed = child.closed[0]
                 give_mask(closed.out_proj, kept_mask(child.out_proj))
                 for part in PROJECTIONS:

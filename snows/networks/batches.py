@@ -22,9 +22,12 @@ class Batch(NamedTuple):
 
     @classmethod
     def of(cls, batch: Any) -> Batch:
-        """Read a batch: a tensor, a list of pictures, `(images, labels)` or a mapping of keyword inputs; labels are ignored.
+        """Read a batch: a tensor, a list of pictures, `(images, labels)` or a mapping of keyword inputs.
 
-        A list of pictures is a list of floating-point (C, H, W) tensors, of any sizes, as detection networks take it.
+        Labels are ignored.
+
+        A list of pictures is a list of floating-point (C, H, W) tensors, of any sizes, as detection networks
+        take it.
 
         Raises:
             TypeError: it is none of these.
@@ -35,10 +38,17 @@ class Batch(NamedTuple):
             return cls((batch,), {})
         if isinstance(batch, Mapping):
             return cls((), {key: value for key, value in batch.items() if key not in LABELS})
-        if isinstance(batch, list | tuple) and batch and (isinstance(batch[0], Tensor | Mapping) or _is_pictures(batch[0])):
+        if (
+            isinstance(batch, list | tuple)
+            and batch
+            and (isinstance(batch[0], Tensor | Mapping) or _is_pictures(batch[0]))
+        ):
             return cls.of(batch[0])
-        raise TypeError("batches: expected tensors, lists of pictures, (images, labels) pairs or mappings of keyword inputs, "
-                        f"got {type(batch).__name__}")
+        raise TypeError(
+            "batches: expected tensors, lists of pictures, (images, labels) pairs or mappings of keyword "
+            "inputs, "
+            f"got {type(batch).__name__}"
+        )
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Batch:
         """Apply a function to every tensor."""
@@ -61,12 +71,20 @@ class Batch(NamedTuple):
         return next((len(x) for x in tree_leaves(tuple(self), is_leaf=_is_batched) if _is_batched(x)), 1)
 
     def split(self, size: int) -> list[Batch]:
-        """Divide a batch into parts of `size` samples; whole if its tensors do not agree on how many there are."""
+        """Divide a batch into parts of `size` samples; whole if its tensors disagree on their number."""
         count = self.samples()
-        if size < 1 or any(len(x) != count for x in tree_leaves(tuple(self), is_leaf=_is_batched) if _is_batched(x)):
+        if size < 1 or any(
+            len(x) != count for x in tree_leaves(tuple(self), is_leaf=_is_batched) if _is_batched(x)
+        ):
             return [self]
-        return [Batch(*tree_map(lambda x, i=i: x[i : i + size] if _is_batched(x) else x, tuple(self), is_leaf=_is_batched))
-                for i in range(0, count, size)]
+        return [
+            Batch(
+                *tree_map(
+                    lambda x, i=i: x[i : i + size] if _is_batched(x) else x, tuple(self), is_leaf=_is_batched
+                )
+            )
+            for i in range(0, count, size)
+        ]
 
 
 LABELS = ("label", "labels")
@@ -87,8 +105,9 @@ def labels_of(batch: Any) -> Tensor | None:
     try:
         return None if labels is None else torch.as_tensor(labels)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"batches: expected labels to be class numbers, got {type(labels).__name__} "
-                         f"({first_line(error)})") from error
+        raise ValueError(
+            f"batches: expected labels to be class numbers, got {type(labels).__name__} ({first_line(error)})"
+        ) from error
 
 
 def _is_batched(x: Any) -> bool:
@@ -99,8 +118,11 @@ def _is_batched(x: Any) -> bool:
 
 
 def _is_pictures(x: Any) -> bool:
-    return isinstance(x, list) and bool(x) and all(
-        isinstance(t, Tensor) and t.ndim == 3 and t.is_floating_point() for t in x)
+    return (
+        isinstance(x, list)
+        and bool(x)
+        and all(isinstance(t, Tensor) and t.ndim == 3 and t.is_floating_point() for t in x)
+    )
 
 
 # ---------------------------------------------------------------- outputs
@@ -116,8 +138,10 @@ def output_of(net: nn.Module, batch: Batch) -> Any:
         return batch.through(net)
     except Exception as error:
         got = ", ".join(f"{x.dtype} of {tuple(x.shape)}" for x in batch.tensors())
-        raise ValueError(f"the model cannot run a batch of {got} ({first_line(error)}); expected batches as the model "
-                         "takes them") from error
+        raise ValueError(
+            f"the model cannot run a batch of {got} ({first_line(error)}); expected batches as the model "
+            "takes them"
+        ) from error
 
 
 def first_line(error: BaseException) -> str:
@@ -126,7 +150,10 @@ def first_line(error: BaseException) -> str:
 
 
 def tensors_in(output: Any) -> list[Tensor]:
-    """List the tensors in an output, in order: nested tuples, lists, mappings, dataclasses and any objects that hold them."""
+    """List the tensors in an output, in order.
+
+    They are found in tuples, lists, mappings, dataclasses and any objects that hold them.
+    """
     return list(_tensors(output, set()))
 
 
@@ -144,7 +171,12 @@ def _tensors(x: Any, seen: set[int]) -> Iterator[Tensor]:
     elif dataclasses.is_dataclass(x):
         parts = [getattr(x, entry.name, None) for entry in dataclasses.fields(x)]
     else:
-        slots = [name for kind in type(x).__mro__ for name in getattr(kind, "__slots__", ()) if isinstance(name, str)]
+        slots = [
+            name
+            for kind in type(x).__mro__
+            for name in getattr(kind, "__slots__", ())
+            if isinstance(name, str)
+        ]
         parts = [*getattr(x, "__dict__", {}).values(), *(getattr(x, name, None) for name in slots)]
     for part in parts:
         yield from _tensors(part, seen)

@@ -24,43 +24,70 @@ def check_model(verb: str, model: Any) -> None:
 
     Raises:
         TypeError: it is no `nn.Module`.
-        ValueError: it was compiled or scripted, is in training mode, packed, without parameters, or on the meta device.
+        ValueError: it was compiled or scripted, is in training mode, packed, without parameters, or on the
+            meta device.
     """
     if not isinstance(model, nn.Module):
-        advice = "; pass the nn.Module that it was exported from" if isinstance(model, torch.export.ExportedProgram) else ""
+        advice = (
+            "; pass the nn.Module that it was exported from"
+            if isinstance(model, torch.export.ExportedProgram)
+            else ""
+        )
         raise TypeError(f"{verb}: expected an nn.Module, got {type(model).__name__}{advice}")
     for name, module in model.named_modules():
         owner = name or "the model"
         if hasattr(module, "_orig_mod"):
             where = f"{name}._orig_mod in the place of {name}" if name else "model._orig_mod"
-            raise ValueError(f"{verb}: expected a model as it was before torch.compile, but {owner} is compiled; pass {where}, and compile "
-                             "what comes back")
+            raise ValueError(
+                f"{verb}: expected a model as it was before torch.compile, but {owner} is compiled; pass "
+                f"{where}, and compile "
+                "what comes back"
+            )
         if isinstance(module, torch.jit.ScriptModule):
-            raise ValueError(f"{verb}: expected ordinary modules, but {owner} is TorchScript, whose operations cannot be watched; pass the "
-                             "nn.Module that it was made from")
+            raise ValueError(
+                f"{verb}: expected ordinary modules, but {owner} is TorchScript, whose operations cannot be "
+                "watched; pass the "
+                "nn.Module that it was made from"
+            )
         if isinstance(module, torch.fx.GraphModule) and "_guards_fn" in dict(module.named_children()):
-            raise ValueError(f"{verb}: expected ordinary modules, but {owner} was made by torch.export, which fixes shapes; pass the nn.Module "
-                             "that it was exported from")
+            raise ValueError(
+                f"{verb}: expected ordinary modules, but {owner} was made by torch.export, which fixes "
+                "shapes; pass the nn.Module "
+                "that it was exported from"
+            )
     for name, module in model.named_modules():
         if module.training:
-            raise ValueError(f"{verb}: expected a model in evaluation mode, but {name or 'it'} is in training mode; call model.eval() first")
+            raise ValueError(
+                f"{verb}: expected a model in evaluation mode, but {name or 'it'} is in training mode; call "
+                "model.eval() first"
+            )
         if isinstance(module, SparseLinear | SparseConv2d):
-            raise ValueError(f"{verb}: expected a model that is not packed yet, but {name or 'it'} is packed already; take the network it was "
-                             "made from")
+            raise ValueError(
+                f"{verb}: expected a model that is not packed yet, but {name or 'it'} is packed already; "
+                "take the network it was "
+                "made from"
+            )
     if next(model.parameters(), None) is None:
         raise ValueError(f"{verb}: expected a model with weights, got one without parameters")
     for name, p in model.named_parameters():
         if p.is_meta:
-            raise ValueError(f"{verb}: expected weights with values, got {name} on the meta device; load the weights first")
+            raise ValueError(
+                f"{verb}: expected weights with values, got {name} on the meta device; load the weights first"
+            )
 
 
 def check_numbers(model: nn.Module) -> None:
     """Refuse weights in 16 bits or not finite, and calls under `torch.inference_mode`."""
     if torch.is_inference_mode_enabled():
-        raise ValueError("prune: expected to be called outside torch.inference_mode(), where nothing can be differentiated")
+        raise ValueError(
+            "prune: expected to be called outside torch.inference_mode(), where nothing can be differentiated"
+        )
     for name, p in model.named_parameters():
         if p.dtype in (torch.float16, torch.bfloat16):
-            raise ValueError(f"prune: expected float32 or float64 weights, got {name} in {p.dtype}; call model.float() first")
+            raise ValueError(
+                f"prune: expected float32 or float64 weights, got {name} in {p.dtype}; call model.float() "
+                "first"
+            )
         if not p.isfinite().all():
             raise ValueError(f"prune: expected finite weights, got NaN or infinity in {name}")
 
@@ -74,14 +101,18 @@ def shared_weights(net: nn.Module) -> dict[str, str]:
                 owners.setdefault(id(p), []).append((name, module))
     found = {}
     for name, layer in prunable(net).items():
-        others = [other for other, module in owners.get(id(layer._parameters.get("weight")), []) if module is not layer]
+        others = [
+            other
+            for other, module in owners.get(id(layer._parameters.get("weight")), [])
+            if module is not layer
+        ]
         if others:
             found[name] = others[0]
     return found
 
 
 def how_computed(module: nn.Module) -> str:
-    """Say what to call before pruning a layer whose weight is computed from other parameters; empty if its weight is a parameter."""
+    """Say what computes a layer's weight and what to call first; empty if the weight is a parameter."""
     if isinstance(module._parameters.get("weight"), nn.Parameter):
         return ""
     if parametrize.is_parametrized(module, "weight"):
@@ -97,8 +128,8 @@ def how_computed(module: nn.Module) -> str:
 def read_batch(verb: str, model: nn.Module, batch: Any) -> Batch:
     """Read one batch, and refuse a pair of which the second part might be an input of the model.
 
-    A pair is `(images, labels)` where the model takes one input, or where the second part can only be labels: whole
-    numbers, or one number a sample.
+    A pair is `(images, labels)` where the model takes one input, or where the second part can only be labels:
+    whole numbers, or one number a sample.
 
     Args:
         verb: "prune" or "deploy", for the sentence.
@@ -109,14 +140,21 @@ def read_batch(verb: str, model: nn.Module, batch: Any) -> Batch:
         TypeError: it is no batch.
         ValueError: the model takes several inputs, and the pair could be two of them.
     """
-    if isinstance(batch, list | tuple) and not isinstance(batch, Batch) and len(batch) > 1 and isinstance(batch[0], Tensor):
+    if (
+        isinstance(batch, list | tuple)
+        and not isinstance(batch, Batch)
+        and len(batch) > 1
+        and isinstance(batch[0], Tensor)
+    ):
         needed, taken = _inputs_of(model)
         second = batch[1]
         is_input = isinstance(second, Tensor) and second.is_floating_point() and second.ndim > 2
         if needed > 1 or (taken > 1 and is_input):
-            raise ValueError(f"{verb}: expected a mapping of inputs by name for a model that takes {taken} inputs, got a "
-                             f"{type(batch).__name__} of {len(batch)}, of which only the first would be used; pass "
-                             f"{{{', '.join(f'{name!r}: ...' for name in _names_of(model)[:2])}}}")
+            raise ValueError(
+                f"{verb}: expected a mapping of inputs by name for a model that takes {taken} inputs, got a "
+                f"{type(batch).__name__} of {len(batch)}, of which only the first would be used; pass "
+                f"{{{', '.join(f'{name!r}: ...' for name in _names_of(model)[:2])}}}"
+            )
     return Batch.of(batch)
 
 
@@ -141,7 +179,10 @@ def _inputs_of(model: nn.Module) -> tuple[int, int]:
 def read_batches(model: nn.Module, batches: Any) -> list[Batch]:
     """Read calibration batches once, and refuse those that are empty or not finite."""
     if isinstance(batches, Tensor | Mapping | str):
-        raise ValueError(f"prune: expected an iterable of batches, got a {type(batches).__name__}; wrap one batch in a list")
+        raise ValueError(
+            f"prune: expected an iterable of batches, got a {type(batches).__name__}; wrap one batch in a "
+            "list"
+        )
     found = [read_batch("prune", model, batch) for batch in batches]
     if not found:
         raise ValueError("prune: expected at least one batch of calibration images, got none")
@@ -150,7 +191,9 @@ def read_batches(model: nn.Module, batches: Any) -> list[Batch]:
             if tensor.is_floating_point() and not tensor.isfinite().all():
                 raise ValueError(f"prune: expected finite inputs, got NaN or infinity in batch {i}")
             if tensor.ndim == 0 or len(tensor) == 0:
-                raise ValueError(f"prune: expected batches of at least one sample, got an empty tensor in batch {i}")
+                raise ValueError(
+                    f"prune: expected batches of at least one sample, got an empty tensor in batch {i}"
+                )
     return found
 
 
@@ -163,11 +206,17 @@ def check_outputs(first: list[Tensor], second: list[Tensor]) -> None:
     """
     for a, b in zip(first, second, strict=True):
         if not a.isfinite().all():
-            raise ValueError("prune: the dense network's output is not finite on the first batch; check weights and images")
+            raise ValueError(
+                "prune: the dense network's output is not finite on the first batch; check weights and images"
+            )
         atol = ROUNDING * a.abs().max().item() if a.numel() else 0.0
         if a.shape != b.shape or not torch.allclose(a, b, rtol=10 * ROUNDING, atol=atol):
-            raise ValueError("prune: expected a deterministic model, got two different outputs for the first batch; is "
-                             "dropout active, or something random in forward?")
+            raise ValueError(
+                "prune: expected a deterministic model, got two different outputs for the first batch; is "
+                "dropout active, or something random in forward?"
+            )
 
 
-ROUNDING = 1e-5  # of an output's largest entry: what other orders of adding move float32 by at most, two passes of dropout by more
+# of an output's largest entry: what other orders of adding move float32 by at most, two passes of dropout by
+# more
+ROUNDING = 1e-5

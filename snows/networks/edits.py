@@ -1,12 +1,12 @@
-"""Edits: the one way in which a network is changed. Each can be replayed on another copy, and is described in a file.
+"""Edits: the one way in which a network is changed, replayable on another copy and described in a file.
 
-`apply` changes a network by the weights that it holds; `rebuild` makes the same change on a bare architecture, whose weights
-come from a file. `deploy` makes a list of edits, `save` writes it, `load` replays it.
+`apply` changes a network by the weights that it holds; `rebuild` makes the same change on a bare
+architecture, whose weights come from a file. `deploy` makes a list of edits, `save` writes it, `load` replays
+it.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar, Literal, Protocol, TypeAlias
@@ -15,18 +15,24 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from snows.layers import SparseConv2d, SparseLinear
+from snows.networks.absorbed import Absorbed, Remainder
 from snows.networks.attention import OpenAttention, can_open
 from snows.networks.layers import substitute
 from snows.networks.masks import mask_of
 from snows.packing import Packed
 from snows.sparsity import parse_pattern
 
-CONVOLUTION = ("stride", "padding", "dilation", "padding_mode")  # a convolution's settings, as they stand in a file
+CONVOLUTION = (
+    "stride",
+    "padding",
+    "dilation",
+    "padding_mode",
+)  # a convolution's settings, as they stand in a file
 Tensors: TypeAlias = dict[str, Tensor]
 
 
 class Edit(Protocol):
-    """A replayable change of a network."""
+    """Change a network in a way that can be replayed."""
 
     kind: ClassVar[str]
 
@@ -78,7 +84,9 @@ class Open:
         closed = module_at(net, self.module, "no MultiheadAttention", (nn.MultiheadAttention, OpenAttention))
         if isinstance(closed, nn.MultiheadAttention):
             if not can_open(closed):
-                raise ValueError(f"{self.module} is a {type(closed).__name__}, no MultiheadAttention that can be opened")
+                raise ValueError(
+                    f"{self.module} is a {type(closed).__name__}, no MultiheadAttention that can be opened"
+                )
             substitute(net, closed, OpenAttention(closed).eval())
 
     def rebuild(self, net: nn.Module, tensors: Tensors) -> None:
@@ -89,43 +97,14 @@ class Open:
 # ---------------------------------------------------------------- what another layer computes
 
 
-class Absorbed(nn.Identity):
-    """Stand where a module was that a layer before it computes now.
-
-    Args:
-        into: the layer's name; empty if it is not known.
-        role: of the module that was here.
-    """
-
-    def __init__(self, into: str = "", role: Literal["norm", "activation", ""] = "") -> None:
-        super().__init__()
-        self.into, self.role = into, role
-
-    def extra_repr(self) -> str:
-        """Say which layer computes it."""
-        return f"into={self.into}" if self.into else ""
-
-
-class Remainder(nn.Sequential):
-    """Apply what a normalisation of a subclass does after its product, which a layer before it computes now.
-
-    Args:
-        norm: the normalisation; its children stay, in order.
-        into: the layer's name; empty if it is not known.
-    """
-
-    def __init__(self, norm: nn.Module, into: str = "") -> None:
-        super().__init__(OrderedDict(norm.named_children()))
-        self.into = into
-
-
 @dataclass(frozen=True)
 class Fold:
     """Fold an evaluated BatchNorm2d into the convolution before it.
 
     Attributes:
         convolution: its name; empty in files of format 1 and 2, which did not say.
-        norm: the normalisation's name. Of a subclass its children stay, in order: an activation that it applies, say.
+        norm: the normalisation's name. Of a subclass its children stay, in order: an activation that it
+            applies, say.
     """
 
     convolution: str
@@ -141,7 +120,9 @@ class Fold:
         weight, bias, mean, var, scale, shift = (None if x is None else x.detach().double() for x in known)
         fused, offset = fuse_conv_bn_weights(weight, bias, mean, var, norm.eps, scale, shift)  # type: ignore[arg-type]
         wanted = conv.weight.requires_grad
-        conv.weight, conv.bias = (nn.Parameter(x.detach().to(conv.weight.dtype), wanted) for x in (fused, offset))
+        conv.weight, conv.bias = (
+            nn.Parameter(x.detach().to(conv.weight.dtype), wanted) for x in (fused, offset)
+        )
         substitute(net, norm, self._rest(norm))
 
     def rebuild(self, net: nn.Module, tensors: Tensors) -> None:
@@ -151,13 +132,20 @@ class Fold:
             substitute(net, norm, self._rest(norm))
 
     def _rest(self, norm: nn.Module) -> nn.Module:
-        kind = Remainder(norm, self.convolution) if len(list(norm.children())) else Absorbed(self.convolution, "norm")
+        kind = (
+            Remainder(norm, self.convolution)
+            if len(list(norm.children()))
+            else Absorbed(self.convolution, "norm")
+        )
         return kind.eval()
 
 
 @dataclass(frozen=True)
 class Drop:
-    """Take out a module that a layer before it computes, in a network that was put together by hand or by an older snows."""
+    """Take out a module that a layer before it computes.
+
+    It is of a network that was put together by hand or by an older snows.
+    """
 
     module: str
     kind: ClassVar[str] = "drop"
@@ -187,7 +175,8 @@ class Pack:
         shape: of its weight.
         activation: that it computes too, or None.
         absorbs: the module of that activation, whose place is left empty; empty for none.
-        settings: a convolution's stride, padding, dilation and padding mode, and whether images lie innermost.
+        settings: a convolution's stride, padding, dilation and padding mode, and whether images lie
+            innermost.
     """
 
     layer: str
@@ -203,7 +192,10 @@ class Pack:
         """Describe a packed layer."""
         settings: dict[str, Any] = {}
         if isinstance(layer, SparseConv2d):
-            settings = {key: value if isinstance(value := getattr(layer, key), str) else list(value) for key in CONVOLUTION}
+            settings = {
+                key: value if isinstance(value := getattr(layer, key), str) else list(value)
+                for key in CONVOLUTION
+            }
             settings["innermost"] = layer.innermost
         return cls(name, str(layer.pattern), tuple(layer.shape), layer.activation, absorbs, settings)
 
@@ -211,26 +203,36 @@ class Pack:
         """Pack the layer's weight by the mask beside it."""
         layer: Any = net.get_submodule(self.layer)
         kind: Any = SparseLinear if len(self.shape) == 2 else SparseConv2d
-        packed = kind.from_dense(layer, parse_pattern(self.pattern) if self.pattern else None, mask_of(layer, self.layer),
-                                 self.activation)
+        packed = kind.from_dense(
+            layer,
+            parse_pattern(self.pattern) if self.pattern else None,
+            mask_of(layer, self.layer),
+            self.activation,
+        )
         self.put(net, kind(packed.packed, packed.bias, activation=self.activation, **self._settings()))
 
     def rebuild(self, net: nn.Module, tensors: Tensors) -> nn.Module:
         """Build the packed layer from a file's tensors, and return it."""
-        values, codes, bias = (tensors.pop(inside(self.layer, key), None) for key in ("values", "codes", "bias"))
+        values, codes, bias = (
+            tensors.pop(inside(self.layer, key), None) for key in ("values", "codes", "bias")
+        )
         if values is None or codes is None:
             raise ValueError(f"{self.layer}: expected values and codes, got none")
         packed = Packed(values, codes, parse_pattern(self.pattern), tuple(self.shape))
         kind: Any = SparseLinear if len(self.shape) == 2 else SparseConv2d
         try:
-            new: SparseLinear | SparseConv2d = kind(packed, bias, activation=self.activation, **self._settings())
+            new: SparseLinear | SparseConv2d = kind(
+                packed, bias, activation=self.activation, **self._settings()
+            )
         except (ValueError, RuntimeError, TypeError) as error:
             raise ValueError(f"{self.layer}: {error}") from error
         self.put(net, new)
         return new
 
     def _settings(self) -> dict[str, Any]:
-        return {key: tuple(value) if isinstance(value, list) else value for key, value in self.settings.items()}
+        return {
+            key: tuple(value) if isinstance(value, list) else value for key, value in self.settings.items()
+        }
 
     def put(self, net: nn.Module, packed: SparseLinear | SparseConv2d) -> None:
         """Put a packed layer in the layer's place, and nothing in that of the activation that it computes."""
@@ -257,7 +259,9 @@ def edits_of(net: nn.Module) -> list[Edit]:
     opened: list[Edit] = []
     folded: list[Edit] = []
     packed: list[Edit] = []
-    activations = {m.into: name for name, m in net.named_modules() if isinstance(m, Absorbed) and m.role == "activation"}
+    activations = {
+        m.into: name for name, m in net.named_modules() if isinstance(m, Absorbed) and m.role == "activation"
+    }
     for name, module in net.named_modules(remove_duplicate=False):
         if isinstance(module, SparseLinear | SparseConv2d):
             packed.append(Pack.of(name, module, activations.get(name, "")))

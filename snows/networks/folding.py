@@ -1,8 +1,9 @@
-"""Which normalisations and activations the layers before them can compute too; proved on an example before it is done."""
+"""Normalisations and activations that the layers before them can compute too, proved on an example."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -31,7 +32,10 @@ def folds(trace: Trace) -> list[Fold]:
 
 
 def activations(trace: Trace, folded: Iterable[Fold]) -> dict[str, str]:
-    """Return, by layer, the ReLU or GELU module that alone reads its output, after a folded normalisation if there is one."""
+    """Return, by layer, the ReLU or GELU module that alone reads its output.
+
+    A folded normalisation may stand between.
+    """
     norms = {edit.convolution for edit in folded}
     found = {}
     for name, use in trace.layers.items():
@@ -40,17 +44,26 @@ def activations(trace: Trace, folded: Iterable[Fold]) -> dict[str, str]:
             value = trace.readers(value)[0].makes[0]
         follower = trace.follower(value, (nn.ReLU, nn.GELU)) if trace.called[name] == 1 else None
         module = trace.net.get_submodule(follower[0]) if follower else None
-        if follower and type(module) in (nn.ReLU, nn.GELU) and getattr(module, "approximate", "none") == "none":
+        if (
+            follower
+            and type(module) in (nn.ReLU, nn.GELU)
+            and getattr(module, "approximate", "none") == "none"
+        ):
             found[name] = follower[0]
     return found
 
 
 def proved(net: nn.Module, edits: list[Fold], batch: Batch) -> list[Fold]:
-    """Return the edits that leave a network's outputs alone: tried together on a copy, and one by one where that fails."""
+    """Return the edits that leave a network's outputs alone.
+
+    They are tried together on a copy, and one by one where that fails.
+    """
     before = outputs(net, batch)
     if not edits or not before:  # nothing to compare
         return []
-    tolerance = max([FOLDING_ERROR, *(8 * torch.finfo(x.dtype).eps for x in before if x.dtype != torch.float64)])
+    tolerance = max(
+        [FOLDING_ERROR, *(8 * torch.finfo(x.dtype).eps for x in before if x.dtype != torch.float64)]
+    )
 
     def leave_alone(tried: list[Fold]) -> bool:
         copy = copied(net)
@@ -68,7 +81,7 @@ def proved(net: nn.Module, edits: list[Fold], batch: Batch) -> list[Fold]:
 
 
 def fold_normalisations(net: nn.Module, batch: Batch, trace: Trace) -> list[Fold]:
-    """Fold every BatchNorm that can be into the convolution before it, in place, and return the edits that were made."""
+    """Fold each BatchNorm that can be into the convolution before it, in place; return the edits made."""
     made = proved(net, folds(trace), batch)
     for edit in made:
         edit.apply(net)
@@ -80,10 +93,19 @@ def stock(layer: Layer, use: Use) -> Layer:
     if is_stock(layer):
         return layer
     if isinstance(layer, nn.Linear):
-        new: Layer = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
+        new: Layer = nn.Linear(
+            layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta"
+        )
     else:
-        new = nn.Conv2d(layer.in_channels, layer.out_channels, use.kernel, **use.settings,  # type: ignore[arg-type]
-                        bias=layer.bias is not None, device="meta")
+        conv2d: Any = nn.Conv2d  # whose annotations ask for pairs
+        new = conv2d(
+            layer.in_channels,
+            layer.out_channels,
+            use.kernel,
+            **use.settings,
+            bias=layer.bias is not None,
+            device="meta",
+        )
     new.weight, new.bias = layer.weight, layer.bias
     give_mask(new, kept_mask(layer))
     return new.train(layer.training)

@@ -1,7 +1,7 @@
 """What is known of each torch function: one table, for everything that watches a network's operations.
 
-A function without an entry is not counted as an operation of a horizon, is called as it is, and keeps channels where its
-input has them.
+A function without an entry is not counted as an operation of a horizon, is called as it is, and keeps
+channels where its input has them.
 """
 
 from __future__ import annotations
@@ -39,11 +39,46 @@ class Known:
 _CONVOLUTIONS = (F.conv1d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d, F.group_norm)
 _LAST = (F.bilinear, F.layer_norm, F.rms_norm, F.scaled_dot_product_attention, F.multi_head_attention_forward)
 _ACTIVATIONS = (
-    F.relu_, F.relu6, F.silu, F.mish, F.elu, F.elu_, F.selu, F.celu, F.leaky_relu, F.leaky_relu_, F.prelu, F.hardswish,
-    F.hardsigmoid, F.hardtanh, F.hardtanh_, F.softplus, F.softsign, F.tanhshrink, F.softmax, F.log_softmax, F.sigmoid,
-    F.tanh, F.glu, F.logsigmoid, torch.relu, torch.relu_, torch.sigmoid, torch.sigmoid_, torch.tanh, torch.tanh_,
-    torch.softmax, torch.selu, torch.prelu, Tensor.relu, Tensor.relu_, Tensor.sigmoid, Tensor.sigmoid_, Tensor.tanh,
-    Tensor.tanh_, Tensor.softmax,
+    F.relu_,
+    F.relu6,
+    F.silu,
+    F.mish,
+    F.elu,
+    F.elu_,
+    F.selu,
+    F.celu,
+    F.leaky_relu,
+    F.leaky_relu_,
+    F.prelu,
+    F.hardswish,
+    F.hardsigmoid,
+    F.hardtanh,
+    F.hardtanh_,
+    F.softplus,
+    F.softsign,
+    F.tanhshrink,
+    F.softmax,
+    F.log_softmax,
+    F.sigmoid,
+    F.tanh,
+    F.glu,
+    F.logsigmoid,
+    torch.relu,
+    torch.relu_,
+    torch.sigmoid,
+    torch.sigmoid_,
+    torch.tanh,
+    torch.tanh_,
+    torch.softmax,
+    torch.selu,
+    torch.prelu,
+    Tensor.relu,
+    Tensor.relu_,
+    Tensor.sigmoid,
+    Tensor.sigmoid_,
+    Tensor.tanh,
+    Tensor.tanh_,
+    Tensor.softmax,
 )
 
 FUNCTIONS: dict[Function, Known] = {
@@ -60,8 +95,17 @@ FUNCTIONS: dict[Function, Known] = {
 _UNKNOWN = Known()
 
 LOOKS = {  # functions that ask what a tensor is like, and do not read its numbers
-    getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "requires_grad", "is_cuda", "layout", "grad_fn")
-} | {Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tensor.stride, Tensor.is_contiguous, Tensor.__len__}
+    getattr(Tensor, name).__get__
+    for name in ("shape", "dtype", "device", "ndim", "requires_grad", "is_cuda", "layout", "grad_fn")
+} | {
+    Tensor.size,
+    Tensor.dim,
+    Tensor.numel,
+    Tensor.is_floating_point,
+    Tensor.stride,
+    Tensor.is_contiguous,
+    Tensor.__len__,
+}
 
 
 def known(function: Function) -> Known:
@@ -76,7 +120,7 @@ def arguments(function: Function, args: tuple[Any, ...], kwargs: dict[str, Any])
 
 
 def channel_of(function: Function, inputs: list[tuple[Tensor, int]], output: Tensor) -> int:
-    """Say which dimension of a function's output holds its channels, counted from the front where that is certain.
+    """Say which dimension of a function's output holds its channels.
 
     Args:
         function: what was called.
@@ -91,7 +135,9 @@ def channel_of(function: Function, inputs: list[tuple[Tensor, int]], output: Ten
         return fixed % output.ndim if -output.ndim <= fixed < output.ndim else -1
     for x, channel in inputs:
         shared = output.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
-        if shared and (output.shape != x.shape or output.stride() != x.stride()):  # permuted, flattened, divided
+        if shared and (
+            output.shape != x.shape or output.stride() != x.stride()
+        ):  # permuted, flattened, divided
             return _followed(x, channel, output)
         if output.ndim == x.ndim:
             return channel
@@ -99,7 +145,7 @@ def channel_of(function: Function, inputs: list[tuple[Tensor, int]], output: Ten
 
 
 def _followed(x: Tensor, channel: int, view: Tensor) -> int:
-    """Find a tensor's channels in a view of it, by their stride, and by their number where that leaves a choice."""
+    """Find a tensor's channels in a view of it: by stride, and by number where that leaves a choice."""
     stride, size = x.stride(channel), x.shape[channel]
     same = [i for i in range(view.ndim) if view.stride(i) == stride and (view.shape[i] > 1 or size == 1)]
     exact = [i for i in same if view.shape[i] == size]

@@ -15,7 +15,9 @@ Layer: TypeAlias = nn.Linear | nn.Conv2d
 
 def prunable(model: nn.Module) -> dict[str, Layer]:
     """Return every Linear and Conv2d (and subclass), by name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)}
+    return {
+        name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)
+    }
 
 
 def groups_of(module: nn.Module) -> int:
@@ -26,7 +28,8 @@ def groups_of(module: nn.Module) -> int:
 def is_stock(module: nn.Module) -> bool:
     """Say whether a layer computes as PyTorch's own Linear or Conv2d does."""
     return type(module).forward in (nn.Linear.forward, nn.Conv2d.forward) and (
-        not isinstance(module, nn.Conv2d) or type(module)._conv_forward is nn.Conv2d._conv_forward)
+        not isinstance(module, nn.Conv2d) or type(module)._conv_forward is nn.Conv2d._conv_forward
+    )
 
 
 def substitute(net: nn.Module, old: nn.Module, new: nn.Module) -> None:
@@ -38,29 +41,41 @@ def substitute(net: nn.Module, old: nn.Module, new: nn.Module) -> None:
 
 
 def copied(model: nn.Module) -> nn.Module:
-    """Make a deep copy, also of a network under `torch.nn.utils.prune`, whose computed weights PyTorch refuses to copy.
+    """Make a deep copy, also of a network under `torch.nn.utils.prune`.
+
+    PyTorch refuses to copy the weights that such a network has computed.
 
     Raises:
-        ValueError: something in it cannot be copied, or a module's forward was replaced by a function that holds on to the
-            original.
+        ValueError: something in it cannot be copied, or a module's forward was replaced by a function that
+            holds on to the original.
     """
     for name, module in model.named_modules():
         _refuse_captured(model, name, module)
-    computed = [(m, name, x) for m in model.modules() for name, x in m.__dict__.items() if isinstance(x, Tensor) and not x.is_leaf]
+    computed = [
+        (m, name, x)
+        for m in model.modules()
+        for name, x in m.__dict__.items()
+        if isinstance(x, Tensor) and not x.is_leaf
+    ]
     for module, name, x in computed:
         module.__dict__[name] = x.detach()
     try:
         return copy.deepcopy(model)
     except Exception as error:  # whatever an attribute's own __deepcopy__ or __reduce__ raises
-        raise ValueError(f"the model cannot be copied{_uncopyable(model)} ({first_line(error)}); remove the attribute "
-                         "first") from error
+        raise ValueError(
+            f"the model cannot be copied{_uncopyable(model)} ({first_line(error)}); remove the attribute "
+            "first"
+        ) from error
     finally:
         for module, name, x in computed:
             module.__dict__[name] = x
 
 
 def _refuse_captured(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Refuse a forward whose copy would go on computing with the original's weights, for it captured one of its modules."""
+    """Refuse a forward that captured one of its modules.
+
+    Its copy would go on computing with the original's weights.
+    """
     forward = module.__dict__.get("forward")
     if not inspect.isfunction(forward):
         return
@@ -68,9 +83,13 @@ def _refuse_captured(model: nn.Module, name: str, module: nn.Module) -> None:
     for value in (*held.nonlocals.values(), *held.globals.values()):
         owner: Any = getattr(value, "__self__", value)
         if isinstance(owner, nn.Module) and any(owner is m for m in model.modules()):
-            raise ValueError(f"the forward of {name or 'the model'} was replaced by a function that holds on to its module, so "
-                             "that a copy would compute with the original's weights; put it in a subclass, or bind it with "
-                             "types.MethodType")
+            raise ValueError(
+                f"the forward of {name or 'the model'} was replaced by a function that holds on to its "
+                "module, so "
+                "that a copy would compute with the original's weights; put it in a subclass, or bind it "
+                "with "
+                "types.MethodType"
+            )
 
 
 def _uncopyable(model: nn.Module) -> str:
@@ -82,5 +101,9 @@ def _uncopyable(model: nn.Module) -> str:
             try:
                 copy.deepcopy(value)
             except Exception:
-                return f": {name}.{key} is a {type(value).__name__}" if name else f": its {key} is a {type(value).__name__}"
+                return (
+                    f": {name}.{key} is a {type(value).__name__}"
+                    if name
+                    else f": its {key} is a {type(value).__name__}"
+                )
     return ""

@@ -8,14 +8,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune as torch_prune
 
-MASK = "pruning_mask"  # a buffer that is not in the state_dict, so that a pruned network keeps the keys of the dense one
+# a buffer that is not in the state_dict, so that a pruned network keeps the keys of the dense one
+MASK = "pruning_mask"
 
 
 def give_mask(module: nn.Module, mask: Tensor | None, prefix: str = "") -> None:
     """Keep a mask beside a module's weight, or take it away.
 
     Args:
-        module: a layer; or an `nn.MultiheadAttention`, whose projections are told apart by `prefix`, such as `in_proj_`.
+        module: a layer; or an `nn.MultiheadAttention`, whose projections are told apart by `prefix`, such as
+            `in_proj_`.
         mask: bool, of the weight's shape; None for none.
         prefix: of the weight's name.
     """
@@ -49,8 +51,11 @@ def mask_of(layer: nn.Module, name: str = "the layer") -> Tensor:
     if mask is None:
         return weight != 0
     if mask.shape != weight.shape or bool((weight.masked_fill(mask, 0) != 0).any()):
-        raise ValueError(f"expected the weight of {name} to be zero off its mask, got other values there; it was changed after "
-                         "pruning: multiply it by mask_of(layer), or prune again")
+        raise ValueError(
+            f"expected the weight of {name} to be zero off its mask, got other values there; it was changed "
+            "after "
+            "pruning: multiply it by mask_of(layer), or prune again"
+        )
     return mask
 
 
@@ -93,7 +98,9 @@ def take_masks_off(net: nn.Module) -> list[Carried]:
         for parameter in [key.removesuffix("_orig") for key in module._parameters if key.endswith("_orig")]:
             if f"{parameter}_mask" in module._buffers:
                 original = module.get_parameter(f"{parameter}_orig").detach().clone()
-                found.append(Carried(name, parameter, original, module.get_buffer(f"{parameter}_mask").bool()))
+                found.append(
+                    Carried(name, parameter, original, module.get_buffer(f"{parameter}_mask").bool())
+                )
                 torch_prune.remove(module, parameter)
     return found
 

@@ -1,7 +1,7 @@
-"""A forward pass that starts late: modules that ran before a layer answer with what they returned, and only the rest runs.
+"""A forward pass that starts late: modules that ran before a layer answer with what they returned.
 
-The invariant: a module's output is remembered as it was when the module returned it. If code that runs later changes it in
-place, that is noticed once, and from then on copies are remembered and given out.
+The invariant: a module's output is remembered as it was when the module returned it. If code that runs later
+changes it in place, that is noticed once, and from then on copies are remembered and given out.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ class Schedule:
         trace: of one pass.
         changed: outputs that later code changes in place; shared by a network and its twin.
         reached: layers that a stream has reached, so that all changes on the way there are known.
-        whole: whether every pass runs from the front, because the network's state or its routes would make a late start wrong.
+        whole: whether every pass runs from the front, because the network's state or its routes would make a
+            late start wrong.
     """
 
     net: nn.Module
@@ -46,7 +47,7 @@ class Schedule:
 
 
 class Stream:
-    """One batch on its way through a network that is pruned layer by layer.
+    """Take one batch through a network that is pruned layer by layer.
 
     Outputs that nothing will read again are dropped. The batch itself may stay on the host.
 
@@ -67,12 +68,17 @@ class Stream:
         return stream
 
     def advance(self, layer: str) -> Call | None:
-        """Run up to a layer, remember what was done on the way, and return the layer's call; None if it does not run."""
+        """Run up to a layer, remember what was done on the way, and return the layer's call, if it runs."""
         schedule, batch = self.schedule, self.on_device().batch
         while True:
             record = _Recording(schedule.net, layer, schedule.changed)
-            with torch.no_grad(), plain_forward(), self.answering(copies=layer not in schedule.reached), record, \
-                    suppress(Finished):
+            with (
+                torch.no_grad(),
+                plain_forward(),
+                self.answering(copies=layer not in schedule.reached),
+                record,
+                suppress(Finished),
+            ):
                 batch.through(schedule.net)
             self.call = record.call
             if record.call is None or schedule.whole:
@@ -94,8 +100,8 @@ class Stream:
         """Let the modules that are done answer from memory.
 
         Args:
-            copies: give out copies, and note which of them the pass changes in place. Without it, only what was noted
-                before is copied.
+            copies: give out copies, and note which of them the pass changes in place. Without it, only what
+                was noted before is copied.
         """
         given: list[_Mark] | None = [] if copies else None
         with ExitStack() as stack:
@@ -123,7 +129,9 @@ class _Recording(Watch):
         super().__init__(net)
         self.target, self.copied = layer, copied
         self.call: Call | None = None
-        self.finished: list[list[tuple[str, Any]]] = [[]]  # by open module call, the calls that ended inside it
+        self.finished: list[list[tuple[str, Any]]] = [
+            []
+        ]  # by open module call, the calls that ended inside it
         self.counts: Counter[str] = Counter()
         self.marks: list[_Mark] = []
 

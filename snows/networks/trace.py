@@ -68,7 +68,8 @@ class Trace:
 
     Attributes:
         events: the functions called, in order.
-        layers: how each layer is applied, in order of the first call; last those that only share or show their weight.
+        layers: how each layer is applied, in order of the first call; last those that only share or show
+            their weight.
         start: the time of each layer's first call; times count events and returns of modules.
         last_read: by module, the time after which no code that a late start runs reads its output.
         called: how often each module was called.
@@ -126,7 +127,10 @@ class Trace:
         return readers[0]
 
     def follower(self, value: int, kinds: tuple[type[nn.Module], ...]) -> tuple[str, Event] | None:
-        """Return the module of one of these kinds that alone reads a value and is called for nothing else, and its event."""
+        """Return the module of one of these kinds that alone reads a value, and its event.
+
+        The module is called for nothing else.
+        """
         event = self.only_reader(value)
         if event is None or not known(event.function).absorbed or self.called[event.module] != 1:
             return None
@@ -154,7 +158,10 @@ def kind_of(name: str) -> str:
 
 
 def paired(one: Trace, other: Trace) -> Callable[[str], bool]:
-    """Say of an operation's name whether it means the same in two networks: both call such a function there equally often."""
+    """Say of an operation's name whether it means the same in two networks.
+
+    It does if both call such a function there equally often.
+    """
     first, second = one.names(), other.names()
     return lambda name: first[kind_of(name)] == second[kind_of(name)]
 
@@ -176,7 +183,9 @@ class _Tracing(Watch):
         self.count = 0
         self.owners: dict[int, list[str]] = defaultdict(list)  # value -> modules that returned it
         self.reads: list[list[str]] = [[]]  # by open module call, the modules whose outputs its own code read
-        self.inside: list[list[Any]] = [[0, []]]  # by open module call: functions called, in others too; modules called
+        self.inside: list[list[Any]] = [
+            [0, []]
+        ]  # by open module call: functions called, in others too; modules called
 
     # ---------------------------------------------------------------- modules
 
@@ -246,7 +255,9 @@ class _Tracing(Watch):
         made = [x for x in tree_leaves(output) if isinstance(x, Tensor)]
         flops = 2 * made[0].numel() * math.prod(self.net.get_submodule(own).weight.shape[1:]) if own else 0  # type: ignore
         shape = tuple(made[0].shape) if made else ()
-        self.trace.events.append(Event(name, func, module, reads, tuple(map(self.number, made)), shape, flops))
+        self.trace.events.append(
+            Event(name, func, module, reads, tuple(map(self.number, made)), shape, flops)
+        )
         return output
 
     def number(self, tensor: Tensor) -> int:

@@ -20,7 +20,10 @@ from snows.networks.trace import Trace, paired, unpaired
 from snows.networks.watching import Call
 from snows.sparsity import MaskedWeight
 
-CHECKPOINTING = ("grad_checkpointing", "gradient_checkpointing")  # switches of timm and transformers: nothing to save here
+CHECKPOINTING = (
+    "grad_checkpointing",
+    "gradient_checkpointing",
+)  # switches of timm and transformers: nothing to save here
 PROBE = 64  # samples that the network's output sensitivity is measured on
 
 
@@ -32,7 +35,10 @@ class Pair(NamedTuple):
 
     @property
     def calls(self) -> tuple[Call, Call]:
-        """The layer's calls; where routing sent other inputs to it, the pruned network's stands for the dense one's."""
+        """The layer's calls.
+
+        Where routing sent other inputs to the layer, the pruned network's call stands for the dense one's.
+        """
         dense, sparse = self.dense.call, self.sparse.call
         assert dense is not None
         assert sparse is not None
@@ -59,10 +65,11 @@ class Site:
 
 
 class Twins:
-    """Hold the dense network and its working copy, checked, laid out and traced; and the calibration batches in both.
+    """Hold the dense network and its working copy, checked and traced, and the batches in both.
 
     Attributes:
-        dense, sparse: the networks, with open attention and without parametrisations of `torch.nn.utils.prune`.
+        dense, sparse: the networks, with open attention and without parametrisations of
+            `torch.nn.utils.prune`.
         trace: of the working copy on the first batch.
         calls: how often each layer is called, at most, on a batch.
         order: the layers that run, in order.
@@ -96,21 +103,28 @@ class Twins:
         self._check_passes(first)
         self.paired = paired(*traces)
         if others := unpaired(*traces):
-            self.notes.append(f"{len(others)} operations are not called equally often in both networks, and not matched: "
-                              f"{', '.join(others[:3])}{' and more' if len(others) > 3 else ''}.")
+            self.notes.append(
+                f"{len(others)} operations are not called equally often in both networks, and not matched: "
+                f"{', '.join(others[:3])}{' and more' if len(others) > 3 else ''}."
+            )
         changed: set[tuple[str, int]] = set()  # one set: what is learnt on one network holds for its twin
         self.schedules = Schedule(self.dense, traces[0], changed), Schedule(self.sparse, traces[1], changed)
         self.order, self.calls = self._routes()
         training, held = hold_back(self.batches)
-        self._streams = [Pair(*(Stream(schedule, x) for schedule in self.schedules))
-                         for x in (*training, *([held] if held is not None else []))]
+        self._streams = [
+            Pair(*(Stream(schedule, x) for schedule in self.schedules))
+            for x in (*training, *([held] if held is not None else []))
+        ]
         self._held = len(training) if held is not None else 0
         self._check_late_starts()
 
     # ---------------------------------------------------------------- checks
 
     def _channels_last(self, first: Batch) -> None:
-        """Lay convolutions out channels-last, up to three times faster on a CPU, unless the network cannot run that way."""
+        """Lay convolutions out channels-last, unless the network cannot run that way.
+
+        On a CPU they are up to three times faster.
+        """
         try:
             for net in (self.sparse, self.dense):
                 net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -122,9 +136,13 @@ class Twins:
 
     def _check_passes(self, first: Batch) -> None:
         if self.trace.autocast:
-            raise ValueError(f"prune: expected a model that computes in its weights' precision, but {self.trace.autocast} runs "
-                             "under torch.autocast inside the model's forward; remove that, and use autocast around the pruned "
-                             "network")
+            raise ValueError(
+                f"prune: expected a model that computes in its weights' precision, but {self.trace.autocast} "
+                "runs "
+                "under torch.autocast inside the model's forward; remove that, and use autocast around the "
+                "pruned "
+                "network"
+            )
         with torch.no_grad(), plain_forward():
             second = output_tensors(output_of(self.sparse, first))
         check_outputs(output_tensors(self.trace.outputs), second)
@@ -142,7 +160,9 @@ class Twins:
             if found not in routes:
                 routes.append(found)
                 calls |= Counter(found)
-                for before, name in zip(["", *found], found, strict=False):  # a layer new to the order comes after the one before it
+                for before, name in zip(
+                    ["", *found], found, strict=False
+                ):  # a layer new to the order comes after the one before it
                     if name not in order:
                         order.insert(order.index(before) + 1 if before else 0, name)
         if len(routes) > 1:
@@ -172,7 +192,11 @@ class Twins:
     @property
     def probe(self) -> Batch:
         """A few dozen samples of the largest batch, on the device."""
-        return max((pair.dense.batch for pair in self._streams), key=Batch.samples).split(PROBE)[0].to(self.device)
+        return (
+            max((pair.dense.batch for pair in self._streams), key=Batch.samples)
+            .split(PROBE)[0]
+            .to(self.device)
+        )
 
     def at(self, name: str) -> Site:
         """Take all batches up to a layer, in both networks.
@@ -186,7 +210,9 @@ class Twins:
             if call is None or other is None:
                 continue
             if not call.x.sum().isfinite():  # one pass; isfinite().all() takes twenty times as long
-                raise ValueError(f"{name}: its inputs are not finite; check the weights before it and the images")
+                raise ValueError(
+                    f"{name}: its inputs are not finite; check the weights before it and the images"
+                )
             reached.append((i, Pair(dense, sparse)))
         layer: Any = self.sparse.get_submodule(name)
         training = [pair for i, pair in reached if i != self._held or self._held == 0]
@@ -202,7 +228,7 @@ class Twins:
         give_mask(layer, self.masks[name])
 
     def mask_unchosen(self, chosen: Iterable[str]) -> dict[str, int]:
-        """Leave layers that came with a mask of `torch.nn.utils.prune` and are not chosen as they came: masked.
+        """Mask the layers that came with a mask of `torch.nn.utils.prune` and are not chosen.
 
         Returns:
             By layer, how many weights its mask keeps.
@@ -216,7 +242,10 @@ class Twins:
         return kept
 
     def closed(self) -> nn.Module:
-        """Return the working copy as a network like the model: attention closed, memory formats and parametrisations as they were."""
+        """Return the working copy as a network like the model.
+
+        Attention is closed, memory formats and parametrisations are as they were.
+        """
         net = self.sparse
         net.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
         close_attention(net)
@@ -252,7 +281,8 @@ def _working_copy(model: nn.Module) -> tuple[nn.Module, list[Carried]]:
     """Copy a network, with plain parameters and open attention.
 
     Returns:
-        The copy, and the masks of `torch.nn.utils.prune` that came off; its layers' weights are what they were before masking.
+        The copy, and the masks of `torch.nn.utils.prune` that came off; its layers' weights are what they
+        were before masking.
     """
     net = copied(model)
     carried = take_masks_off(net)

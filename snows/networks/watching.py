@@ -1,11 +1,12 @@
 """Watching a forward pass: calls of layers, calls of modules, and the names of operations.
 
-Layers are recognised where they act: a call of ``F.linear`` or ``F.conv2d`` whose weight *is* a module's parameter. So
-subclasses, modules that pad for themselves and functional use all look alike, and no architecture has a name here.
+Layers are recognised where they act: a call of ``F.linear`` or ``F.conv2d`` whose weight *is* a module's
+parameter. So subclasses, modules that pad for themselves and functional use all look alike, and no
+architecture has a name here.
 
-An operation's name says where it is called: the open module calls, then the function, each with its number where it is not
-the first of its kind there, such as ``layer1.0.relu#1:relu``. A name is made of what happens in its own module call alone, so
-it is the same in every copy of a network, and in a pass that starts late.
+An operation's name says where it is called: the open module calls, then the function, each with its number
+where it is not the first of its kind there, such as ``layer1.0.relu#1:relu``. A name is made of what happens
+in its own module call alone, so it is the same in every copy of a network, and in a pass that starts late.
 """
 
 from __future__ import annotations
@@ -65,7 +66,11 @@ class Frame:
         """Open a module call in this one."""
         count = self.calls[module]
         self.calls[module] += 1
-        own = module[len(self.module):] if self.module and module.startswith(f"{self.module}.") else f"/{module}"
+        own = (
+            module[len(self.module) :]
+            if self.module and module.startswith(f"{self.module}.")
+            else f"/{module}"
+        )
         return Frame(module, (self.path + own).removeprefix("/") + (f"#{count}" if count else ""))
 
     def operation(self, function: Function) -> str:
@@ -77,7 +82,7 @@ class Frame:
 
 
 class Watch(TorchFunctionMode):
-    """See every torch function and every module that a forward pass calls; subclasses say what to do.
+    """Watch every torch function and every module that a forward pass calls; subclasses say what to do.
 
     Args:
         net: the network.
@@ -100,10 +105,15 @@ class Watch(TorchFunctionMode):
         return self.frames[-1]
 
     def __enter__(self) -> Any:
-        self._hooks = [register_module_forward_pre_hook(self._before), register_module_forward_hook(self._after)]
+        self._hooks = [
+            register_module_forward_pre_hook(self._before),
+            register_module_forward_hook(self._after),
+        ]
         return super().__enter__()  # type: ignore[no-untyped-call]
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         super().__exit__(kind, value, trace)  # type: ignore[no-untyped-call]
         for hook in self._hooks:
             hook.remove()
@@ -123,7 +133,9 @@ class Watch(TorchFunctionMode):
         bound = arguments(func, args, kwargs)
         if bound is not None and (name := self.layers.get(id(bound["weight"]))) is not None:
             settings = {key: value for key, value in bound.items() if key not in ("input", "weight", "bias")}
-            return self.layer(name, Call(func, bound["input"], tuple(bound["weight"].shape[2:]), settings), args, kwargs)
+            return self.layer(
+                name, Call(func, bound["input"], tuple(bound["weight"].shape[2:]), settings), args, kwargs
+            )
         return self.other(func, args, kwargs)
 
     def enter(self, name: str) -> None:

@@ -1,4 +1,4 @@
-"""The ops: typed public functions that validate once for all devices and implementations, one module a family.
+"""The ops: typed public functions that validate once for all devices, one module a family.
 
 `register` holds the schemas and chooses what runs; `reference` says in plain PyTorch what has to come out.
 """
@@ -12,7 +12,26 @@ from snows.ops.register import OPS, TRITON, implementation, native, triton
 from snows.ops.sdpa import attention
 
 __all__ = [
-    "ACTIVATIONS", "OPS", "TRITON", "affine_relu", "attention", "batched_cg_update", "cg_direction", "cg_update", "gelu", "implementation",
-    "kernel_order", "layer_norm", "masked", "native", "nm_mask", "nm_select", "pack_bits", "reference", "sparse_conv2d", "sparse_linear",
-    "triton", "unpack",
+    "ACTIVATIONS",
+    "OPS",
+    "TRITON",
+    "affine_relu",
+    "attention",
+    "batched_cg_update",
+    "cg_direction",
+    "cg_update",
+    "gelu",
+    "implementation",
+    "kernel_order",
+    "layer_norm",
+    "masked",
+    "native",
+    "nm_mask",
+    "nm_select",
+    "pack_bits",
+    "reference",
+    "sparse_conv2d",
+    "sparse_linear",
+    "triton",
+    "unpack",
 ]

@@ -1,6 +1,7 @@
 """One step of conjugate gradients, for one system and for many: in place, without waiting for the device.
 
-What is changed must be contiguous, all vectors of one shape, dtype and device; a ValueError says which is not.
+What is changed must be contiguous, all vectors of one shape, dtype and device; a ValueError says which is
+not.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ def cg_direction(p: Tensor, r: Tensor, z: Tensor, state: Tensor) -> None:
         p: the last direction, zero at first; changed.
         r: the residual.
         z: the preconditioned residual.
-        state: (5,), float64: the scalars, as `reference` names them; changed. Nothing is unless its status is RUNNING.
+        state: (5,), float64: the scalars, as `reference` names them; changed. Nothing is unless its status is
+            RUNNING.
     """
     _check_vectors("cg_direction", {"p": p}, {"r": r, "z": z})
     check_like("cg_direction", "state", state, (5,), torch.float64, p.device)
@@ -29,8 +31,8 @@ def cg_direction(p: Tensor, r: Tensor, z: Tensor, state: Tensor) -> None:
 def cg_update(x: Tensor, r: Tensor, p: Tensor, Ap: Tensor, state: Tensor, rtol: float) -> None:
     """Make one step: ``x += α p``, ``r -= α Ap`` with ``α = state[RZ] / p·Ap``, and take down how it went.
 
-    Where p·Ap is not finite the status becomes NOT_FINITE; where it is not positive, NEGATIVE_CURVATURE, and x is p if that was
-    the first direction; where ``r·r <= rtol² state[BB]`` after the step, CONVERGED.
+    Where p·Ap is not finite the status becomes NOT_FINITE; where it is not positive, NEGATIVE_CURVATURE, and
+    x is p if that was the first direction; where ``r·r <= rtol² state[BB]`` after the step, CONVERGED.
 
     Args:
         x: the solution so far, zero at first; changed.
@@ -46,15 +48,24 @@ def cg_update(x: Tensor, r: Tensor, p: Tensor, Ap: Tensor, state: Tensor, rtol: 
     torch.ops.snows.cg_update(x, r, p.contiguous(), Ap.contiguous(), state, rtol)
 
 
-def batched_cg_update(x: Tensor, r: Tensor, p: Tensor, rz: Tensor, product: Tensor, mask: Tensor, inverse: Tensor,
-                      target: Tensor) -> None:
+def batched_cg_update(
+    x: Tensor,
+    r: Tensor,
+    p: Tensor,
+    rz: Tensor,
+    product: Tensor,
+    mask: Tensor,
+    inverse: Tensor,
+    target: Tensor,
+) -> None:
     """Make one step in every row that is not done, preconditioned by the diagonal.
 
     Args:
         x: (groups, rows, columns), the solutions so far; changed.
         r: the residuals; changed.
         p: the directions; changed.
-        rz: (groups, rows), float64, r·z with z = r · inverse, 0 where a row is done: it keeps x, r and p; changed.
+        rz: (groups, rows), float64, r·z with z = r · inverse, 0 where a row is done: it keeps x, r and p;
+            changed.
         product: p times the row's matrix, before the mask.
         mask: bool, the entries that a row may change.
         inverse: (groups, columns), above 0: one over the matrix's diagonal.
@@ -70,11 +81,13 @@ def batched_cg_update(x: Tensor, r: Tensor, p: Tensor, rz: Tensor, product: Tens
     for name, value in (("rz", rz), ("target", target)):
         check_like(op, name, value, (groups, rows), torch.float64, x.device)
     check_contiguous(op, "rz", rz)
-    torch.ops.snows.batched_cg_update(x, r, p, rz, product.contiguous(), mask.contiguous(), inverse.contiguous(), target.contiguous())
+    torch.ops.snows.batched_cg_update(
+        x, r, p, rz, product.contiguous(), mask.contiguous(), inverse.contiguous(), target.contiguous()
+    )
 
 
 def _check_vectors(op: str, changed: dict[str, Tensor], read: dict[str, Tensor]) -> None:
-    """All alike, and what is changed contiguous."""
+    """Ask that all are alike, and what is changed contiguous."""
     first, lead = next(iter(changed.items()))
     if lead.dtype not in FLOATS:
         raise ValueError(f"{op}: expected {first} to be floating point, got {lead.dtype}")

@@ -1,4 +1,4 @@
-"""Convolutions whose derivatives are convolutions: by input or by weight, however often they are differentiated."""
+"""Convolutions whose derivatives are convolutions: by input or by weight, any number of times."""
 
 from __future__ import annotations
 
@@ -8,12 +8,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CONV2D = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")  # the arguments of F.conv2d, in order
+CONV2D = (
+    "input",
+    "weight",
+    "bias",
+    "stride",
+    "padding",
+    "dilation",
+    "groups",
+)  # the arguments of F.conv2d, in order
 _DEFAULTS: dict[str, Any] = {"bias": None, "stride": 1, "padding": 0, "dilation": 1, "groups": 1}
 
 
 def conv2d(*args: Any, **kwargs: Any) -> Tensor:
-    """Compute ``F.conv2d`` through the function that differentiates by what needs it: its input, or its weight.
+    """Compute ``F.conv2d`` through the function that differentiates by what needs it.
+
+    That is its input, or its weight.
 
     Where both need gradients, or the padding is a word, it is ``F.conv2d`` itself.
     """
@@ -22,7 +32,9 @@ def conv2d(*args: Any, **kwargs: Any) -> Tensor:
     if isinstance(bound["padding"], str) or x.ndim != 4 or (x.requires_grad and weight.requires_grad):
         return F.conv2d(*args, **kwargs)
     settings = (bound["stride"], bound["padding"], bound["dilation"], bound["groups"])
-    out = _apply(_ByInput, x, weight, *settings) if x.requires_grad else _apply(_ByWeight, weight, x, *settings)
+    out = (
+        _apply(_ByInput, x, weight, *settings) if x.requires_grad else _apply(_ByWeight, weight, x, *settings)
+    )
     return out if bias is None else out + bias.view(-1, 1, 1)
 
 
@@ -32,7 +44,9 @@ def _apply(function: type[torch.autograd.Function], *args: Any) -> Tensor:
 
 
 class _ByInput(torch.autograd.Function):
-    """Convolve, as a linear map of the input: the weight is a constant, and each derivative is one convolution.
+    """Convolve, as a linear map of the input: each derivative is one convolution.
+
+    The weight is a constant.
 
     PyTorch's own double backward also computes the weight's gradient, which nobody asks for here.
     """
@@ -46,7 +60,14 @@ class _ByInput(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         (weight,) = ctx.saved_tensors
-        return _apply(_ByInputAdjoint, grads[0], weight, ctx.shape, *ctx.settings), None, None, None, None, None
+        return (
+            _apply(_ByInputAdjoint, grads[0], weight, ctx.shape, *ctx.settings),
+            None,
+            None,
+            None,
+            None,
+            None,
+        )
 
 
 class _ByInputAdjoint(torch.autograd.Function):
@@ -54,8 +75,14 @@ class _ByInputAdjoint(torch.autograd.Function):
     def forward(ctx: Any, g: Tensor, weight: Tensor, shape: torch.Size, *settings: Any) -> Tensor:
         ctx.save_for_backward(weight)
         ctx.settings = settings
-        layout = torch.channels_last if g.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
-        like = torch.empty(shape, dtype=g.dtype, device=g.device, memory_format=layout)  # never read: shape and layout count
+        layout = (
+            torch.channels_last
+            if g.is_contiguous(memory_format=torch.channels_last)
+            else torch.contiguous_format
+        )
+        like = torch.empty(
+            shape, dtype=g.dtype, device=g.device, memory_format=layout
+        )  # never read: shape and layout count
         return _convolution_backward(g, like, weight, settings, by_input=True)
 
     @staticmethod
@@ -94,7 +121,18 @@ class _ByWeightAdjoint(torch.autograd.Function):
 
 def _convolution_backward(g: Tensor, x: Tensor, weight: Tensor, settings: Any, by_input: bool) -> Tensor:
     stride, padding, dilation = ([v, v] if isinstance(v, int) else list(v) for v in settings[:3])
-    grads = torch.ops.aten.convolution_backward(g, x, weight, None, stride, padding, dilation, False, [0, 0], settings[3],
-                                                [by_input, not by_input, False])
+    grads = torch.ops.aten.convolution_backward(
+        g,
+        x,
+        weight,
+        None,
+        stride,
+        padding,
+        dilation,
+        False,
+        [0, 0],
+        settings[3],
+        [by_input, not by_input, False],
+    )
     result: Tensor = grads[0 if by_input else 1]
     return result

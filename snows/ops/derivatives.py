@@ -1,4 +1,4 @@
-"""Every op: its schema, and its derivative, made of ops again, so that a loss through it can be differentiated twice."""
+"""Every op: its schema, and its derivative, made of ops again and so differentiable twice."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ _ops = torch.ops.snows
 def register(library: torch.library.Library, op: Op) -> None:
     """Give an op its derivative, if it has one."""
     if op.backward is not None:
-        torch.library.register_autograd(f"snows::{op.name}", op.backward, setup_context=_remembering(op.setup), lib=library)
+        torch.library.register_autograd(
+            f"snows::{op.name}", op.backward, setup_context=_remembering(op.setup), lib=library
+        )
 
 
 def _remembering(setup: Callable[..., None] | None) -> Callable[..., None]:
@@ -28,17 +30,20 @@ def _remembering(setup: Callable[..., None] | None) -> Callable[..., None]:
 
 
 def _asked(ctx: Any, index: int) -> bool:
-    """Whether the pass that is running wants the gradient by input `index`.
+    """Say whether the pass that is running wants the gradient by input `index`.
 
-    ``needs_input_grad`` only says that some pass might: a Gauss-Newton product goes through an adjoint by its cotangent alone,
-    and the second derivative by the point would be thrown away. PyTorch's own formulas ask the engine the same question.
+    ``needs_input_grad`` only says that some pass might: a Gauss-Newton product goes through an adjoint by its
+    cotangent alone, and the second derivative by the point would be thrown away. PyTorch's own formulas ask
+    the engine the same question.
     """
     node = ctx.next_functions[index][0]
     if not ctx.needs_input_grad[index] or node is None:
         return False
     try:
         return bool(torch._C._will_engine_execute_node(node))
-    except RuntimeError:  # raised for a node that starts the graph (a leaf; under AOTAutograd any input) exactly where its gradient is wanted
+    # raised for a node that starts the graph (a leaf; under AOTAutograd any input) exactly where its gradient
+    # is wanted
+    except RuntimeError:
         return True
 
 
@@ -127,7 +132,9 @@ def _attention_grad_backward(ctx: Any, *tangents: Tensor | None) -> Any:
     g, *point = ctx.saved_tensors
     by_g, by_point = None, (None,) * 3
     if any(t is not None for t in tangents):
-        tangents = tuple(torch.zeros_like(x) if t is None else t for t, x in zip(tangents, point, strict=False))
+        tangents = tuple(
+            torch.zeros_like(x) if t is None else t for t, x in zip(tangents, point, strict=False)
+        )
         if _asked(ctx, 0):
             by_g = _ops.attention_tangent(*tangents, *point, ctx.scale)
         if any(_asked(ctx, i) for i in (1, 2, 3)):
@@ -146,7 +153,7 @@ def _attention_tangent_backward(ctx: Any, g: Tensor | None) -> Any:
 
 
 def _before_activation(op: str, context: Any, grad: Tensor) -> Tensor:
-    """The gradient of what the activation was applied to, which is computed again."""
+    """Return the gradient by what the activation was applied to, which is computed again."""
     input, values, codes, bias = context.saved_tensors
     if context.rest[-2] == "none":
         return grad
@@ -184,8 +191,8 @@ class Op(NamedTuple):
     """Declare an op: its schema, and where it lies on the path of a loss its derivative.
 
     Attributes:
-        schema: tensors that take gradients come first; of several results the first is the op's own, the others are kept for
-            its derivatives.
+        schema: tensors that take gradients come first; of several results the first is the op's own, the
+            others are kept for its derivatives.
         backward: gives the gradients of the inputs from those of the results.
         setup: keeps what `backward` needs; None for nothing.
     """
@@ -205,32 +212,75 @@ OPS = (
     Op("nm_select(Tensor scores, int n, int m) -> (Tensor bits, Tensor codes)"),
     Op("cg_direction(Tensor(a!) p, Tensor r, Tensor z, Tensor(b!) state) -> ()"),
     Op("cg_update(Tensor(a!) x, Tensor(b!) r, Tensor p, Tensor Ap, Tensor(c!) state, float rtol) -> ()"),
-    Op("batched_cg_update(Tensor(a!) x, Tensor(b!) r, Tensor(c!) p, Tensor(d!) rz, Tensor product, "
-       "Tensor mask, Tensor inverse, Tensor target) -> ()"),
+    Op(
+        "batched_cg_update(Tensor(a!) x, Tensor(b!) r, Tensor(c!) p, Tensor(d!) rz, Tensor product, "
+        "Tensor mask, Tensor inverse, Tensor target) -> ()"
+    ),
     Op("masked(Tensor weight, Tensor bits) -> Tensor", _masked_backward, _masked_setup),
     Op("gelu(Tensor x, str approximate) -> (Tensor, Tensor)", _gelu_backward, _gelu_setup),
     Op("gelu_curve(Tensor x, Tensor g, str approximate) -> Tensor", _no_third),
-    Op("affine_relu(Tensor x, Tensor affine, Tensor scale) -> Tensor", _affine_relu_backward, _affine_relu_setup),
-    Op("affine_relu_grad(Tensor g, Tensor y, Tensor scale) -> Tensor", _affine_relu_backward, _affine_relu_grad_setup),
-    Op("layer_norm(Tensor x, Tensor? weight, Tensor? bias, SymInt[] shape, float eps) -> (Tensor, "
-       "Tensor, Tensor)", _layer_norm_backward, _layer_norm_setup),
-    Op("layer_norm_grad(Tensor g, Tensor x, Tensor mean, Tensor rstd, Tensor? before, Tensor? after, "
-       "SymInt[] shape) -> Tensor", _layer_norm_grad_backward, _layer_norm_grad_setup),
-    Op("layer_norm_curve(Tensor g, Tensor v, Tensor x, Tensor mean, Tensor rstd, Tensor? before, "
-       "Tensor? after, SymInt[] shape) -> Tensor", _no_third),
-    Op("attention(Tensor q, Tensor k, Tensor v, Tensor? bias, float scale, bool keep) -> (Tensor, "
-       "Tensor)", _attention_backward, _attention_setup),
-    Op("attention_grad(Tensor g, Tensor q, Tensor k, Tensor v, Tensor out, Tensor kept, Tensor? bias, "
-       "float scale) -> (Tensor, Tensor, Tensor)", _attention_grad_backward, _attention_derivative_setup),
-    Op("attention_tangent(Tensor dq, Tensor dk, Tensor dv, Tensor q, Tensor k, Tensor v, Tensor out, "
-       "Tensor kept, Tensor? bias, float scale) -> Tensor", _attention_tangent_backward, _attention_derivative_setup),
-    Op("attention_curve(Tensor g, Tensor dq, Tensor dk, Tensor dv, Tensor q, Tensor k, Tensor v, "
-       "Tensor out, Tensor kept, Tensor? bias, float scale) -> (Tensor, Tensor, Tensor)", _no_third),
+    Op(
+        "affine_relu(Tensor x, Tensor affine, Tensor scale) -> Tensor",
+        _affine_relu_backward,
+        _affine_relu_setup,
+    ),
+    Op(
+        "affine_relu_grad(Tensor g, Tensor y, Tensor scale) -> Tensor",
+        _affine_relu_backward,
+        _affine_relu_grad_setup,
+    ),
+    Op(
+        "layer_norm(Tensor x, Tensor? weight, Tensor? bias, SymInt[] shape, float eps) -> (Tensor, "
+        "Tensor, Tensor)",
+        _layer_norm_backward,
+        _layer_norm_setup,
+    ),
+    Op(
+        "layer_norm_grad(Tensor g, Tensor x, Tensor mean, Tensor rstd, Tensor? before, Tensor? after, "
+        "SymInt[] shape) -> Tensor",
+        _layer_norm_grad_backward,
+        _layer_norm_grad_setup,
+    ),
+    Op(
+        "layer_norm_curve(Tensor g, Tensor v, Tensor x, Tensor mean, Tensor rstd, Tensor? before, "
+        "Tensor? after, SymInt[] shape) -> Tensor",
+        _no_third,
+    ),
+    Op(
+        "attention(Tensor q, Tensor k, Tensor v, Tensor? bias, float scale, bool keep) -> (Tensor, Tensor)",
+        _attention_backward,
+        _attention_setup,
+    ),
+    Op(
+        "attention_grad(Tensor g, Tensor q, Tensor k, Tensor v, Tensor out, Tensor kept, Tensor? bias, "
+        "float scale) -> (Tensor, Tensor, Tensor)",
+        _attention_grad_backward,
+        _attention_derivative_setup,
+    ),
+    Op(
+        "attention_tangent(Tensor dq, Tensor dk, Tensor dv, Tensor q, Tensor k, Tensor v, Tensor out, "
+        "Tensor kept, Tensor? bias, float scale) -> Tensor",
+        _attention_tangent_backward,
+        _attention_derivative_setup,
+    ),
+    Op(
+        "attention_curve(Tensor g, Tensor dq, Tensor dk, Tensor dv, Tensor q, Tensor k, Tensor v, "
+        "Tensor out, Tensor kept, Tensor? bias, float scale) -> (Tensor, Tensor, Tensor)",
+        _no_third,
+    ),
     Op("unpack(Tensor values, Tensor codes, int[] shape, int n, int m) -> Tensor"),
     Op("kernel_order(Tensor values, Tensor codes, int[] shape, int n, int m) -> Tensor"),
-    Op("sparse_linear(Tensor input, Tensor values, Tensor codes, Tensor? bias, int[] shape, int n, "
-       "int m, str activation='none', Tensor? order=None) -> Tensor", _sparse_linear_backward, _packed_setup),
-    Op("sparse_conv2d(Tensor input, Tensor values, Tensor codes, Tensor? bias, int[] shape, int n, "
-       "int m, int[2] stride, int[2] padding, int[2] dilation, str activation='none', "
-       "Tensor? order=None) -> Tensor", _sparse_conv2d_backward, _packed_setup),
+    Op(
+        "sparse_linear(Tensor input, Tensor values, Tensor codes, Tensor? bias, int[] shape, int n, "
+        "int m, str activation='none', Tensor? order=None) -> Tensor",
+        _sparse_linear_backward,
+        _packed_setup,
+    ),
+    Op(
+        "sparse_conv2d(Tensor input, Tensor values, Tensor codes, Tensor? bias, int[] shape, int n, "
+        "int m, int[2] stride, int[2] padding, int[2] dilation, str activation='none', "
+        "Tensor? order=None) -> Tensor",
+        _sparse_conv2d_backward,
+        _packed_setup,
+    ),
 )

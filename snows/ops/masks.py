@@ -16,7 +16,8 @@ def nm_mask(scores: Tensor, n: int, m: int) -> Tensor:
     """Keep the `n` highest of every `m` consecutive scores of a row; the lower index wins a tie.
 
     Args:
-        scores: (rows, columns), floating point; a last group of fewer than `m` columns keeps its `n` highest too.
+        scores: (rows, columns), floating point; a last group of fewer than `m` columns keeps its `n` highest
+            too.
         n: entries kept in each group, 0 < n < m.
         m: entries in a group; above 32 the reference does it.
 
@@ -37,12 +38,14 @@ def nm_mask(scores: Tensor, n: int, m: int) -> Tensor:
 
 
 def nm_select(scores: Tensor, n: int, m: int) -> tuple[Tensor, Tensor]:
-    """Make the mask of `nm_mask`, whose arguments and errors it has, as packed bits, and for 2:4 the codes that sparse matrix units read.
+    """Make the mask of `nm_mask` as packed bits, and for 2:4 the codes of sparse matrix units.
+
+    Arguments and errors are those of `nm_mask`.
 
     Returns:
         bits: (rows, ceil(columns / 8)), uint8: bit j of byte b is column 8 b + j, 0 beyond the last column.
-        codes: of the same shape for 2:4, (rows, 0) otherwise: a nibble a group, lower first: its first kept index | the
-            second << 2; what is missing of a group counts as -inf.
+        codes: of the same shape for 2:4, (rows, 0) otherwise: a nibble a group, lower first: its first kept
+            index | the second << 2; what is missing of a group counts as -inf.
 
     Example:
         >>> bits, codes = nm_select(torch.tensor([[3.0, 1.0, 3.0, 2.0, 0.0, 0.0, 1.0, 2.0]]), 2, 4)
@@ -57,17 +60,25 @@ def nm_select(scores: Tensor, n: int, m: int) -> tuple[Tensor, Tensor]:
 
 def _check_selection(op: str, scores: Tensor, n: int, m: int) -> None:
     if scores.ndim != 2 or scores.dtype not in FLOATS:
-        raise ValueError(f"{op}: expected scores to be a matrix of float16, bfloat16, float32 or float64, "
-                         f"got {tuple(scores.shape)} {scores.dtype}")
+        raise ValueError(
+            f"{op}: expected scores to be a matrix of float16, bfloat16, float32 or float64, "
+            f"got {tuple(scores.shape)} {scores.dtype}"
+        )
     if not 0 < n < m:
         raise ValueError(f"{op}: expected 0 < n < m, got n = {n}, m = {m}")
     looks_itself = KERNEL_LOOKS and scores.is_cpu and m <= 32
-    if not looks_itself and scores.sum().isnan() and scores.isnan().any():  # infinities of both signs sum to NaN too
-        raise ValueError(f"{op}: expected scores without NaN, got NaN; check the weights and the calibration images")
+    if (
+        not looks_itself and scores.sum().isnan() and scores.isnan().any()
+    ):  # infinities of both signs sum to NaN too
+        raise ValueError(
+            f"{op}: expected scores without NaN, got NaN; check the weights and the calibration images"
+        )
 
 
 def pack_bits(mask: Tensor) -> Tensor:
-    """Pack a mask into bytes, as `masked` takes it: bit j of byte b is element 8 b + j of the flattened mask, 0 beyond the last.
+    """Pack a mask into bytes, as `masked` takes it.
+
+    Bit j of byte b is element 8 b + j of the flattened mask, 0 beyond the last.
 
     Args:
         mask: any shape, bool.
@@ -88,7 +99,9 @@ def pack_bits(mask: Tensor) -> Tensor:
 
 
 def masked(weight: Tensor, bits: Tensor) -> Tensor:
-    """Keep the weight where its bit is set; +0.0 elsewhere, whatever stood there. Differentiable any number of times.
+    """Keep the weight where its bit is set; +0.0 elsewhere, whatever stood there.
+
+    It can be differentiated any number of times.
 
     Args:
         weight: any shape, floating point.

@@ -11,7 +11,9 @@ from snows.ops.checks import check_constant, check_real, expect
 
 
 def gelu(x: Tensor, approximate: str = "none") -> Tensor:
-    """GELU, ``x Φ(x)``, or its tanh approximation (Hendrycks & Gimpel 2016); differentiable twice.
+    """Compute GELU, ``x Φ(x)``, or its tanh approximation (Hendrycks & Gimpel 2016).
+
+    It can be differentiated twice.
 
     Args:
         x: any shape, floating point.
@@ -30,7 +32,9 @@ def gelu(x: Tensor, approximate: str = "none") -> Tensor:
 
 
 def affine_relu(x: Tensor, affine: Tensor, scale: Tensor) -> Tensor:
-    """``max(0, affine)``, where ``affine = scale x + shift`` channel by channel is at hand; differentiable twice by x.
+    """Compute ``max(0, affine)``, where ``affine = scale x + shift`` channel by channel is at hand.
+
+    It can be differentiated twice by x.
 
     Args:
         x: (batch, channels, ...), floating point.
@@ -51,8 +55,14 @@ def affine_relu(x: Tensor, affine: Tensor, scale: Tensor) -> Tensor:
     return result
 
 
-def layer_norm(x: Tensor, shape: Sequence[int], weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
-    """LayerNorm over the last dimensions (Ba et al. 2016); differentiable twice by x.
+def layer_norm(
+    x: Tensor,
+    shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """Compute LayerNorm over the last dimensions (Ba et al. 2016); differentiable twice by x.
 
     Args:
         x: (..., *shape), floating point.
@@ -69,7 +79,13 @@ def layer_norm(x: Tensor, shape: Sequence[int], weight: Tensor | None = None, bi
     """
     check_real("layer_norm", "x", x)
     shape = tuple(shape)
-    expect(0 < len(shape) <= x.ndim and tuple(x.shape[-len(shape):]) == shape, "layer_norm", "x", f"(..., *{shape})", tuple(x.shape))
+    expect(
+        0 < len(shape) <= x.ndim and tuple(x.shape[-len(shape) :]) == shape,
+        "layer_norm",
+        "x",
+        f"(..., *{shape})",
+        tuple(x.shape),
+    )
     check_constant("layer_norm", "weight", weight, shape, x)
     check_constant("layer_norm", "bias", bias, shape, x)
     result: Tensor = torch.ops.snows.layer_norm(x, weight, bias, shape, eps)[0]

@@ -14,7 +14,8 @@ def unpack(values: Tensor, codes: Tensor, shape: Sequence[int], n: int, m: int) 
     """Put the stored values of a packed weight back at their places, +0.0 elsewhere.
 
     Args:
-        values: the stored entries in order of the row view: (rows, groups * n), or (stored,) for unstructured.
+        values: the stored entries in order of the row view: (rows, groups * n), or (stored,) for
+            unstructured.
         codes: uint8, their positions.
         shape: the weight's, (out, in) or (out, in, kernel height, kernel width).
         n: entries stored in each group, 0 for unstructured.
@@ -28,10 +29,12 @@ def unpack(values: Tensor, codes: Tensor, shape: Sequence[int], n: int, m: int) 
 
 
 def kernel_order(values: Tensor, codes: Tensor, shape: Sequence[int], n: int, m: int) -> Tensor:
-    """A packed weight in the order in which the kernels of its device read it; empty where there is no kernel.
+    """Put a packed weight in the order in which the kernels of its device read it.
 
-    A permutation of `values` with the positions spelled out. What it looks like is the kernel's own business, so it is
-    made from the packed weight wherever that arrives, and never saved. Arguments as in `unpack`.
+    It is empty where there is no kernel.
+
+    A permutation of `values` with the positions spelled out. What it looks like is the kernel's own business,
+    so it is made from the packed weight wherever that arrives, and never saved. Arguments as in `unpack`.
 
     Returns:
         int32, opaque: for `sparse_linear` and `sparse_conv2d` in the same process, on the same device.
@@ -41,8 +44,15 @@ def kernel_order(values: Tensor, codes: Tensor, shape: Sequence[int], n: int, m:
 
 
 def sparse_linear(
-    input: Tensor, values: Tensor, codes: Tensor, bias: Tensor | None, shape: Sequence[int], n: int, m: int,
-    activation: str = "none", order: Tensor | None = None,
+    input: Tensor,
+    values: Tensor,
+    codes: Tensor,
+    bias: Tensor | None,
+    shape: Sequence[int],
+    n: int,
+    m: int,
+    activation: str = "none",
+    order: Tensor | None = None,
 ) -> Tensor:
     """Multiply by a packed weight, add the bias, apply the activation; gradients pass to input and bias.
 
@@ -55,7 +65,8 @@ def sparse_linear(
         n: see `values`.
         m: see `values`.
         activation: "none", "relu" or "gelu" (the exact one, by erf).
-        order: what `kernel_order` made of the weight; without it the weight is unpacked at every call, or ordered (CUDA).
+        order: what `kernel_order` made of the weight; without it the weight is unpacked at every call, or
+            ordered (CUDA).
 
     Returns:
         (..., out), contiguous.
@@ -71,44 +82,69 @@ def sparse_linear(
 
 
 def sparse_conv2d(
-    input: Tensor, values: Tensor, codes: Tensor, bias: Tensor | None, shape: Sequence[int], n: int, m: int,
-    stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int],
-    activation: str = "none", order: Tensor | None = None,
+    input: Tensor,
+    values: Tensor,
+    codes: Tensor,
+    bias: Tensor | None,
+    shape: Sequence[int],
+    n: int,
+    m: int,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    activation: str = "none",
+    order: Tensor | None = None,
 ) -> Tensor:
     """Convolve with a packed weight, add the bias, apply the activation; gradients pass to input and bias.
 
-    The input is (images, in, height, width) or (in, height, width), the weight (out, in, kernel height, kernel width); stride,
-    padding (zeros on both sides) and dilation are vertical, horizontal. All else is as in `sparse_linear`.
+    The input is (images, in, height, width) or (in, height, width), the weight (out, in, kernel height,
+    kernel width); stride, padding (zeros on both sides) and dilation are vertical, horizontal. All else is as
+    in `sparse_linear`.
 
     Returns:
-        (images, out, output height, output width), or without images as the input; contiguous, or channels last or images
-        innermost where the input is.
+        (images, out, output height, output width), or without images as the input; contiguous, or channels
+        last or images innermost where the input is.
 
     Raises:
-        ValueError: the input's dimensions, channels or dtype are not the weight's, it is smaller than the kernel, or
-            the activation is unknown.
+        ValueError: the input's dimensions, channels or dtype are not the weight's, it is smaller than the
+            kernel, or the activation is unknown.
     """
     if input.ndim not in (3, 4):
         raise ValueError(f"sparse_conv2d: expected an input of 3 or 4 dimensions, got {tuple(input.shape)}")
     _check_input("sparse_conv2d", input, values, input.shape[-3], shape[1], activation)
-    for name, pair, least in (("a stride", stride, 1), ("a padding", padding, 0), ("a dilation", dilation, 1)):
+    for name, pair, least in (
+        ("a stride", stride, 1),
+        ("a padding", padding, 0),
+        ("a dilation", dilation, 1),
+    ):
         if len(pair) != 2 or min(pair) < least:
-            raise ValueError(f"sparse_conv2d: expected {name} of two numbers of at least {least}, got {tuple(pair)}")
+            raise ValueError(
+                f"sparse_conv2d: expected {name} of two numbers of at least {least}, got {tuple(pair)}"
+            )
     for axis in (0, 1):
         extent = (shape[2 + axis] - 1) * dilation[axis] + 1
         if input.shape[axis - 2] + 2 * padding[axis] < extent:
-            raise ValueError(f"sparse_conv2d: expected a padded input no smaller than the kernel's extent of {extent}, "
-                             f"got {tuple(input.shape)} with padding {tuple(padding)}")
+            raise ValueError(
+                f"sparse_conv2d: expected a padded input no smaller than the kernel's extent of {extent}, "
+                f"got {tuple(input.shape)} with padding {tuple(padding)}"
+            )
     images = input if input.ndim == 4 else input[None]
     output: Tensor = torch.ops.snows.sparse_conv2d(
-        images, values, codes, bias, shape, n, m, stride, padding, dilation, activation, order)
+        images, values, codes, bias, shape, n, m, stride, padding, dilation, activation, order
+    )
     return output if input.ndim == 4 else output[0]
 
 
-def _check_input(op: str, input: Tensor, values: Tensor, channels: int, expected: int, activation: str) -> None:
+def _check_input(
+    op: str, input: Tensor, values: Tensor, channels: int, expected: int, activation: str
+) -> None:
     if channels != expected:
-        raise ValueError(f"{op}: expected an input with {expected} channels, got {channels} in {tuple(input.shape)}")
+        raise ValueError(
+            f"{op}: expected an input with {expected} channels, got {channels} in {tuple(input.shape)}"
+        )
     if input.dtype != values.dtype and not torch.is_autocast_enabled(input.device.type):
-        raise ValueError(f"{op}: expected an input of the weight's {values.dtype}, got {input.dtype}; convert one of them")
+        raise ValueError(
+            f"{op}: expected an input of the weight's {values.dtype}, got {input.dtype}; convert one of them"
+        )
     if activation not in ACTIVATIONS:
         raise ValueError(f"{op}: expected an activation of {', '.join(ACTIVATIONS)}, got {activation!r}")

@@ -1,7 +1,8 @@
 """The register: a schema and a reference for every op, and the kernels that run in the reference's place.
 
-The reference serves every device and is its own fake kernel; native kernels are registered over it for the devices
-they serve, and PyTorch's dispatcher chooses. `SNOWS_REFERENCE=1`, set before the import, leaves the kernels out.
+The reference serves every device and is its own fake kernel; native kernels are registered over it for the
+devices they serve, and PyTorch's dispatcher chooses. `SNOWS_REFERENCE=1`, set before the import, leaves the
+kernels out.
 """
 
 from __future__ import annotations
@@ -39,7 +40,11 @@ def _autocast(op: str, device: str) -> Callable[..., Tensor]:
     def cast(input: Tensor, values: Tensor, *rest: Any, **named: Any) -> Tensor:
         with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
             output: Tensor = getattr(torch.ops.snows, op)(input.to(values.dtype), values, *rest, **named)
-            return output if values.dtype == torch.float64 else output.to(torch.get_autocast_dtype(device.lower()))
+            return (
+                output
+                if values.dtype == torch.float64
+                else output.to(torch.get_autocast_dtype(device.lower()))
+            )
 
     return cast
 
@@ -53,13 +58,18 @@ def _load_native() -> str:
     """Load the compiled kernels if they were built; say in one phrase what happened."""
     if os.environ.get("SNOWS_REFERENCE") == "1":
         return "left out by SNOWS_REFERENCE=1"
-    path = Path(__file__).parents[1] / f"_native{sysconfig.get_config_var('EXT_SUFFIX')}"  # a source tree may hold other Pythons' too
+    path = (
+        Path(__file__).parents[1] / f"_native{sysconfig.get_config_var('EXT_SUFFIX')}"
+    )  # a source tree may hold other Pythons' too
     if path.exists():
         try:
             torch.ops.load_library(str(path))
         except OSError as error:
-            warnings.warn(f"snows: the native kernels in {path.name} do not load ({error}); "
-                          "the reference runs instead. Reinstall snows with the torch in use.", stacklevel=3)
+            warnings.warn(
+                f"snows: the native kernels in {path.name} do not load ({error}); "
+                "the reference runs instead. Reinstall snows with the torch in use.",
+                stacklevel=3,
+            )
             return "built, but does not load"
         return "loaded"
     return "not built"
@@ -78,7 +88,10 @@ TRITON = {  # file in kernels/ -> the ops in it
 
 
 def from_triton(file: str, name: str) -> Callable[..., Any]:
-    """The op's launcher, imported when it is first called; the reference takes what the kernel does not."""
+    """Return the op's launcher, imported when it is first called.
+
+    The reference takes what the kernel does not.
+    """
 
     def call(*args: Any) -> Any:
         kernel = importlib.import_module(f"snows.kernels.{file}")
@@ -115,5 +128,3 @@ def implementation(op: str, device: str = "CPU") -> str:
         return "reference"
     ours = device == "CUDA" and triton == "registered" and any(op in names for names in TRITON.values())
     return "triton" if ours else "native"
-
-

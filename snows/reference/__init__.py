@@ -1,7 +1,7 @@
 """Each op in plain PyTorch: the specification that every kernel is tested against.
 
-What has a public function is described there, in `ops`; here is what only kernels and derivatives call. A function of one of
-the modules is found by its name here too.
+What has a public function is described there, in `ops`; here is what only kernels and derivatives call. A
+function of one of the modules is found by its name here too.
 """
 
 from typing import Any

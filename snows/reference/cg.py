@@ -32,14 +32,24 @@ def cg_update(x: Tensor, r: Tensor, p: Tensor, Ap: Tensor, state: Tensor, rtol: 
     r.addcmul_(torch.where(going, Ap, 0), alpha, value=-1)
     rr = torch.where(going, (r * r).sum().double(), rr)
     state[STATUS] = torch.where(
-        going, torch.where(rr <= rtol * rtol * bb, CONVERGED, RUNNING),
-        torch.where(leaving, NEGATIVE_CURVATURE, torch.where(running, NOT_FINITE, status)))
+        going,
+        torch.where(rr <= rtol * rtol * bb, CONVERGED, RUNNING),
+        torch.where(leaving, NEGATIVE_CURVATURE, torch.where(running, NOT_FINITE, status)),
+    )
     state[ITERATIONS] = iterations + running
     state[RR] = rr
 
 
-def batched_cg_update(x: Tensor, r: Tensor, p: Tensor, rz: Tensor, product: Tensor, mask: Tensor, inverse: Tensor,
-                      target: Tensor) -> None:
+def batched_cg_update(
+    x: Tensor,
+    r: Tensor,
+    p: Tensor,
+    rz: Tensor,
+    product: Tensor,
+    mask: Tensor,
+    inverse: Tensor,
+    target: Tensor,
+) -> None:
     """See `ops.batched_cg_update`."""
     Ap = product * mask
     curvature = (p * Ap).sum(-1).double()

@@ -15,12 +15,15 @@ from snows.reference.masks import unpack_bits
 
 
 def code_bits(n: int, m: int) -> int:
-    """Bits of one group's code: n positions of ceil(log2 m) bits where that is no more than a bit an entry, else m bits."""
+    """Count the bits of one group's code.
+
+    n positions of ceil(log2 m) bits where that is no more than a bit an entry, else m bits.
+    """
     return min(n * (m - 1).bit_length(), m)
 
 
 def kept(codes: Tensor, rows: int, columns: int, n: int, m: int) -> Tensor:
-    """Which entries of the row view are stored.
+    """Say which entries of the row view are stored.
 
     Args:
         codes: uint8, the packed positions; see `snows.packing`.
@@ -41,7 +44,11 @@ def kept(codes: Tensor, rows: int, columns: int, n: int, m: int) -> Tensor:
     width = bits // n
     places = 2 ** torch.arange(width, device=codes.device)
     positions = (stream.view(rows, groups, n, width) * places).sum(-1)
-    return torch.zeros(rows, groups, m, dtype=torch.bool, device=codes.device).scatter(-1, positions, True).view(rows, groups * m)
+    return (
+        torch.zeros(rows, groups, m, dtype=torch.bool, device=codes.device)
+        .scatter(-1, positions, True)
+        .view(rows, groups * m)
+    )
 
 
 def unpack(values: Tensor, codes: Tensor, shape: list[int], n: int, m: int) -> Tensor:
@@ -61,36 +68,67 @@ def activate(output: Tensor, activation: str) -> Tensor:
 
 
 def kernel_order(values: Tensor, codes: Tensor, shape: list[int], n: int, m: int) -> Tensor:
-    """Nothing: the reference has no order of its own. See `ops.kernel_order`."""
+    """Return nothing: the reference has no order of its own. See `ops.kernel_order`."""
     return values.new_empty(0, dtype=torch.int32)
 
 
 def sparse_linear(
-    input: Tensor, values: Tensor, codes: Tensor, bias: Tensor | None, shape: list[int], n: int, m: int,
-    activation: str = "none", order: Tensor | None = None,
+    input: Tensor,
+    values: Tensor,
+    codes: Tensor,
+    bias: Tensor | None,
+    shape: list[int],
+    n: int,
+    m: int,
+    activation: str = "none",
+    order: Tensor | None = None,
 ) -> Tensor:
     """See `ops.sparse_linear`; `order` is not read."""
-    return activate(F.linear(input, torch.ops.snows.unpack(values, codes, shape, n, m), bias), activation).contiguous()
+    return activate(
+        F.linear(input, torch.ops.snows.unpack(values, codes, shape, n, m), bias), activation
+    ).contiguous()
 
 
 def images_innermost(x: Tensor) -> bool:
-    """Whether an (images, channels, height, width) tensor lies in memory as (channels, height, width, images), 16 or a multiple of it."""
-    return x.ndim == 4 and not x.is_contiguous() and x.stride(0) == 1 and x.permute(1, 2, 3, 0).is_contiguous() and x.shape[0] % 16 == 0
+    """Say whether images lie innermost in memory.
+
+    That is an (images, channels, height, width) tensor laid out as (channels, height, width, images), with 16
+    images or a multiple of it.
+    """
+    return (
+        x.ndim == 4
+        and not x.is_contiguous()
+        and x.stride(0) == 1
+        and x.permute(1, 2, 3, 0).is_contiguous()
+        and x.shape[0] % 16 == 0
+    )
 
 
 def innermost_images(x: Tensor) -> Tensor:
-    """The same values, so laid out."""
+    """Lay the images out innermost in memory."""
     return x.flatten(1).t().contiguous().view(*x.shape[1:], x.shape[0]).permute(3, 0, 1, 2)
 
 
 def sparse_conv2d(
-    input: Tensor, values: Tensor, codes: Tensor, bias: Tensor | None, shape: list[int], n: int, m: int,
-    stride: list[int], padding: list[int], dilation: list[int], activation: str = "none", order: Tensor | None = None,
+    input: Tensor,
+    values: Tensor,
+    codes: Tensor,
+    bias: Tensor | None,
+    shape: list[int],
+    n: int,
+    m: int,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    activation: str = "none",
+    order: Tensor | None = None,
 ) -> Tensor:
     """See `ops.sparse_conv2d`; `order` is not read."""
     weight = torch.ops.snows.unpack(values, codes, shape, n, m)
     if images_innermost(input):
-        return innermost_images(activate(F.conv2d(input, weight, bias, stride, padding, dilation), activation))
+        return innermost_images(
+            activate(F.conv2d(input, weight, bias, stride, padding, dilation), activation)
+        )
     last = input.is_contiguous(memory_format=torch.channels_last) and not input.is_contiguous()
     layout = torch.channels_last if last else torch.contiguous_format
     output = F.conv2d(input.contiguous(memory_format=layout), weight, bias, stride, padding, dilation)

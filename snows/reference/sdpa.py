@@ -1,7 +1,8 @@
-"""Attention and its derivatives in closed form, a few heads at a time, so that their (queries, keys) matrices stay in the cache.
+"""Attention and its derivatives in closed form, a few heads at a time, to stay in the cache.
 
-Throughout, q is (heads, queries, width), k (heads, keys, width), v (heads, keys, depth), bias (heads, queries, keys) of their dtype,
--inf for what is masked, or None; dq, dk, dv are shaped like q, k, v and g like out; out and kept are what `attention` gave.
+Throughout, q is (heads, queries, width), k (heads, keys, width), v (heads, keys, depth), bias (heads,
+queries, keys) of their dtype, -inf for what is masked, or None; dq, dk, dv are shaped like q, k, v and g like
+out; out and kept are what `attention` gave.
 """
 
 from __future__ import annotations
@@ -16,13 +17,17 @@ from snows.reference.nonlinear import widened
 ATTENTION_BLOCK = 2**19  # entries of those matrices
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, keep: bool) -> tuple[Tensor, Tensor]:
-    """`ops.attention`, ``P v`` with ``P = softmax(scale q kᵀ + bias)``; a row with no key left gives zeros.
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, keep: bool
+) -> tuple[Tensor, Tensor]:
+    """Compute `ops.attention`, ``P v`` with ``P = softmax(scale q kᵀ + bias)``.
+
+    A row with no key left gives zeros.
 
     Returns:
         out: (heads, queries, depth).
-        kept: for the derivatives, in at least float32: P where they are to `keep` it, else what they make it from,
-            (heads, queries), the logarithm of each row's sum.
+        kept: for the derivatives, in at least float32: P where they are to `keep` it, else what they make it
+            from, (heads, queries), the logarithm of each row's sum.
     """
     out = torch.empty(*q.shape[:2], v.shape[2], dtype=q.dtype, device=q.device)
     kept = torch.empty(*q.shape[:2], *([k.shape[1]] if keep else []), dtype=widened(q).dtype, device=q.device)
@@ -37,8 +42,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float
     return out, kept
 
 
-def attention_grad(g: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, kept: Tensor, bias: Tensor | None,
-                   scale: float) -> tuple[Tensor, Tensor, Tensor]:
+def attention_grad(
+    g: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, kept: Tensor, bias: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
     """Pull g back through attention (Dao et al. 2022, algorithm 4), to q, k and v.
 
     ``dv = Pᵀ g``, ``S̄ = P ∘ (g vᵀ - rowsum(g ∘ out))``, ``dq = scale S̄ k``, ``dk = scale S̄ᵀ q``.
@@ -54,8 +60,18 @@ def attention_grad(g: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, kept
     return _narrowed(grads, q)
 
 
-def attention_tangent(dq: Tensor, dk: Tensor, dv: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, kept: Tensor, bias: Tensor | None,
-                      scale: float) -> Tensor:
+def attention_tangent(
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    kept: Tensor,
+    bias: Tensor | None,
+    scale: float,
+) -> Tensor:
     """Push tangents of q, k and v through attention, to out: the transpose of `attention_grad`.
 
     ``S' = scale (dq kᵀ + q dkᵀ)`` and ``out' = (P ∘ S') v + P dv - rowsum(P ∘ S') out``.
@@ -69,13 +85,26 @@ def attention_tangent(dq: Tensor, dk: Tensor, dv: Tensor, q: Tensor, k: Tensor, 
     return result.to(out.dtype)
 
 
-def attention_curve(g: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, kept: Tensor,
-                    bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradient by q, k and v of ``<g, attention_tangent(dq, dk, dv)>``, P following q and k.
+def attention_curve(
+    g: Tensor,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    kept: Tensor,
+    bias: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute the gradient by q, k and v of ``<g, attention_tangent(dq, dk, dv)>``.
 
-    With S̄ and S' as above, ``m = rowsum(P ∘ S')``, ``P' = P ∘ (S' - m)`` and ``E = g vᵀ``, the gradient by P is
-    ``W = (E - rowsum(P ∘ E)) ∘ S' - m E + g dvᵀ`` and that by the scores ``H = P ∘ (W - rowsum(P ∘ W))``; then
-    ``scale (S̄ dk + H k)``, ``scale (S̄ᵀ dq + Hᵀ q)`` and ``P'ᵀ g``.
+    P follows q and k.
+
+    With S̄ and S' as above, ``m = rowsum(P ∘ S')``, ``P' = P ∘ (S' - m)`` and ``E = g vᵀ``, the gradient by P
+    is ``W = (E - rowsum(P ∘ E)) ∘ S' - m E + g dvᵀ`` and that by the scores ``H = P ∘ (W - rowsum(P ∘ W))``;
+    then ``scale (S̄ dk + H k)``, ``scale (S̄ᵀ dq + Hᵀ q)`` and ``P'ᵀ g``.
     """
     grads = _empty_like(q, k, v)
     for part in _parts(q, k):
@@ -99,12 +128,16 @@ def _parts(q: Tensor, k: Tensor) -> Iterator[slice]:
         yield slice(start, start + step)
 
 
-def _again(part: slice, kept: Tensor, bias: Tensor | None, scale: float, q: Tensor, k: Tensor, *others: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """P of a few heads, not to be written to, and the same heads of q, k and the others."""
+def _again(
+    part: slice, kept: Tensor, bias: Tensor | None, scale: float, q: Tensor, k: Tensor, *others: Tensor
+) -> tuple[Tensor, list[Tensor]]:
+    """Compute P of a few heads, not to be written to, and the same heads of q, k and the others."""
     own = [widened(x[part]) for x in (q, k, *others)]
     if kept.ndim == 3:
         return kept[part], own
-    return _scores(own[0], own[1], None if bias is None else bias[part], scale).sub_(kept[part].unsqueeze(-1)).exp_(), own
+    return _scores(own[0], own[1], None if bias is None else bias[part], scale).sub_(
+        kept[part].unsqueeze(-1)
+    ).exp_(), own
 
 
 def _scores(q: Tensor, k: Tensor, bias: Tensor | None, scale: float) -> Tensor:
@@ -115,12 +148,15 @@ def _scores(q: Tensor, k: Tensor, bias: Tensor | None, scale: float) -> Tensor:
 
 
 def _slope(dq: Tensor, dk: Tensor, q: Tensor, k: Tensor, scale: float) -> Tensor:
-    """``scale (dq kᵀ + q dkᵀ)`` as one product."""
+    """Compute ``scale (dq kᵀ + q dkᵀ)`` as one product."""
     return torch.cat([dq, q], -1).mul_(scale) @ torch.cat([k.transpose(1, 2), dk.transpose(1, 2)], 1)
 
 
 def _turned(x: Tensor) -> Tensor:
-    """The transpose, laid out: at widths of 16 to 32 MKL multiplies with it twice as fast as with the view."""
+    """Lay the transpose out.
+
+    At widths of 16 to 32 MKL multiplies with it twice as fast as with the view.
+    """
     return x.transpose(1, 2).contiguous()
 
 

@@ -1,8 +1,8 @@
 """Deployed networks on disk.
 
-A deployed network is one safetensors file: its tensors as they are, and as metadata the edits that made it from the dense
-architecture, one JSON text under the key ``snows`` with the format's version. ``sha256`` is over that text and all tensors.
-`load` replays the edits on a dense network. Nothing in a file is executed.
+A deployed network is one safetensors file: its tensors as they are, and as metadata the edits that made it
+from the dense architecture, one JSON text under the key ``snows`` with the format's version. ``sha256`` is
+over that text and all tensors. `load` replays the edits on a dense network. Nothing in a file is executed.
 """
 
 from __future__ import annotations
@@ -40,9 +40,14 @@ def save(network: Any, path: Path | str) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"save: expected what deploy returned, or a network, got {type(network).__name__}")
     if not any(isinstance(m, SparseLinear | SparseConv2d) for m in model.modules()):
-        raise ValueError("save: expected a model with packed layers, got none; deploy it first, or save its state_dict as it is")
+        raise ValueError(
+            "save: expected a model with packed layers, got none; deploy it first, or save its state_dict as "
+            "it is"
+        )
     tensors = state(model)
-    text = json.dumps({"version": VERSION, "edits": [described(edit) for edit in edits_of(model)]}, sort_keys=True)
+    text = json.dumps(
+        {"version": VERSION, "edits": [described(edit) for edit in edits_of(model)]}, sort_keys=True
+    )
     metadata = {"snows": text, "sha256": digest(dict(sorted(tensors.items())), text)}
     write(Path(path), to_bytes(tensors, metadata), "save")
 
@@ -52,8 +57,8 @@ def load(path: Path | str, model: nn.Module) -> nn.Module:
 
     Args:
         path: of the file.
-        model: the dense network that was pruned, or another of the same architecture; left as it was. Its weights do not
-            matter, its device does: the result is there (on the CPU for the meta device).
+        model: the dense network that was pruned, or another of the same architecture; left as it was. Its
+            weights do not matter, its device does: the result is there (on the CPU for the meta device).
 
     Returns:
         A copy with the file's packed layers and weights, in evaluation mode.
@@ -65,15 +70,24 @@ def load(path: Path | str, model: nn.Module) -> nn.Module:
     if not path.is_file():
         raise ValueError(f"load: there is no file {path}")
     try:
-        with safe_open(path, "pt") as file:  # has seen to it that the header claims no more than the file holds
+        with safe_open(
+            path, "pt"
+        ) as file:  # has seen to it that the header claims no more than the file holds
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in sorted(file.keys())} if "sha256" in metadata else {}
+            tensors = (
+                {name: file.get_tensor(name) for name in sorted(file.keys())} if "sha256" in metadata else {}
+            )
     except (SafetensorError, OSError, UnicodeDecodeError) as error:
         raise ValueError(f"load: {path} is not a whole safetensors file ({error})") from error
     if "snows" not in metadata or "sha256" not in metadata:
-        raise ValueError(f"load: {path} was not written by snows.save; weights of a dense network load with load_state_dict")
+        raise ValueError(
+            f"load: {path} was not written by snows.save; weights of a dense network load with "
+            "load_state_dict"
+        )
     if digest(tensors, metadata["snows"]) != metadata["sha256"]:
-        raise ValueError(f"load: {path} is damaged: its content does not have the checksum that it was saved with")
+        raise ValueError(
+            f"load: {path} is damaged: its content does not have the checksum that it was saved with"
+        )
     edits = edits_in(path, metadata["snows"])
     packs = [edit for edit in edits if isinstance(edit, Pack)]
     net = copied(model).eval()
@@ -109,7 +123,10 @@ def _give_biases(net: nn.Module, tensors: dict[str, Tensor]) -> None:
 
 
 def _compare(net: nn.Module, packs: list[Pack], tensors: dict[str, Tensor]) -> None:
-    """Compare names, shapes and kinds of all tensors with the model's. What is in a packed weight, the layer itself checks."""
+    """Compare names, shapes and kinds of all tensors with the model's.
+
+    What is in a packed weight, the layer itself checks.
+    """
     own = {name: x for name, x in net.state_dict().items() if isinstance(x, Tensor)}
     expected: dict[str, tuple[int, ...] | None] = {name: tuple(x.shape) for name, x in own.items()}
     problems = []
@@ -125,15 +142,20 @@ def _compare(net: nn.Module, packs: list[Pack], tensors: dict[str, Tensor]) -> N
         if not isinstance(module, nn.Linear | nn.Conv2d) or weight != tuple(edit.shape):
             problems.append(f"{name} has a weight of {weight}, the file one of {tuple(edit.shape)}")
         elif type(module).forward is nn.Conv2d.forward:
-            problems += [f"{name} has the {key} {getattr(module, key)}, the file {edit.settings[key]}" for key in CONVOLUTION
-                         if getattr(module, key) != _as_pair(edit.settings[key])]
+            problems += [
+                f"{name} has the {key} {getattr(module, key)}, the file {edit.settings[key]}"
+                for key in CONVOLUTION
+                if getattr(module, key) != _as_pair(edit.settings[key])
+            ]
         expected |= {inside(name, "values"): None, inside(name, "codes"): None}
     problems += [f"missing {name}" for name in expected if name not in tensors]
     problems += [f"unexpected {name}" for name in tensors if name not in expected]
     for name, x in tensors.items():
         if expected.get(name) not in (None, tuple(x.shape)):
             problems.append(f"{name} is {expected[name]}, in the file {tuple(x.shape)}")
-        elif x.is_floating_point() != (own[name].is_floating_point() if name in own else not name.endswith("codes")):
+        elif x.is_floating_point() != (
+            own[name].is_floating_point() if name in own else not name.endswith("codes")
+        ):
             problems.append(f"{name} is {x.dtype} in the file")
         elif not x.isfinite().all():
             problems.append(f"{name} is not finite in the file")
@@ -153,8 +175,11 @@ def _mixed(own: dict[str, Tensor], tensors: dict[str, Tensor]) -> list[str]:
         like = own.get(name, own.get(inside(name.rpartition(".")[0], "weight")))
         if x.is_floating_point() and like is not None:
             dtypes.setdefault(like.dtype, set()).add(x.dtype)
-    return [f"its {like} is of several types in the file: {', '.join(sorted(map(str, found)))}"
-            for like, found in dtypes.items() if len(found) > 1]
+    return [
+        f"its {like} is of several types in the file: {', '.join(sorted(map(str, found)))}"
+        for like, found in dtypes.items()
+        if len(found) > 1
+    ]
 
 
 def _filled(net: nn.Module, packs: list[Pack], tensors: dict[str, Tensor]) -> nn.Module:
@@ -163,11 +188,15 @@ def _filled(net: nn.Module, packs: list[Pack], tensors: dict[str, Tensor]) -> nn
         packed = edit.rebuild(net, tensors)
         if not edit.layer:
             return packed
-    kept = {name for name, x in net.state_dict().items() if not isinstance(x, Tensor)}  # state of other kinds is the model's own
+    kept = {
+        name for name, x in net.state_dict().items() if not isinstance(x, Tensor)
+    }  # state of other kinds is the model's own
     layers = {edit.layer for edit in packs}
     missing, unexpected = net.load_state_dict(tensors, strict=False, assign=True)
     lost = [name for name in missing if name not in kept and name.rpartition(".")[0] not in layers]
     if lost or unexpected:
-        raise ValueError(f"expected every tensor to have its place, got {', '.join([*lost, *unexpected][:5])}")
+        raise ValueError(
+            f"expected every tensor to have its place, got {', '.join([*lost, *unexpected][:5])}"
+        )
     close_attention(net)
     return net

@@ -1,4 +1,4 @@
-"""The metadata of packed files: what stands in it is checked, whoever wrote it; older formats are read as edits too."""
+"""The metadata of packed files, checked whoever wrote it; older formats are read as edits too."""
 
 from __future__ import annotations
 
@@ -23,9 +23,13 @@ def edits_in(path: Path, text: str) -> list[Edit]:
         content = json.loads(text)
         version = content["version"]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"load: the metadata of {path} is damaged ({type(error).__name__}: {error})") from error
+        raise ValueError(
+            f"load: the metadata of {path} is damaged ({type(error).__name__}: {error})"
+        ) from error
     if type(version) is int and version > VERSION:  # whatever is in it
-        raise ValueError(f"load: {path} has format {version}, this snows reads up to {VERSION}; install a newer one")
+        raise ValueError(
+            f"load: {path} has format {version}, this snows reads up to {VERSION}; install a newer one"
+        )
     try:
         if type(version) is not int or version < 1:
             raise ValueError(f"version is {version!r:.60}")
@@ -81,7 +85,9 @@ def _pack(entry: dict[str, Any]) -> Pack:
 def _packed(name: str, entry: Any, absorbs: str = "") -> Pack:
     """Build a `Pack` from the flat entries that older formats have."""
     if field := _unsound(entry):
-        raise ValueError(f"{field} of {name} is {entry.get(field) if isinstance(entry, dict) else entry!r:.60}")
+        raise ValueError(
+            f"{field} of {name} is {entry.get(field) if isinstance(entry, dict) else entry!r:.60}"
+        )
     settings = {key: entry[key] for key in CONVOLUTION} if len(entry["shape"]) == 4 else {}
     if settings:
         settings["innermost"] = entry.get("innermost", False)
@@ -97,7 +103,11 @@ _KINDS: dict[str, tuple[Callable[[dict[str, Any]], Edit], tuple[str, ...]]] = {
 
 
 def _read_old(content: dict[str, Any], version: int) -> list[Edit]:
-    """Read format 1 or 2: packed layers by name, and lists of modules that became identities, remainders or open attention."""
+    """Read format 1 or 2.
+
+    Packed layers stand there by name, and lists of modules that became identities, remainders or open
+    attention.
+    """
     content = {"remainders": [], **content} if version == 1 else content
     for key in ("identities", "remainders", "opened"):
         if not isinstance(content.get(key), list) or not all(isinstance(name, str) for name in content[key]):
@@ -114,7 +124,9 @@ def _unsound(entry: Any) -> str:
     """Say which entry of a packed layer is none that `save` writes; empty if all are."""
 
     def whole(x: Any, least: int, count: int) -> bool:
-        return isinstance(x, list) and len(x) == count and all(type(n) is int and least <= n < 2**31 for n in x)
+        return (
+            isinstance(x, list) and len(x) == count and all(type(n) is int and least <= n < 2**31 for n in x)
+        )
 
     if not isinstance(entry, dict):
         return "entry"
@@ -130,7 +142,9 @@ def _unsound(entry: Any) -> str:
     if len(shape) == 2:
         return ""
     for key, least in (("stride", 1), ("padding", 0), ("dilation", 1)):
-        if not whole(entry.get(key), least, 2) and not (key == "padding" and entry.get(key) in ("same", "valid")):
+        if not whole(entry.get(key), least, 2) and not (
+            key == "padding" and entry.get(key) in ("same", "valid")
+        ):
             return key
     if entry.get("padding_mode") not in ("zeros", "reflect", "replicate", "circular"):
         return "padding_mode"

@@ -46,8 +46,13 @@ class Tell:
         if self._lines:
             task = self._bar.tasks[0]
             loss = f", loss {row.before:.4g} -> {row.after:.4g}" if row.before == row.before else ""
-            self._bar.console.print(f"{int(task.completed)}/{int(task.total or 0)} {printable(row.name)}: {row.pattern}{loss}, "
-                                    f"{row.seconds:.1f} s", highlight=False, markup=False, soft_wrap=True)
+            self._bar.console.print(
+                f"{int(task.completed)}/{int(task.total or 0)} {printable(row.name)}: {row.pattern}{loss}, "
+                f"{row.seconds:.1f} s",
+                highlight=False,
+                markup=False,
+                soft_wrap=True,
+            )
 
 
 @contextmanager
@@ -59,6 +64,11 @@ def shown(show: bool) -> Iterator[Tell]:
     """
     console = Console(stderr=True)
     drawn = console.is_terminal or console.is_jupyter
-    columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console, disable=not (show and drawn), transient=True) as bar:
         yield Tell(bar, show and not drawn)

@@ -50,11 +50,24 @@ def _fields(kind: type[Row], content: Any, where: str) -> Row:
         if name not in content:
             continue
         value = content[name]
-        value = tuple(value) if hint is tuple and isinstance(value, list) and all(type(x) is int and x > 0 for x in value) else value
+        value = (
+            tuple(value)
+            if hint is tuple and isinstance(value, list) and all(type(x) is int and x > 0 for x in value)
+            else value
+        )
         value = math.nan if hint is float and value is None else value
-        if hint is list and name != "layers" and isinstance(value, list) and not all(isinstance(x, str) for x in value):
+        if (
+            hint is list
+            and name != "layers"
+            and isinstance(value, list)
+            and not all(isinstance(x, str) for x in value)
+        ):
             raise ValueError(f"{where}expected {name} to be a list of texts, got {value!r:.60}")
-        if not (type(value) is int if hint in (int, float) and not isinstance(value, float) else isinstance(value, hint)):
+        if not (
+            type(value) is int
+            if hint in (int, float) and not isinstance(value, float)
+            else isinstance(value, hint)
+        ):
             raise ValueError(f"{where}expected {name} to be of type {hint.__name__}, got {value!r:.60}")
         values[name] = value
     try:

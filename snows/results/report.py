@@ -24,7 +24,8 @@ class LayerReport:
         pattern: that it follows, or "dense".
         kept: weights that stay.
         reason: why it stayed dense; empty otherwise.
-        before, after: the reconstruction loss on the held-back samples, at the selector's weights and at the end.
+        before, after: the reconstruction loss on the held-back samples, at the selector's weights and at the
+            end.
         iterations: of conjugate gradients, over all steps.
         steps: Newton steps taken.
         stop: why the last conjugate gradients ended.
@@ -86,18 +87,38 @@ class Report:
         for x in self.layers:
             shape = "x".join(map(str, x.shape))
             if x.reason:
-                add_row(table, x.name, shape, f"dense: {x.reason}", f"{100 * x.kept / x.size:.1f} %" if x.kept < x.size else "")
+                add_row(
+                    table,
+                    x.name,
+                    shape,
+                    f"dense: {x.reason}",
+                    f"{100 * x.kept / x.size:.1f} %" if x.kept < x.size else "",
+                )
             else:
-                losses = (f"{x.before:.4g}", f"{x.after:.4g}", str(x.iterations)) if x.before == x.before else ("", "", "")
-                add_row(table, x.name, shape, x.pattern, f"{100 * x.kept / x.size:.1f} %", *losses, f"{x.seconds:.1f}")
+                losses = (
+                    (f"{x.before:.4g}", f"{x.after:.4g}", str(x.iterations))
+                    if x.before == x.before
+                    else ("", "", "")
+                )
+                add_row(
+                    table,
+                    x.name,
+                    shape,
+                    x.pattern,
+                    f"{100 * x.kept / x.size:.1f} %",
+                    *losses,
+                    f"{x.seconds:.1f}",
+                )
         return table
 
     def summary(self) -> str:
         """Say in a sentence what came of it."""
         prunable, weights = max(self.prunable, 1), max(self.weights, 1)
         pruned = sum(layer.size - layer.kept for layer in self.layers if not layer.reason)
-        return (f"{self.zeros} zeros: {100 * pruned / prunable:.2f} % of the {self.prunable} prunable weights, "
-                f"{100 * self.zeros / weights:.2f} % of all {self.weights}; {self.seconds:.1f} s")
+        return (
+            f"{self.zeros} zeros: {100 * pruned / prunable:.2f} % of the {self.prunable} prunable weights, "
+            f"{100 * self.zeros / weights:.2f} % of all {self.weights}; {self.seconds:.1f} s"
+        )
 
     def __str__(self) -> str:
         return "\n".join([render(self.table()), self.summary(), *self.notes])
@@ -124,8 +145,10 @@ class DeployedLayer:
         name: of the layer.
         shape: of its weight.
         pattern: found in its zeros.
-        kernel: what would run or runs it packed: "native", or "reference" (unpack and multiply); and the layout it is in.
-        dense_ms, sparse_ms: median time of all its calls on the example, with the activation that both compute.
+        kernel: what would run or runs it packed: "native", or "reference" (unpack and multiply); and the
+            layout it is in.
+        dense_ms, sparse_ms: median time of all its calls on the example, with the activation that both
+            compute.
         dense_bytes, sparse_bytes: of weight and bias.
         reason: why it stayed dense; empty if it is packed.
     """
@@ -151,10 +174,12 @@ class Deployment:
         samples: in the example.
         dense_ms, sparse_ms: of the network as it came, and as it runs now.
         dense_bytes, sparse_bytes: of the two.
-        dense_flops, sparse_flops: of Linear and Conv2d on the example, a multiplication and an addition being two.
-        difference: largest difference of an output from the network as it came, relative to the largest output; NaN where the
-            network returns no floating-point tensor, so that nothing could be compared.
-        folded: BatchNorms that are now in the convolution before them, and activations in the packed layer before them.
+        dense_flops, sparse_flops: of Linear and Conv2d on the example, a multiplication and an addition being
+            two.
+        difference: largest difference of an output from the network as it came, relative to the largest
+            output; NaN where the network returns no floating-point tensor, so that nothing could be compared.
+        folded: BatchNorms that are now in the convolution before them, and activations in the packed layer
+            before them.
         notes: sentences that a reader should see.
     """
 
@@ -178,20 +203,38 @@ class Deployment:
         for x in self.layers:
             known = x.sparse_ms == x.sparse_ms
             add_row(
-                table, x.name, "x".join(map(str, x.shape)), x.pattern, "dense" if x.reason else x.kernel,
-                *((f"{x.dense_ms:.3f}", f"{x.sparse_ms:.3f}", f"{x.dense_ms / x.sparse_ms:.2f}") if known else ("", "", "")),
-                f"{100 * x.sparse_bytes / x.dense_bytes:.0f} %" if x.sparse_bytes else "", x.reason)
+                table,
+                x.name,
+                "x".join(map(str, x.shape)),
+                x.pattern,
+                "dense" if x.reason else x.kernel,
+                *(
+                    (f"{x.dense_ms:.3f}", f"{x.sparse_ms:.3f}", f"{x.dense_ms / x.sparse_ms:.2f}")
+                    if known
+                    else ("", "", "")
+                ),
+                f"{100 * x.sparse_bytes / x.dense_bytes:.0f} %" if x.sparse_bytes else "",
+                x.reason,
+            )
         return table
 
     def summary(self) -> str:
         """Say in a sentence what came of it."""
         packed = sum(not x.reason for x in self.layers)
-        return (f"{packed} of {len(self.layers)} layers with zeros are packed; {self.dense_ms:.2f} ms dense, {self.sparse_ms:.2f} ms now "
-                f"({self.dense_ms / self.sparse_ms:.2f} times as fast, {1e3 * self.samples / self.sparse_ms:.0f} images/s; {self.samples} at a "
-                f"time on {self.device}); {self.sparse_bytes / 1e6:.2f} of {self.dense_bytes / 1e6:.2f} MB, {self.sparse_flops / 1e9:.3g} of "
-                f"{self.dense_flops / 1e9:.3g} GFLOP; "
-                + (f"outputs differ by at most {self.difference:.1e} of the largest" if self.difference == self.difference else
-                   "nothing was compared, for the network returns no floating-point tensor"))
+        return (
+            f"{packed} of {len(self.layers)} layers with zeros are packed; {self.dense_ms:.2f} ms dense, "
+            f"{self.sparse_ms:.2f} ms now "
+            f"({self.dense_ms / self.sparse_ms:.2f} times as fast, {1e3 * self.samples / self.sparse_ms:.0f} "
+            f"images/s; {self.samples} at a "
+            f"time on {self.device}); {self.sparse_bytes / 1e6:.2f} of {self.dense_bytes / 1e6:.2f} MB, "
+            f"{self.sparse_flops / 1e9:.3g} of "
+            f"{self.dense_flops / 1e9:.3g} GFLOP; "
+            + (
+                f"outputs differ by at most {self.difference:.1e} of the largest"
+                if self.difference == self.difference
+                else "nothing was compared, for the network returns no floating-point tensor"
+            )
+        )
 
     def __str__(self) -> str:
         return "\n".join([render(self.table(), width=160), self.summary(), *self.notes])

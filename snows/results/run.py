@@ -21,12 +21,18 @@ from snows.results.storage import digest, state, write
 from snows.sparsity import MaskedWeight
 
 VERSION = 2  # 1 had no digests of layers, and did not say how many threads there were
-RESULTS = ("model.safetensors", "masks.safetensors", "report.json", "report.html", "source.json")  # of a finished run
+RESULTS = (
+    "model.safetensors",
+    "masks.safetensors",
+    "report.json",
+    "report.html",
+    "source.json",
+)  # of a finished run
 LOCK = "run.lock"
 
 
 class Run:
-    """Keep one pruning run's folder: `run.json`, `layers/`, and at the end the network, its masks and the report.
+    """Keep one pruning run's folder: `run.json`, `layers/`, and at the end its results.
 
     A context manager: the folder is locked from `open` on, and free again when it is left.
 
@@ -39,8 +45,15 @@ class Run:
         self.folder, self.threads, self._lock = folder, threads, lock
 
     @classmethod
-    def open(cls, folder: Path, settings: Mapping[str, Any], model: nn.Module, batches: Sequence[Batch],
-             starts: Mapping[str, MaskedWeight], resume: bool) -> Run:
+    def open(
+        cls,
+        folder: Path,
+        settings: Mapping[str, Any],
+        model: nn.Module,
+        batches: Sequence[Batch],
+        starts: Mapping[str, MaskedWeight],
+        resume: bool,
+    ) -> Run:
         """Begin a run in `folder`, or go on with the one that is there.
 
         Args:
@@ -52,15 +65,31 @@ class Run:
             resume: go on with what is there.
 
         Raises:
-            ValueError: the folder holds another run, holds one although `resume` is off, is in use, or cannot be written.
+            ValueError: the folder holds another run, holds one although `resume` is off, is in use, or cannot
+                be written.
         """
-        given = {f"{kind} {name}": x for name, start in starts.items() for kind, x in zip(("start", "mask"), start, strict=True)}
-        wanted = json.loads(json.dumps({
-            "version": VERSION, **settings,
-            "model": digest(model.state_dict()),
-            "data": digest({f"{i}.{j}": x for i, batch in enumerate(batches) for j, x in enumerate(batch.tensors())}),
-            "masks": digest(given),
-        }))
+        given = {
+            f"{kind} {name}": x
+            for name, start in starts.items()
+            for kind, x in zip(("start", "mask"), start, strict=True)
+        }
+        wanted = json.loads(
+            json.dumps(
+                {
+                    "version": VERSION,
+                    **settings,
+                    "model": digest(model.state_dict()),
+                    "data": digest(
+                        {
+                            f"{i}.{j}": x
+                            for i, batch in enumerate(batches)
+                            for j, x in enumerate(batch.tensors())
+                        }
+                    ),
+                    "masks": digest(given),
+                }
+            )
+        )
         threads = torch.get_num_threads()
         try:
             (folder / "layers").mkdir(parents=True, exist_ok=True)
@@ -71,9 +100,15 @@ class Run:
             path = folder / "run.json"
             if path.exists():
                 threads = _check(folder, wanted, resume, threads)
-            elif others := [*(folder / "layers").iterdir(), *(folder / x for x in RESULTS if (folder / x).exists())]:
-                raise ValueError(f"out: {folder} holds {others[0].relative_to(folder)}, which no run there has written; name "
-                                 "another folder")
+            elif others := [
+                *(folder / "layers").iterdir(),
+                *(folder / x for x in RESULTS if (folder / x).exists()),
+            ]:
+                raise ValueError(
+                    f"out: {folder} holds {others[0].relative_to(folder)}, which no run there has written; "
+                    "name "
+                    "another folder"
+                )
             else:
                 write(path, (json.dumps({**wanted, "threads": threads}, indent=1) + "\n").encode())
         except BaseException:
@@ -84,7 +119,9 @@ class Run:
     def __enter__(self) -> Run:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._lock.release()
 
     def _layer(self, index: int) -> Path:
@@ -111,7 +148,11 @@ class Run:
         except (SafetensorError, KeyError, TypeError, json.JSONDecodeError):
             return None
         shapes = masked.weight.shape == masked.mask.shape == like.shape
-        return (masked, found) if shapes and (masked.weight.dtype, masked.mask.dtype) == (like.dtype, torch.bool) else None
+        return (
+            (masked, found)
+            if shapes and (masked.weight.dtype, masked.mask.dtype) == (like.dtype, torch.bool)
+            else None
+        )
 
     def keep(self, index: int, masked: MaskedWeight, report: LayerReport) -> None:
         """Write a finished layer."""
@@ -140,12 +181,14 @@ def _locked(folder: Path) -> FileLock:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        raise ValueError(f"out: {folder} is in use by another process; wait for it, or name another folder") from None
+        raise ValueError(
+            f"out: {folder} is in use by another process; wait for it, or name another folder"
+        ) from None
     return lock
 
 
 def _check(folder: Path, wanted: Mapping[str, Any], resume: bool, threads: int) -> int:
-    """Refuse to go on with a run that is not the one that was asked; return how many threads it began with."""
+    """Refuse to go on with a run that is not the one asked; return how many threads it began with."""
     path = folder / "run.json"
     if not resume:
         raise ValueError(f"out: {folder} already holds a run; resume it, or name another folder")
@@ -154,9 +197,15 @@ def _check(folder: Path, wanted: Mapping[str, Any], resume: bool, threads: int) 
     except (ValueError, TypeError) as error:
         raise ValueError(f"resume: {path} is damaged; name another folder") from error
     if found.get("version") != VERSION:
-        raise ValueError(f"resume: {folder} holds a run of another version of snows (format {found.get('version')!r:.20}, this one "
-                         f"writes {VERSION}); finish it with that version, or name another folder")
+        raise ValueError(
+            f"resume: {folder} holds a run of another version of snows (format {found.get('version')!r:.20}, "
+            "this one "
+            f"writes {VERSION}); finish it with that version, or name another folder"
+        )
     if changed := [key for key in wanted if found.get(key) != wanted[key]]:
-        raise ValueError(f"resume: {folder} holds a run with another {', '.join(changed)}; restore what was changed, or name "
-                         "another folder")
+        raise ValueError(
+            f"resume: {folder} holds a run with another {', '.join(changed)}; restore what was changed, or "
+            "name "
+            "another folder"
+        )
     return found["threads"] if type(found.get("threads")) is int else threads

@@ -14,8 +14,15 @@ from torch import Tensor, nn
 
 
 def state(net: nn.Module) -> dict[str, Tensor]:
-    """Return a `state_dict` that safetensors can write: on the host, contiguous, nothing shared; entries that are no tensors are left out."""
-    return {name: x.detach().cpu().clone().contiguous() for name, x in net.state_dict().items() if isinstance(x, Tensor)}
+    """Return a `state_dict` that safetensors can write: on the host, contiguous, nothing shared.
+
+    Entries that are no tensors are left out.
+    """
+    return {
+        name: x.detach().cpu().clone().contiguous()
+        for name, x in net.state_dict().items()
+        if isinstance(x, Tensor)
+    }
 
 
 def write(path: Path, content: bytes, asked: str = "out") -> None:
@@ -31,7 +38,8 @@ def write(path: Path, content: bytes, asked: str = "out") -> None:
     """
     temporary: Path | None = None
     try:
-        # A name that nobody knows before: somebody else's folder may hold a link of any other, to a file that is not to be written.
+        # A name that nobody knows before: somebody else's folder may hold a link of any other, to a file that
+        # is not to be written.
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         temporary = Path(name)
         with open(handle, "wb") as file:

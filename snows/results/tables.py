@@ -11,7 +11,10 @@ from rich.text import Text
 
 
 def named_table(left: Sequence[str], right: Sequence[str]) -> Table:
-    """Begin a table of layers by name. A name is never cut, for its end is what tells: it goes on in the next line."""
+    """Begin a table of layers by name.
+
+    A name is never cut, for its end is what tells: it goes on in the next line.
+    """
     table = Table(pad_edge=False)
     table.add_column("layer", overflow="fold")
     for heading in left:

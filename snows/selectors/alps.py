@@ -1,4 +1,7 @@
-"""ALPS (Meng et al. 2024) in the horizon's metric: a mask by ADMM, so that what stays can make up for what goes."""
+"""ALPS (Meng et al. 2024) in the horizon's metric: a mask by ADMM.
+
+What stays can make up for what goes.
+"""
 
 from __future__ import annotations
 
@@ -11,16 +14,25 @@ from snows.solving.cg import batched_cg
 from snows.sparsity import MaskedWeight, Pattern, rows, unrows
 
 
-def alps(weight: Tensor, statistics: LayerStatistics, pattern: Pattern, *, damping: float = 0.01, smoothing: float = 0.1,
-         penalty: float = 0.03, max_iterations: int = 300) -> MaskedWeight:
+def alps(
+    weight: Tensor,
+    statistics: LayerStatistics,
+    pattern: Pattern,
+    *,
+    damping: float = 0.01,
+    smoothing: float = 0.1,
+    penalty: float = 0.03,
+    max_iterations: int = 300,
+) -> MaskedWeight:
     """Minimise ``tr(G E A Eᵀ)`` over weights that the pattern allows, by ADMM with a growing penalty ρ.
 
-    E is the difference to the least-squares weight on the dense stream, ``A = X Xᵀ + λI`` the Gram matrix of the layer's
-    inputs and G the sensitivity of the features a few operations later to the layer's outputs (the identity in the paper):
-    the two factors of the curvature, after K-FAC. In turn: W unconstrained near D (one eigendecomposition of each factor
-    serves every ρ), D the projection of ``W + V / ρ`` on the pattern, V the dual. Rows and columns are scaled to unit
-    diagonals first. Every third iteration ρ grows by 1.3, 1.2 or 1.1, the faster the more of the mask still moves, until
-    nothing of it does and W is near D (the paper's schedule). Conjugate gradients end it on the mask, as in `least_squares`.
+    E is the difference to the least-squares weight on the dense stream, ``A = X Xᵀ + λI`` the Gram matrix of
+    the layer's inputs and G the sensitivity of the features a few operations later to the layer's outputs
+    (the identity in the paper): the two factors of the curvature, after K-FAC. In turn: W unconstrained near
+    D (one eigendecomposition of each factor serves every ρ), D the projection of ``W + V / ρ`` on the
+    pattern, V the dual. Rows and columns are scaled to unit diagonals first. Every third iteration ρ grows by
+    1.3, 1.2 or 1.1, the faster the more of the mask still moves, until nothing of it does and W is near D
+    (the paper's schedule). Conjugate gradients end it on the mask, as in `least_squares`.
 
     Args:
         weight: the dense weight.
@@ -31,7 +43,10 @@ def alps(weight: Tensor, statistics: LayerStatistics, pattern: Pattern, *, dampi
         penalty: the first ρ.
         max_iterations: an upper bound; 30 to 60 are usual.
     """
-    gram, right = statistics.gram, ridge(weight, statistics, damping)  # (groups, in, in), (groups, out / groups, in)
+    gram, right = (
+        statistics.gram,
+        ridge(weight, statistics, damping),
+    )  # (groups, in, in), (groups, out / groups, in)
     columns, a, Q = _modes(damped(gram, damping), weight.dtype)
     lines, g, U = _modes(damped(statistics.sensitivity, smoothing), weight.dtype)
     scale = columns.unsqueeze(-2) * lines.unsqueeze(-1)
@@ -62,7 +77,7 @@ def alps(weight: Tensor, statistics: LayerStatistics, pattern: Pattern, *, dampi
 
 
 def _modes(matrices: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """The square root of each matrix's diagonal, and eigenvalues and -vectors of the matrix scaled to a unit diagonal."""
+    """Scale each matrix to a unit diagonal; return the scale, and its eigenvalues and eigenvectors."""
     scale = matrices.diagonal(dim1=-2, dim2=-1).sqrt()
     values, vectors = torch.linalg.eigh(matrices / scale.unsqueeze(-1) / scale.unsqueeze(-2))
     return scale.to(dtype), values.to(dtype), vectors.to(dtype)

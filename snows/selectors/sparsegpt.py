@@ -1,4 +1,4 @@
-"""SparseGPT (Frantar & Alistarh 2023): choose and compensate column by column with the inverse Gram's Cholesky factor."""
+"""SparseGPT (Frantar & Alistarh 2023): choose and compensate column by column."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ from snows.matching.statistics import LayerStatistics, damped
 from snows.sparsity import MaskedWeight, Pattern, rows, unrows
 
 
-def sparsegpt(weight: Tensor, statistics: LayerStatistics, pattern: Pattern, *, damping: float = 0.01,
-              block: int = 128) -> MaskedWeight:
+def sparsegpt(
+    weight: Tensor, statistics: LayerStatistics, pattern: Pattern, *, damping: float = 0.01, block: int = 128
+) -> MaskedWeight:
     """Remove weights from left to right; each removal is made up for by the columns still to come.
 
-    Scores are ``w² / U_jj²``, U the upper Cholesky factor of the inverse damped Gram matrix. A pattern of groups, such as
-    N:M, is decided group by group, another by its density over all rows of `block` columns at a time (exact over the layer).
+    Scores are ``w² / U_jj²``, U the upper Cholesky factor of the inverse damped Gram matrix. A pattern of
+    groups, such as N:M, is decided group by group, another by its density over all rows of `block` columns at
+    a time (exact over the layer).
 
     Args:
         weight: the dense weight.
@@ -24,7 +26,9 @@ def sparsegpt(weight: Tensor, statistics: LayerStatistics, pattern: Pattern, *, 
         block: columns decided together where the pattern has no groups.
     """
     gram = damped(statistics.gram, damping)
-    factor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(gram)), upper=True)  # (groups, in, in)
+    factor = torch.linalg.cholesky(
+        torch.cholesky_inverse(torch.linalg.cholesky(gram)), upper=True
+    )  # (groups, in, in)
     W = rows(weight).double().reshape(len(gram), -1, gram.shape[-1]).clone()  # (groups, out / groups, in)
     mask = torch.ones_like(W, dtype=torch.bool)
     width = pattern.group or block
@@ -39,7 +43,11 @@ def sparsegpt(weight: Tensor, statistics: LayerStatistics, pattern: Pattern, *, 
         else:
             drop = round((1 - pattern.density) * done) - removed
             order = scores.flatten().argsort(stable=True)[:drop]
-            mask[..., part] = torch.ones(scores.numel(), dtype=torch.bool, device=W.device).index_fill_(0, order, False).view_as(scores)
+            mask[..., part] = (
+                torch.ones(scores.numel(), dtype=torch.bool, device=W.device)
+                .index_fill_(0, order, False)
+                .view_as(scores)
+            )
             removed += drop
         for j in range(part.start, part.stop):
             error = (W[..., j] * ~mask[..., j]) / factor[:, None, j, j]  # (groups, out / groups)

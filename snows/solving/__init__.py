@@ -1,1 +1,1 @@
-"""Solvers for a function of one weight: curvature operators, preconditioners, conjugate gradients, Newton's method."""
+"""Solvers for a function of one weight: curvature, preconditioners, conjugate gradients, Newton."""

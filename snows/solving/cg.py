@@ -18,14 +18,19 @@ class Stop(enum.Enum):
 
     CONVERGED = "the residual fell below rtol times the right-hand side"
     ITERATIONS = "max_iterations was reached; raise it, or rtol, if the step matters"
-    NEGATIVE_CURVATURE = "a direction of negative or zero curvature was met; the descent found so far is returned"
+    NEGATIVE_CURVATURE = (
+        "a direction of negative or zero curvature was met; the descent found so far is returned"
+    )
     ZERO = "the right-hand side is zero: nothing to solve"
     NOT_FINITE = "a number stopped being finite; look at the loss and its scale"
 
 
 _STOPS = {
-    reference.RUNNING: Stop.ITERATIONS, reference.CONVERGED: Stop.CONVERGED, reference.ZERO: Stop.ZERO,
-    reference.NEGATIVE_CURVATURE: Stop.NEGATIVE_CURVATURE, reference.NOT_FINITE: Stop.NOT_FINITE,
+    reference.RUNNING: Stop.ITERATIONS,
+    reference.CONVERGED: Stop.CONVERGED,
+    reference.ZERO: Stop.ZERO,
+    reference.NEGATIVE_CURVATURE: Stop.NEGATIVE_CURVATURE,
+    reference.NOT_FINITE: Stop.NOT_FINITE,
 }
 
 
@@ -45,19 +50,28 @@ class Solution(NamedTuple):
     stop: Stop
 
 
-def cg(A: LinearOperator, b: Tensor, *, preconditioner: LinearOperator | None = None, rtol: float = 1e-2,
-       max_iterations: int = 50, check_every: int | None = None) -> Solution:
+def cg(
+    A: LinearOperator,
+    b: Tensor,
+    *,
+    preconditioner: LinearOperator | None = None,
+    rtol: float = 1e-2,
+    max_iterations: int = 50,
+    check_every: int | None = None,
+) -> Solution:
     """Solve ``A x = b`` from zero by preconditioned conjugate gradients (Hestenes & Stiefel 1952).
 
     Args:
-        A: symmetric; where it is not positive definite the iteration leaves at the first direction that shows it
-            (Steihaug 1983), with that direction itself if it is the first.
+        A: symmetric; where it is not positive definite the iteration leaves at the first direction that shows
+            it (Steihaug 1983), with that direction itself if it is the first.
         b: the right-hand side, any shape.
-        preconditioner: symmetric positive definite on the space in which `b` lies, near to the inverse of `A`.
+        preconditioner: symmetric positive definite on the space in which `b` lies, near to the inverse of
+            `A`.
         rtol: the relative residual (2-norm, not preconditioned) at which to stop.
         max_iterations: the most products with `A`.
-        check_every: iterations from one look at the status to the next; until then a state that has stopped leaves everything
-            as it is. By default 1 on a CPU, and 8 where the host has to wait for the device.
+        check_every: iterations from one look at the status to the next; until then a state that has stopped
+            leaves everything as it is. By default 1 on a CPU, and 8 where the host has to wait for the
+            device.
     """
     r = b.clone(memory_format=torch.contiguous_format)
     x, p = torch.zeros_like(r), torch.zeros_like(r)
@@ -76,20 +90,31 @@ def cg(A: LinearOperator, b: Tensor, *, preconditioner: LinearOperator | None = 
 def _start(b: Tensor) -> Tensor:
     """Make the scalars of conjugate gradients before the first direction, which r·z = ∞ makes ``p = z``."""
     bb = (b * b).sum().double()
-    status = torch.where(bb == 0, reference.ZERO, torch.where(bb.isfinite(), reference.RUNNING, reference.NOT_FINITE))
+    status = torch.where(
+        bb == 0, reference.ZERO, torch.where(bb.isfinite(), reference.RUNNING, reference.NOT_FINITE)
+    )
     zero = torch.zeros_like(bb)
     return torch.stack([status.double(), zero, zero + math.inf, bb, bb])
 
 
 def _looks(iteration: int, b: Tensor, every: int | None = None) -> bool:
-    """Say whether to read a scalar before this iteration: after every 1 on a CPU, and every 8 elsewhere, unless told."""
+    """Say whether to read a scalar before this iteration: by default each on a CPU, every 8 elsewhere."""
     every = every or (1 if b.is_cpu else 8)
     return iteration % every == every - 1
 
 
-def batched_cg(gram: Tensor, right: Tensor, mask: Tensor, *, damping: float = 0.01, rtol: float = 1e-4,
-               max_iterations: int = 200) -> Tensor:
-    """Solve one masked system per row, all sharing a Gram matrix: ``P (A + λI) P x = P b`` with P the row's mask.
+def batched_cg(
+    gram: Tensor,
+    right: Tensor,
+    mask: Tensor,
+    *,
+    damping: float = 0.01,
+    rtol: float = 1e-4,
+    max_iterations: int = 200,
+) -> Tensor:
+    """Solve one masked system per row, all sharing a Gram matrix: ``P (A + λI) P x = P b``.
+
+    P projects on the row's mask.
 
     Rows stop by themselves; the diagonal of `A` preconditions.
 

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from snows.solving.cg import Stop, cg
-from snows.solving.operators import Curvature, GaussNewton, Hessian, LinearOperator, Loss, Restricted, trace
+from snows.solving.models import CURVATURES, Losses, from_all, from_each
+from snows.solving.operators import LinearOperator, Loss, Restricted, trace
 from snows.solving.preconditioners import Factors, Kronecker, RowBlocks
 from snows.solving.search import Search, armijo
 from snows.sparsity import MaskedWeight
@@ -56,25 +56,20 @@ class Fit(NamedTuple):
     after: float
 
 
-class Losses(Protocol):
-    """One loss a batch, made anew at each iteration."""
-
-    def __len__(self) -> int: ...
-
-    def __iter__(self) -> Iterator[Loss]: ...
-
-
 @dataclass(frozen=True)
 class Newton:
-    """Hessian-free Newton on the kept weights.
+    """Set Hessian-free Newton on the kept weights.
 
     Attributes:
-        gradient: "all": a step takes its gradient from all batches and its curvature from one, another each pass
-            (sub-sampled Newton, Byrd et al. 2011), and is searched on the held-back samples, or without them on all
-            batches; "batch": one step a batch with gradient, curvature and search from it alone, as published.
-        curvature: "gauss-newton" (positive semi-definite; equal to the Hessian on ReLU networks) or "hessian".
-        preconditioner: "rows" (each row's block of the curvature inverted on its mask; "kronecker" takes its place where
-            the blocks would take more than 256 MB), "kronecker" (inverse input and output factors) or "none".
+        gradient: "all": a step takes its gradient from all batches and its curvature from one, another each
+            pass (sub-sampled Newton, Byrd et al. 2011), and is searched on the held-back samples, or without
+            them on all batches; "batch": one step a batch with gradient, curvature and search from it alone,
+            as published.
+        curvature: "gauss-newton" (positive semi-definite; equal to the Hessian on ReLU networks) or
+            "hessian".
+        preconditioner: "rows" (each row's block of the curvature inverted on its mask; "kronecker" takes its
+            place where the blocks would take more than 256 MB), "kronecker" (inverse input and output
+            factors) or "none".
         rtol: relative residual at which conjugate gradients stop.
         max_iterations: the most conjugate-gradient iterations a step.
         damping: to begin with, relative to the mean of the curvature's diagonal on the mask; it adapts
@@ -93,42 +88,60 @@ class Newton:
     min_decrease: float = 0.01
 
     def __post_init__(self) -> None:
-        choices = {"gradient": ("all", "batch"), "curvature": tuple(_CURVATURES), "preconditioner": ("rows", "kronecker", "none")}
+        choices = {
+            "gradient": ("all", "batch"),
+            "curvature": tuple(CURVATURES),
+            "preconditioner": ("rows", "kronecker", "none"),
+        }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
-                raise ValueError(f"Newton: expected {name} to be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+                raise ValueError(
+                    f"Newton: expected {name} to be one of {', '.join(allowed)}, got {getattr(self, name)!r}"
+                )
         for name in ("rtol", "damping"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"Newton: expected {name} above 0, got {getattr(self, name)}")
         for name in ("max_iterations", "passes"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise ValueError(f"Newton: expected {name} to be a whole number of at least 1, got {getattr(self, name)}")
+                raise ValueError(
+                    f"Newton: expected {name} to be a whole number of at least 1, got {getattr(self, name)}"
+                )
 
     @classmethod
     def published(cls, max_iterations: int = 50, rtol: float = 1e-2) -> Newton:
-        """Return the solver of the paper: a step a batch, from that batch alone, unpreconditioned (Lucas & Mazumder 2025)."""
+        """Return the solver of the paper: a step a batch, unpreconditioned (Lucas & Mazumder 2025)."""
         return cls(gradient="batch", preconditioner="none", max_iterations=max_iterations, rtol=rtol)
 
-    def solve(self, losses: Losses, start: MaskedWeight, *, held: Loss | None = None, factors: Factors | None = None,
-              generator: torch.Generator | None = None, tell: Callable[[Step], None] = lambda step: None) -> Fit:
+    def solve(
+        self,
+        losses: Losses,
+        start: MaskedWeight,
+        *,
+        held: Loss | None = None,
+        factors: Factors | None = None,
+        generator: torch.Generator | None = None,
+        tell: Callable[[Step], None] = lambda step: None,
+    ) -> Fit:
         """Lower the mean of the losses over the kept weights.
 
         Args:
             losses: one a batch.
             start: the weight to begin with, zero off its mask.
-            held: the loss on held-back samples; the best weight by it is returned, so never a worse one than `start`.
+            held: the loss on held-back samples; the best weight by it is returned, so never a worse one than
+                `start`.
             factors: for the preconditioner, which is left out without them.
             generator: source of the probe that measures the curvature's mean.
             tell: called after every step.
         """
         weight, mask = start
         damping, mean = self.damping, math.nan
+        models = from_all if self.gradient == "all" else from_each
         steps: list[Step] = []
         first = _value(held, weight)
         best = _Point(weight, first)
         for index in range(self.passes):
             before_pass = best.value
-            for model in self._models(losses, index):
+            for model in models(losses, index, CURVATURES[self.curvature]):
                 began = time.perf_counter()
                 H, loss, gradient = model(weight)
                 if not (math.isfinite(H.value) and gradient.isfinite().all()):
@@ -141,51 +154,48 @@ class Newton:
                 del H  # the graph, before the search needs room
                 search, value = self._search(loss, held, _Point(weight, value), best.value, direction)
                 weight = weight + search.size * direction.d
-                steps.append(Step(value, search.value, direction.iterations, direction.stop, search.size, damping,
-                                  time.perf_counter() - began))
+                steps.append(
+                    Step(
+                        value,
+                        search.value,
+                        direction.iterations,
+                        direction.stop,
+                        search.size,
+                        damping,
+                        time.perf_counter() - began,
+                    )
+                )
                 tell(steps[-1])
                 now = search.value if self._searches_held(held) else _value(held, weight)
                 if not now >= best.value:  # True where there are no held-back samples
                     best = _Point(weight, now)
                 damping *= _damping_factor(direction.slope, search, value)
-            if best.value > (1 - self.min_decrease) * before_pass:  # False where there are no held-back samples
+            if (
+                best.value > (1 - self.min_decrease) * before_pass
+            ):  # False where there are no held-back samples
                 break
         return Fit(MaskedWeight(best.weight, mask), steps, first, best.value)
 
-    # ---------------------------------------------------------------- models
-
-    def _models(self, losses: Losses, index: int) -> Iterator[Callable[[Tensor], _Model]]:
-        """Give the quadratic models of one pass, each as a function of the weight it is built at."""
-        build = _CURVATURES[self.curvature]
-
-        def pooled(weight: Tensor) -> _Model:
-            gradient = torch.zeros_like(weight)
-            for i, loss in enumerate(losses):
-                if i == index % len(losses):
-                    chosen = loss
-                else:
-                    gradient += _gradient(loss, weight)
-            H = build(chosen, weight)  # last, so that its graph is not kept through the others'
-            return _Model(H, partial(_mean_loss, losses), (gradient + H.grad) / len(losses))
-
-        def single(loss: Loss, weight: Tensor) -> _Model:
-            H = build(loss, weight)
-            return _Model(H, loss, H.grad)
-
-        if self.gradient == "all":
-            yield pooled
-        else:
-            yield from (partial(single, loss) for loss in losses)
-
     # ---------------------------------------------------------------- direction
 
-    def _direction(self, H: LinearOperator, gradient: Tensor, mask: Tensor, damping: float, mean: float,
-                   factors: Factors | None) -> _Direction:
+    def _direction(
+        self,
+        H: LinearOperator,
+        gradient: Tensor,
+        mask: Tensor,
+        damping: float,
+        mean: float,
+        factors: Factors | None,
+    ) -> _Direction:
         """Solve the damped model on the mask by conjugate gradients."""
         g = gradient * mask
         d, iterations, _, stop = cg(
-            Restricted(H, mask, damping * mean), -g, rtol=self.rtol, max_iterations=self.max_iterations,
-            preconditioner=self._preconditioner(factors, mask, damping))
+            Restricted(H, mask, damping * mean),
+            -g,
+            rtol=self.rtol,
+            max_iterations=self.max_iterations,
+            preconditioner=self._preconditioner(factors, mask, damping),
+        )
         return _Direction(d, (g * d).sum().item(), iterations, stop)
 
     def _preconditioner(self, factors: Factors | None, mask: Tensor, damping: float) -> LinearOperator | None:
@@ -199,12 +209,19 @@ class Newton:
     def _searches_held(self, held: Loss | None) -> bool:
         return self.gradient == "all" and held is not None
 
-    def _search(self, loss: Callable[[Tensor], Tensor], held: Loss | None, at: _Point, best: float,
-                direction: _Direction) -> tuple[Search, float]:
+    def _search(
+        self,
+        loss: Callable[[Tensor], Tensor],
+        held: Loss | None,
+        at: _Point,
+        best: float,
+        direction: _Direction,
+    ) -> tuple[Search, float]:
         """Search along a direction; return where that ended, and the loss at its start.
 
-        On held-back samples whatever is better there than the best weight so far is accepted: that weight is the one at
-        which the search starts. Elsewhere the loss has to fall by a share of what its slope promises.
+        On held-back samples whatever is better there than the best weight so far is accepted: that weight is
+        the one at which the search starts. Elsewhere the loss has to fall by a share of what its slope
+        promises.
         """
         if held is not None and self._searches_held(held):
             loss, value, share = held, best, 0.0
@@ -218,22 +235,14 @@ SMALLEST_DAMPING = 1e-4  # of a preconditioner, so that its blocks can be invert
 
 
 class _Point(NamedTuple):
-    """A weight, and a loss there."""
+    """Hold a weight, and a loss there."""
 
     weight: Tensor
     value: float
 
 
-class _Model(NamedTuple):
-    """A quadratic model at a weight: its curvature, the loss that a search lowers, and the gradient over all it covers."""
-
-    H: Curvature
-    loss: Callable[[Tensor], Tensor]
-    gradient: Tensor
-
-
 class _Direction(NamedTuple):
-    """What conjugate gradients found, and the gradient's inner product with it."""
+    """Hold what conjugate gradients found, and the gradient's inner product with it."""
 
     d: Tensor
     slope: float
@@ -245,9 +254,12 @@ class _Direction(NamedTuple):
 
 
 def _damping_factor(slope: float, search: Search, value: float) -> float:
-    """Say by how much the damping changes, from how well the model predicted the decrease (Levenberg-Marquardt).
+    """Say by how much the damping changes (Levenberg-Marquardt).
 
-    The direction solves the damped system in its Krylov space, so its quadratic model falls by half its slope.
+    It follows how well the model predicted the decrease.
+
+    The direction solves the damped system in its Krylov space, so its quadratic model falls by half its
+    slope.
     """
     predicted = slope * search.size * (1 - search.size / 2)
     agreement = (search.value - value) / predicted if predicted < 0 else 0.0
@@ -267,18 +279,3 @@ def _value(loss: Callable[[Tensor], Tensor] | None, weight: Tensor) -> float:
     """Evaluate a loss; NaN where there is none."""
     with torch.no_grad():
         return loss(weight).item() if loss is not None else math.nan
-
-
-def _mean_loss(losses: Losses, weight: Tensor) -> Tensor:
-    return torch.stack([loss(weight) for loss in losses]).mean()
-
-
-def _gradient(loss: Loss, weight: Tensor) -> Tensor:
-    with torch.enable_grad():
-        at = weight.detach().clone().requires_grad_()
-        residuals = loss.residuals(at)
-        (gradient,) = torch.autograd.grad(residuals, at, loss.weigh([r.detach() for r in residuals]))
-    return gradient
-
-
-_CURVATURES: dict[str, Callable[[Loss, Tensor], Curvature]] = {"gauss-newton": GaussNewton, "hessian": Hessian}

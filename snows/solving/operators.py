@@ -21,24 +21,26 @@ from snows.ops import graphs
 
 
 class Loss(Protocol):
-    """A function of one weight: ``½ Σ <r, M r>`` over its residuals r.
+    """Compute a function of one weight: ``½ Σ <r, M r>`` over its residuals r.
 
     Each residual has a symmetric positive semi-definite map M of its own.
     """
 
-    def __call__(self, weight: Tensor) -> Tensor: ...
+    def __call__(self, weight: Tensor) -> Tensor:
+        """Compute the loss of a weight."""
+        ...
 
     def residuals(self, weight: Tensor) -> Sequence[Tensor]:
         """Return the residuals, differentiable by the weight."""
         ...
 
     def weigh(self, residuals: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Return ``M r`` for each, or for what is shaped like them: the loss's derivative by its residuals."""
+        """Return ``M r`` for each, or for what is shaped like them: the derivative by the residuals."""
         ...
 
 
 class LinearOperator(abc.ABC):
-    """A symmetric linear map on tensors of one shape."""
+    """Apply a symmetric linear map to tensors of one shape."""
 
     @abc.abstractmethod
     def __matmul__(self, v: Tensor) -> Tensor:
@@ -53,8 +55,14 @@ class Estimate:
     error: float
 
 
-def trace(operator: LinearOperator, mask: Tensor, *, probes: int = 8, generator: torch.Generator | None = None,
-          dtype: torch.dtype = torch.float32) -> Estimate:
+def trace(
+    operator: LinearOperator,
+    mask: Tensor,
+    *,
+    probes: int = 8,
+    generator: torch.Generator | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Estimate:
     """Estimate the trace of `operator` restricted to `mask` with Rademacher probes (Hutchinson 1990).
 
     Args:
@@ -75,7 +83,9 @@ def trace(operator: LinearOperator, mask: Tensor, *, probes: int = 8, generator:
 
 
 class Curvature(LinearOperator):
-    """A loss's second-order model at a point. On a CUDA device its products are captured and replayed, see `graphs`.
+    """Hold a loss's second-order model at a point.
+
+    On a CUDA device its products are captured and replayed, see `graphs`.
 
     Attributes:
         value: the loss there.
@@ -103,10 +113,10 @@ def twice_differentiable() -> AbstractContextManager[None]:
 
 
 class Hessian(Curvature):
-    """The exact Hessian of a loss at a point: value, grad and products from one graph, built once.
+    """Apply the exact Hessian of a loss at a point; one graph serves value, gradient and products.
 
-    ``(H @ v)`` is the gradient of ``<grad(W), v>`` (Pearlmutter 1994); no matrix is formed. The graph lives as long
-    as this object.
+    ``(H @ v)`` is the gradient of ``<grad(W), v>`` (Pearlmutter 1994); no matrix is formed. The graph lives
+    as long as this object.
 
     Args:
         loss: differentiable twice.
@@ -128,6 +138,7 @@ class Hessian(Curvature):
         self.grad = self._grad.detach()
 
     def product(self, v: Tensor) -> Tensor:
+        """Compute a product from the retained graph."""
         if not self._grad.requires_grad:  # a loss linear in the weight
             return torch.zeros_like(v)
         (product,) = torch.autograd.grad(self._grad, self._at, v, retain_graph=True, materialize_grads=True)
@@ -135,11 +146,13 @@ class Hessian(Curvature):
 
 
 class GaussNewton(Curvature):
-    """The Gauss-Newton matrix ``Σ Jᵀ M J`` of a loss, J the Jacobian of each of its residuals and M what it is measured by.
+    """Apply the Gauss-Newton matrix ``Σ Jᵀ M J`` of a loss.
 
-    Positive semi-definite; equal to the Hessian where the residuals are piecewise linear in the weight, as one layer
-    of a ReLU network with evaluated BatchNorm is (Schraudolph 2002). ``J v`` is the derivative of ``Jᵀu`` with respect
-    to u, so the forward pass runs once for all products.
+    J is the Jacobian of each of its residuals and M what that is measured by.
+
+    Positive semi-definite; equal to the Hessian where the residuals are piecewise linear in the weight, as
+    one layer of a ReLU network with evaluated BatchNorm is (Schraudolph 2002). ``J v`` is the derivative of
+    ``Jᵀu`` with respect to u, so the forward pass runs once for all products.
 
     Args:
         loss: its `residuals` are differentiated.
@@ -154,23 +167,28 @@ class GaussNewton(Curvature):
             self._residuals = list(loss.residuals(self._at))
             found = [r.detach() for r in self._residuals]
             self._cotangents = [u.detach().requires_grad_() for u in loss.weigh(found)]
-            (self._pullback,) = torch.autograd.grad(self._residuals, self._at, self._cotangents, create_graph=True)
+            (self._pullback,) = torch.autograd.grad(
+                self._residuals, self._at, self._cotangents, create_graph=True
+            )
         self.value = half_inner(found, self._cotangents).item()
         self.grad = self._pullback.detach()
 
     def product(self, v: Tensor) -> Tensor:
+        """Compute a product from the retained graph."""
         tangents = torch.autograd.grad(self._pullback, self._cotangents, v, retain_graph=True)
-        (product,) = torch.autograd.grad(self._residuals, self._at, self._loss.weigh(tangents), retain_graph=True)
+        (product,) = torch.autograd.grad(
+            self._residuals, self._at, self._loss.weigh(tangents), retain_graph=True
+        )
         return product
 
 
 def half_inner(residuals: Sequence[Tensor], weighed: Sequence[Tensor]) -> Tensor:
-    """``½ Σ <r, M r>``, the loss."""
+    """Compute ``½ Σ <r, M r>``, the loss."""
     return 0.5 * torch.stack([(r * m).sum() for r, m in zip(residuals, weighed, strict=True)]).sum()
 
 
 class Restricted(LinearOperator):
-    """``P A P + damping I`` with P the projection onto a mask: what Newton's method solves with.
+    """Apply ``P A P + damping I``, P the projection onto a mask: what Newton's method solves with.
 
     Args:
         operator: A.

@@ -18,7 +18,8 @@ class Factors:
 
     Attributes:
         inputs: (groups, in, in), second moment of the layer's input rows.
-        outputs: (groups, out / groups, out / groups), second moment of what a unit change of an output does later.
+        outputs: (groups, out / groups, out / groups), second moment of what a unit change of an output does
+            later.
     """
 
     inputs: Tensor
@@ -26,7 +27,7 @@ class Factors:
 
 
 class Kronecker(LinearOperator):
-    """The preconditioner ``P (G + εI)⁻¹ ⊗ (A + εI)⁻¹ P`` (after K-FAC, Martens & Grosse 2015).
+    """Apply ``P (G + εI)⁻¹ ⊗ (A + εI)⁻¹ P`` (after K-FAC, Martens & Grosse 2015).
 
     A is the second moment of the layer's inputs, G that of its output's sensitivity; each is damped by
     ``sqrt(damping)`` of its own mean diagonal, so the choice is free of scale.
@@ -51,11 +52,12 @@ class Kronecker(LinearOperator):
 
 
 class RowBlocks(LinearOperator):
-    """The preconditioner that inverts the curvature of each output row on its own mask.
+    """Invert the curvature of each output row on its own mask.
 
-    Row i's block is ``G_ii A_SS + εI``, S the weights it keeps: what is left of the Kronecker product ``G ⊗ A`` after
-    restricting it to the mask and dropping what couples rows. Restricting first and inverting then is what counts: the
-    inverse of the whole product, restricted, is far from it as soon as many weights are masked.
+    Row i's block is ``G_ii A_SS + εI``, S the weights it keeps: what is left of the Kronecker product ``G ⊗
+    A`` after restricting it to the mask and dropping what couples rows. Restricting first and inverting then
+    is what counts: the inverse of the whole product, restricted, is far from it as soon as many weights are
+    masked.
 
     Args:
         factors: A and G.
@@ -97,7 +99,7 @@ class RowBlocks(LinearOperator):
 
     @classmethod
     def fits(cls, mask: Tensor) -> bool:
-        """Whether the blocks stay below `LIMIT` numbers."""
+        """Say whether the blocks stay below `LIMIT` numbers."""
         kept = rows(mask)
         return len(kept) * int(kept.sum(1).max()) ** 2 <= cls.LIMIT
 

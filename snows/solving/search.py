@@ -9,16 +9,30 @@ from torch import Tensor
 
 
 class Search(NamedTuple):
-    """Say where a line search ended: the step's size (0.0 if nothing helped), the loss there, the losses it asked for."""
+    """Say where a line search ended.
+
+    The step's size (0.0 if nothing helped), the loss there, and how many losses it asked for.
+    """
 
     size: float
     value: float
     tries: int
 
 
-def armijo(loss: Callable[[Tensor], Tensor], weight: Tensor, direction: Tensor, *, value: float, slope: float,
-           c: float = 1e-4, shrink: float = 0.5, tries: int = 6) -> Search:
-    """Backtrack from a full step until the loss falls by the share `c` of what its slope promises (Armijo 1966).
+def armijo(
+    loss: Callable[[Tensor], Tensor],
+    weight: Tensor,
+    direction: Tensor,
+    *,
+    value: float,
+    slope: float,
+    c: float = 1e-4,
+    shrink: float = 0.5,
+    tries: int = 6,
+) -> Search:
+    """Backtrack from a full step until the loss falls by a share of what its slope promises.
+
+    The rule is Armijo's (1966).
 
     Args:
         loss: of a weight.

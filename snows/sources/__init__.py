@@ -1,7 +1,7 @@
 """Networks, their weights, and images, by name.
 
-A network brings its trained weights, its own preparation of pictures and the names of its classes from the library that it comes from; data
-is a folder of pictures, a dataset by name, or any iterable of batches.
+A network brings its trained weights, its own preparation of pictures and the names of its classes from the
+library that it comes from; data is a folder of pictures, a dataset by name, or any iterable of batches.
 """
 
 from snows.sources.data import Data, load_data

@@ -15,12 +15,43 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-NESTED = ("state_dict_ema", "model_ema", "params_ema", "ema_state_dict", "state_dict", "model_state_dict", "model_state", "model", "params",
-          "network", "net", "module", "ema", "weights")  # averaged weights first, as timm takes them
-PREFIXES = ("module.", "model.", "net.", "network.", "ema.", "ema_model.", "model_ema.", "student.", "encoder_q.", "_orig_mod.")
+NESTED = (
+    "state_dict_ema",
+    "model_ema",
+    "params_ema",
+    "ema_state_dict",
+    "state_dict",
+    "model_state_dict",
+    "model_state",
+    "model",
+    "params",
+    "network",
+    "net",
+    "module",
+    "ema",
+    "weights",
+)  # averaged weights first, as timm takes them
+PREFIXES = (
+    "module.",
+    "model.",
+    "net.",
+    "network.",
+    "ema.",
+    "ema_model.",
+    "model_ema.",
+    "student.",
+    "encoder_q.",
+    "_orig_mod.",
+)
 MULTIARRAY: Any = getattr(np, "_core", None) or np.core
-NUMPY = [(getattr(MULTIARRAY.multiarray, name), f"numpy.{core}.multiarray.{name}")  # where NumPy 2 and NumPy 1 have them
-         for name in ("scalar", "_reconstruct") for core in ("_core", "core")]
+NUMPY = [
+    (
+        getattr(MULTIARRAY.multiarray, name),
+        f"numpy.{core}.multiarray.{name}",
+    )  # where NumPy 2 and NumPy 1 have them
+    for name in ("scalar", "_reconstruct")
+    for core in ("_core", "core")
+]
 DTYPES = {type(np.dtype(x)) for x in ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "?", "U1")}
 HARMLESS: list[Any] = [*NUMPY, *DTYPES, np.dtype, np.ndarray, argparse.Namespace]
 
@@ -29,8 +60,11 @@ class MismatchError(ValueError):
     """Says which weights of a file do not fit the network that they are for."""
 
     def __init__(self, path: Path, **problems: list[str]) -> None:
-        found = [f"{kind.replace('_', ' ')} {', '.join(names[:5])}{' and more' if len(names) > 5 else ''}"
-                 for kind, names in problems.items() if names]
+        found = [
+            f"{kind.replace('_', ' ')} {', '.join(names[:5])}{' and more' if len(names) > 5 else ''}"
+            for kind, names in problems.items()
+            if names
+        ]
         super().__init__(f"weights: {path} does not match the model: {'; '.join(found)}")
 
 
@@ -39,19 +73,26 @@ def load_weights(net: nn.Module, path: Path) -> None:
 
     Args:
         net: whose weights are written.
-        path: safetensors, or a pickled checkpoint, of which tensors, numbers and containers alone are read and nothing is executed. The weights may
-            be nested (under `state_dict` or `model`, say; averaged ones are preferred, as timm does) and have a wrapper's prefix.
+        path: safetensors, or a pickled checkpoint, of which tensors, numbers and containers alone are read
+            and nothing is executed. The weights may be nested (under `state_dict` or `model`, say; averaged
+            ones are preferred, as timm does) and have a wrapper's prefix.
 
     Raises:
-        ValueError: the file is no checkpoint, holds tensors of a kind that cannot be loaded, or names or shapes do not match; the network is as
-            it was then.
+        ValueError: the file is no checkpoint, holds tensors of a kind that cannot be loaded, or names or
+            shapes do not match; the network is as it was then.
     """
     state = _matching(_tensors(path, _read(path)), net)
     own = net.state_dict()
     problems = {
-        "missing": [k for k in own if k not in state and not k.endswith("num_batches_tracked") and isinstance(own[k], Tensor)],
+        "missing": [
+            k
+            for k in own
+            if k not in state and not k.endswith("num_batches_tracked") and isinstance(own[k], Tensor)
+        ],
         "unexpected": [k for k in state if k not in own],
-        "of_another_shape": [k for k in state if k in own and isinstance(own[k], Tensor) and state[k].shape != own[k].shape],
+        "of_another_shape": [
+            k for k in state if k in own and isinstance(own[k], Tensor) and state[k].shape != own[k].shape
+        ],
     }
     if any(problems.values()):
         raise MismatchError(path, **problems)
@@ -71,12 +112,20 @@ def _read(path: Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a damaged file makes it raise
         if found := re.search(r"GLOBAL ([\w.]+) was not an allowed global", str(error)):
-            raise ValueError(f"weights: {path} holds a {found[1]} beside its tensors, which would run code when it is read; save its state_dict "
-                             "alone") from error
+            raise ValueError(
+                f"weights: {path} holds a {found[1]} beside its tensors, which would run code when it is "
+                "read; save its state_dict "
+                "alone"
+            ) from error
         if "TorchScript" in str(error):
-            raise ValueError(f"weights: {path} is a TorchScript program; expected a checkpoint: save its state_dict") from error
-        raise ValueError(f"weights: {path} is neither safetensors nor a whole checkpoint of tensors alone (one that would run code "
-                         "is not loaded)") from error
+            raise ValueError(
+                f"weights: {path} is a TorchScript program; expected a checkpoint: save its state_dict"
+            ) from error
+        raise ValueError(
+            f"weights: {path} is neither safetensors nor a whole checkpoint of tensors alone (one that would "
+            "run code "
+            "is not loaded)"
+        ) from error
 
 
 def _tensors(path: Path, content: Any) -> dict[str, Tensor]:
@@ -89,18 +138,35 @@ def _tensors(path: Path, content: Any) -> dict[str, Tensor]:
     if isinstance(content, nn.Module):
         content = content.state_dict()
     if not isinstance(content, Mapping) or not any(isinstance(x, Tensor) for x in content.values()):
-        raise ValueError(f"weights: expected {path} to hold a state_dict of tensors, got {type(content).__name__}"
-                         f"{f' of {sorted(map(str, content))[:5]}' if isinstance(content, Mapping) else ''}")
+        raise ValueError(
+            f"weights: expected {path} to hold a state_dict of tensors, got {type(content).__name__}"
+            f"{f' of {sorted(map(str, content))[:5]}' if isinstance(content, Mapping) else ''}"
+        )
     found = {}
     for name, x in content.items():
         if not isinstance(x, Tensor):
             continue  # epochs and settings beside the weights
         if not isinstance(name, str):
-            raise ValueError(f"weights: expected {path} to hold names and tensors, got the key {name!r} of type {type(name).__name__}")
-        kind = ("quantised" if x.is_quantized else "sparse" if x.layout != torch.strided else "complex" if x.is_complex() else
-                "without content (on the meta device)" if x.is_meta else "")
+            raise ValueError(
+                f"weights: expected {path} to hold names and tensors, got the key {name!r} of type "
+                f"{type(name).__name__}"
+            )
+        kind = (
+            "quantised"
+            if x.is_quantized
+            else "sparse"
+            if x.layout != torch.strided
+            else "complex"
+            if x.is_complex()
+            else "without content (on the meta device)"
+            if x.is_meta
+            else ""
+        )
         if kind:
-            raise ValueError(f"weights: expected {path} to hold ordinary tensors, but {name} is {kind}; convert it and save again")
+            raise ValueError(
+                f"weights: expected {path} to hold ordinary tensors, but {name} is {kind}; convert it and "
+                "save again"
+            )
         found[name] = x
     return found
 
@@ -115,7 +181,9 @@ def _matching(state: dict[str, Tensor], net: nn.Module) -> dict[str, Tensor]:
         if needed <= set(state):
             break
         inner = {p: {k.removeprefix(p): v for k, v in state.items() if k.startswith(p)} for p in PREFIXES}
-        whole = next((part for part in inner.values() if needed <= set(part)), None)  # beside it: of a loss, or of a second network
+        whole = next(
+            (part for part in inner.values() if needed <= set(part)), None
+        )  # beside it: of a loss, or of a second network
         if whole is not None:
             return whole
         alone = next((part for part in inner.values() if len(part) == len(state)), None)

@@ -24,7 +24,10 @@ from snows.sources.networks import Network, find_object, runs_code
 from snows.sources.pictures import Split, UnreadableError, find, open_picture, read_labels, split_folder
 from snows.sources.preparation import Plain, Preparation
 
-KINDS = "a folder, zoo:fashion-mnist, cifar10:FOLDER, cifar100:FOLDER, torchvision:NAME[:FOLDER], hf:ID, hf:FOLDER or package.module:callable"
+KINDS = (
+    "a folder, zoo:fashion-mnist, cifar10:FOLDER, cifar100:FOLDER, torchvision:NAME[:FOLDER], hf:ID, "
+    "hf:FOLDER or package.module:callable"
+)
 
 
 @dataclass
@@ -64,7 +67,9 @@ class Data:
         return [int(i) for i in np.random.default_rng(seed).permutation(len(self))[:count]]
 
     def draw(self, count: int, size: int, seed: int) -> list[Any]:
-        """Take images for calibration: `count` of them, drawn by `seed`, in batches of up to `size`; of a stream the first, in its own batches.
+        """Take images for calibration: `count` of them, drawn by `seed`, in batches of up to `size`.
+
+        Of a stream the first are taken, in its own batches.
 
         Raises:
             ValueError: there are fewer.
@@ -94,7 +99,10 @@ class Data:
         for batch in self.batches(count):
             inputs = Batch.of(batch)
             if inputs.kwargs or not isinstance(inputs.args[0], Tensor):
-                raise ValueError(f"data: expected tensors of images from {self.origin} for an example, got keyword inputs or lists")
+                raise ValueError(
+                    f"data: expected tensors of images from {self.origin} for an example, got keyword inputs "
+                    "or lists"
+                )
             taken.append(inputs.args[0][: count - found])
             found += len(taken[-1])
             if found == count:
@@ -102,10 +110,15 @@ class Data:
         raise ValueError(f"asked for {count} images, but {self.origin} has {found}")
 
     def spread(self, count: int, size: int, leave_out: Sequence[int] = ()) -> Iterator[Any]:
-        """Yield batches of about `count` images: evenly spread, for folders come class by class, none of `leave_out`; of a stream the first."""
+        """Yield batches of about `count` images, evenly spread, none of `leave_out`.
+
+        Folders come class by class; of a stream the first images are taken.
+        """
         if self.stream is None:
             rest = np.setdiff1d(np.arange(len(self)), np.array(leave_out, np.int64))
-            yield from self.batches(size, rest[np.linspace(0, len(rest) - 1, min(count, len(rest))).round().astype(int)])
+            yield from self.batches(
+                size, rest[np.linspace(0, len(rest) - 1, min(count, len(rest))).round().astype(int)]
+            )
             return
         found = 0
         for batch in self.stream:
@@ -115,7 +128,10 @@ class Data:
                 return
 
     def batches(self, size: int, indices: Iterable[int] | None = None) -> Iterator[Any]:
-        """Yield (images, labels) pairs of up to `size`, in the order of `indices`; broken pictures are left out and noted. A stream as it comes."""
+        """Yield (images, labels) pairs of up to `size`, in the order of `indices`.
+
+        Broken pictures are left out and noted. A stream comes in its own batches.
+        """
         if self.stream is not None:
             yield from self.stream
             return
@@ -139,30 +155,41 @@ class Data:
 def _stacked(images: list[Tensor]) -> Tensor:
     if len({x.shape for x in images}) > 1:
         sizes = sorted({"x".join(map(str, x.shape)) for x in images})
-        raise ValueError(f"data: expected pictures of one size, got {', '.join(sizes[:5])}; say --crop and --resize")
+        raise ValueError(
+            f"data: expected pictures of one size, got {', '.join(sizes[:5])}; say --crop and --resize"
+        )
     return torch.stack(images)
 
 
 def load_data(
-    name: str, network: Network, split: Split, *, preparation: Preparation | None = None, classes: Path | None = None, labels: Path | None = None,
+    name: str,
+    network: Network,
+    split: Split,
+    *,
+    preparation: Preparation | None = None,
+    classes: Path | None = None,
+    labels: Path | None = None,
     fetch: bool = True,
 ) -> Data:
     """Find images for a network.
 
     Args:
-        name: a folder of pictures, with one folder a class or none; `zoo:fashion-mnist`; `cifar10:FOLDER` or `cifar100:FOLDER` (the published
-            binary files); `torchvision:NAME[:FOLDER]`; `hf:ID` or `hf:FOLDER` (the package datasets); or `package.module:callable`, which is
-            imported and called (with `split=` if it takes that) and returns an iterable of batches.
+        name: a folder of pictures, with one folder a class or none; `zoo:fashion-mnist`; `cifar10:FOLDER` or
+            `cifar100:FOLDER` (the published binary files); `torchvision:NAME[:FOLDER]`; `hf:ID` or
+            `hf:FOLDER` (the package datasets); or `package.module:callable`, which is imported and called
+            (with `split=` if it takes that) and returns an iterable of batches.
         network: that they are for: its preparation is theirs, its classes number theirs.
-        split: "calibration" or "test": a folder's `train` or its `val`, `validation`, `valid` or `test`, if there is one; a dataset's own.
+        split: "calibration" or "test": a folder's `train` or its `val`, `validation`, `valid` or `test`, if
+            there is one; a dataset's own.
         preparation: instead of the network's.
-        classes: a file of the network's classes in order (see `classes.read`), instead of the network's own list.
+        classes: a file of the network's classes in order (see `classes.read`), instead of the network's own
+            list.
         labels: a file of the classes of a flat folder of pictures (see `pictures.read_labels`).
         fetch: whether a dataset that is not on this machine may be fetched.
 
     Raises:
-        ValueError: there are no images, an argument is none that this kind of data takes, or nothing says which output of the network a class
-            of the test images is.
+        ValueError: there are no images, an argument is none that this kind of data takes, or nothing says
+            which output of the network a class of the test images is.
     """
     prepare = preparation or network.preparation
     kind, separator, rest = name.partition(":")
@@ -170,18 +197,24 @@ def load_data(
     is_folder = Path(name).is_dir()
     kind, calls = "" if is_folder else kind, runs_code(name) and not is_folder
     known = kind in ("zoo", "cifar10", "cifar100", "torchvision", "hf")
-    _check_taken(name, {
-        "--labels": labels is not None and (known or calls),
-        "--classes": classes is not None and (kind in ("zoo", "cifar10", "cifar100") or calls),
-        "--crop, --resize, --mean or --std": preparation not in (None, network.preparation) and (kind == "zoo" or calls),
-    })
+    _check_taken(
+        name,
+        {
+            "--labels": labels is not None and (known or calls),
+            "--classes": classes is not None and (kind in ("zoo", "cifar10", "cifar100") or calls),
+            "--crop, --resize, --mean or --std": preparation not in (None, network.preparation)
+            and (kind == "zoo" or calls),
+        },
+    )
     if calls:
         return _called(name, kind, rest, split)
     if separator and rest and kind == "zoo":
         if rest != "fashion-mnist":
             raise ValueError(f"data: expected zoo:fashion-mnist, got {name!r}")
         x, found = zoo.images(split)
-        return Data(f"{name} {split}", lambda i: x[i], np.full(len(x), -1) if found is None else found.numpy())
+        return Data(
+            f"{name} {split}", lambda i: x[i], np.full(len(x), -1) if found is None else found.numpy()
+        )
     if separator and rest and kind in ("cifar10", "cifar100"):
         pictures = datasets.of_cifar(name, kind, Path(rest).expanduser(), split)
         names = None  # they come as numbers
@@ -195,7 +228,9 @@ def load_data(
             prepare = prepare.override(224, 256)  # a folder's pictures are of many sizes
     result = Data(pictures.origin, lambda i: prepare(pictures.open(i)), pictures.labels, files=pictures.files)
     if split == "test" and pictures.classes:
-        number, result.note = naming.numbered(pictures.classes, names, cache(lambda: _outputs(network, result)), name, classes is not None)
+        number, result.note = naming.numbered(
+            pictures.classes, names, cache(lambda: _outputs(network, result)), name, classes is not None
+        )
         result.labels = np.array([number[x] if x >= 0 else -1 for x in result.labels], np.int64)
     return result
 
@@ -228,9 +263,18 @@ def _of_folder(name: str, split: Split, labels: Path | None) -> Found:
     named: Sequence[Sequence[str]] = [(x,) for x in classes]
     if labels is not None and split == "test":
         if classes:
-            raise ValueError(f"labels: expected a flat folder of pictures, but {folder} has a folder for each class; leave --labels out")
+            raise ValueError(
+                f"labels: expected a flat folder of pictures, but {folder} has a folder for each class; "
+                "leave --labels out"
+            )
         named, numbers = read_labels(labels, files)
-    return Found(str(folder), lambda i: open_picture(files[i]), np.array(numbers, np.int64), named, [file.name for file in files])
+    return Found(
+        str(folder),
+        lambda i: open_picture(files[i]),
+        np.array(numbers, np.int64),
+        named,
+        [file.name for file in files],
+    )
 
 
 def _called(name: str, module: str, attribute: str, split: Split) -> Data:
@@ -240,8 +284,13 @@ def _called(name: str, module: str, attribute: str, split: Split) -> Data:
         by_split = "split" in inspect.signature(function).parameters
         found = function(split=split) if by_split else function()
     except Exception as error:  # whatever it raises
-        raise ValueError(f"data: {name} could not be opened ({type(error).__name__}: {first_line(error)})") from error
+        raise ValueError(
+            f"data: {name} could not be opened ({type(error).__name__}: {first_line(error)})"
+        ) from error
     if not isinstance(found, Iterable) or isinstance(found, Iterator):
-        raise ValueError(f"data: expected {name} to return something that can be iterated again and again, a DataLoader or a list of batches, got "
-                         f"{type(found).__name__}")
+        raise ValueError(
+            f"data: expected {name} to return something that can be iterated again and again, a DataLoader "
+            "or a list of batches, got "
+            f"{type(found).__name__}"
+        )
     return Data(f"{name} {split}" if by_split else name, stream=found)

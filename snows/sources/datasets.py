@@ -40,7 +40,10 @@ def of_torchvision(name: str, rest: str, split: Split, fetch: bool) -> Found:
     try:
         datasets: Any = importlib.import_module("torchvision.datasets")
     except ImportError as error:
-        raise ValueError(f"data: {name} needs torchvision ({first_line(error)}); pip install '.[models]' in the clone of snows brings it") from error
+        raise ValueError(
+            f"data: {name} needs torchvision ({first_line(error)}); pip install '.[models]' in the clone of "
+            "snows brings it"
+        ) from error
     make: Any = getattr(datasets, kind, None)
     if kind.startswith("_") or not isinstance(make, type):
         raise ValueError(f"data: torchvision has no dataset {kind!r}")
@@ -52,7 +55,11 @@ def of_torchvision(name: str, rest: str, split: Split, fetch: bool) -> Found:
     else:
         choices = [{}]
     where = str(Path(root or "data").expanduser())
-    tries = [{**choice, **more} for more in ({}, *([{"download": True}] if "download" in accepted and fetch else [])) for choice in choices]
+    tries = [
+        {**choice, **more}
+        for more in ({}, *([{"download": True}] if "download" in accepted and fetch else []))
+        for choice in choices
+    ]
     dataset: Any = None
     errors = []
     opened: dict[str, Any] = {}
@@ -64,15 +71,29 @@ def of_torchvision(name: str, rest: str, split: Split, fetch: bool) -> Found:
             errors.append(first_line(error))
     if dataset is None:
         cause = errors[-len(choices)]  # of the first split, the last time
-        raise ValueError(f"data: {name} could not be opened in {where} ({cause}); expected its files there"
-                         f"{', or a connection to fetch them' if fetch else ''}")
+        raise ValueError(
+            f"data: {name} could not be opened in {where} ({cause}); expected its files there"
+            f"{', or a connection to fetch them' if fetch else ''}"
+        )
 
-    kept = next((x for x in (getattr(dataset, name, None) for name in ("targets", "labels", "_labels")) if x is not None and len(x)), None)
+    kept = next(
+        (
+            x
+            for x in (getattr(dataset, name, None) for name in ("targets", "labels", "_labels"))
+            if x is not None and len(x)
+        ),
+        None,
+    )
     labels = [int(x) for x in kept] if kept is not None else [int(dataset[i][1]) for i in range(len(dataset))]
     names = getattr(dataset, "classes", None) or range(max(labels, default=-1) + 1)
     wordnet = getattr(dataset, "wnids", None) or [None] * len(names)
-    named = [((w,) if w else ()) + (tuple(map(str, x)) if isinstance(x, tuple) else (str(x),)) for w, x in zip(wordnet, names, strict=True)]
-    part = next((f" {opened[key]}" for key in ("split", "train") if key in opened), "")  # without one, both splits are the same pictures
+    named = [
+        ((w,) if w else ()) + (tuple(map(str, x)) if isinstance(x, tuple) else (str(x),))
+        for w, x in zip(wordnet, names, strict=True)
+    ]
+    part = next(
+        (f" {opened[key]}" for key in ("split", "train") if key in opened), ""
+    )  # without one, both splits are the same pictures
     return Found(f"{name}{part}", lambda i: open_picture(dataset[i][0]), np.array(labels, np.int64), named)
 
 
@@ -81,14 +102,26 @@ def of_datasets(name: str, rest: str, split: Split, fetch: bool) -> Found:
     try:
         datasets: Any = importlib.import_module("datasets")
     except ImportError as error:
-        raise ValueError(f"data: {name} needs the package datasets ({first_line(error)}); pip install '.[data]' in the clone of snows brings "
-                         "it") from error
+        raise ValueError(
+            f"data: {name} needs the package datasets ({first_line(error)}); pip install '.[data]' in the "
+            "clone of snows brings "
+            "it"
+        ) from error
     try:
         folder = Path(rest).expanduser()
-        found = datasets.load_from_disk(str(folder)) if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file() \
-            else datasets.load_dataset(str(folder) if folder.is_dir() else rest, download_config=datasets.DownloadConfig(local_files_only=not fetch))
+        found = (
+            datasets.load_from_disk(str(folder))
+            if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
+            else datasets.load_dataset(
+                str(folder) if folder.is_dir() else rest,
+                download_config=datasets.DownloadConfig(local_files_only=not fetch),
+            )
+        )
     except Exception as error:  # whatever it raises: no such dataset, no connection
-        raise ValueError(f"data: {name} could not be opened ({first_line(error)}); expected a dataset in the cache, or a connection") from error
+        raise ValueError(
+            f"data: {name} could not be opened ({first_line(error)}); expected a dataset in the cache, or a "
+            "connection"
+        ) from error
     part = ""
     if isinstance(found, dict):
         order = (*TRAINING, *TESTING) if split == "calibration" else (*TESTING, *TRAINING)
@@ -119,10 +152,17 @@ def of_cifar(name: str, kind: str, folder: Path, split: Split) -> Found:
             raise ValueError(f"data: expected {file} in {folder} (the published binary version of {kind})")
         raw = np.fromfile(found, np.uint8)
         if len(raw) == 0 or len(raw) % (head + 3072):
-            raise ValueError(f"data: {found} is not a binary file of {kind}: {len(raw)} bytes are not whole records of {head + 3072}")
+            raise ValueError(
+                f"data: {found} is not a binary file of {kind}: {len(raw)} bytes are not whole records of "
+                f"{head + 3072}"
+            )
         records.append(raw.reshape(-1, head + 3072))
     table = np.concatenate(records)
     pixels = table[:, head:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
     image: Any = importlib.import_module("PIL.Image")
-    return Found(f"{name} {split}", lambda i: image.fromarray(np.ascontiguousarray(pixels[i])), table[:, head - 1].astype(np.int64),
-                 [(f"class {i}",) for i in range(10 if kind == "cifar10" else 100)])
+    return Found(
+        f"{name} {split}",
+        lambda i: image.fromarray(np.ascontiguousarray(pixels[i])),
+        table[:, head - 1].astype(np.int64),
+        [(f"class {i}",) for i in range(10 if kind == "cifar10" else 100)],
+    )

@@ -1,4 +1,4 @@
-"""From a picture to the tensor that a network takes, by the transforms of the library that the network comes from."""
+"""From a picture to the tensor that a network takes, by the transforms of the network's own library."""
 
 from __future__ import annotations
 
@@ -19,9 +19,13 @@ Numbers = tuple[float, ...] | None
 class Preparation(Protocol):
     """Turns an RGB picture of Pillow into a float32 tensor of (3, H, W); its `str` says how, in a line."""
 
-    def __call__(self, picture: Any) -> Tensor: ...
+    def __call__(self, picture: Any) -> Tensor:
+        """Turn a picture into a float32 tensor of (3, H, W)."""
+        ...
 
-    def override(self, crop: int | None = None, resize: int | None = None, mean: Numbers = None, std: Numbers = None) -> Preparation:
+    def override(
+        self, crop: int | None = None, resize: int | None = None, mean: Numbers = None, std: Numbers = None
+    ) -> Preparation:
         """Replace single settings; None keeps one. A crop without a resize keeps their ratio.
 
         Args:
@@ -45,13 +49,23 @@ def check(crop: int | None, resize: int | None, mean: Numbers, std: Numbers) -> 
     if min(crop or 1, resize or 1) < 1 or 0 in (crop, resize):
         raise ValueError(f"preparation: expected a crop and a resize of at least 1, got {crop} and {resize}")
     for name, values in (("means", mean), ("deviations", std)):
-        if values is not None and (len(values) != 3 or not all(map(math.isfinite, values)) or (name == "deviations" and min(values) <= 0)):
-            raise ValueError(f"preparation: expected three finite {name}{' above 0' if name == 'deviations' else ''}, got {values}")
+        if values is not None and (
+            len(values) != 3
+            or not all(map(math.isfinite, values))
+            or (name == "deviations" and min(values) <= 0)
+        ):
+            raise ValueError(
+                f"preparation: expected three finite {name}{' above 0' if name == 'deviations' else ''}, got "
+                f"{values}"
+            )
 
 
 @dataclass(frozen=True)
 class Plain:
-    """Prepares pictures for networks of no library: shorter side to `resize` (bicubic), the middle `crop` square, ``(x / 255 - mean) / std``.
+    """Prepare pictures for networks of no library.
+
+    The shorter side goes to `resize` (bicubic), the middle `crop` square stays, then ``(x / 255 - mean) /
+    std``.
 
     Attributes:
         crop, resize: in pixels; None leaves pictures in their size.
@@ -64,6 +78,7 @@ class Plain:
     std: tuple[float, ...] = IMAGENET_STD
 
     def __call__(self, picture: Any) -> Tensor:
+        """Turn a picture into a float32 tensor of (3, H, W)."""
         if self.crop is not None:
             (width, height), crop = picture.size, self.crop
             scale = (self.resize or crop) / min(width, height)
@@ -74,10 +89,17 @@ class Plain:
         return ((x - torch.tensor(self.mean)) / torch.tensor(self.std)).permute(2, 0, 1).contiguous()
 
     def __str__(self) -> str:
-        sizes = f"shorter side to {self.resize}, the middle {self.crop} square" if self.crop is not None else "pictures in their own size"
+        sizes = (
+            f"shorter side to {self.resize}, the middle {self.crop} square"
+            if self.crop is not None
+            else "pictures in their own size"
+        )
         return f"{sizes}, mean {self.mean}, deviation {self.std}"
 
-    def override(self, crop: int | None = None, resize: int | None = None, mean: Numbers = None, std: Numbers = None) -> Plain:
+    def override(
+        self, crop: int | None = None, resize: int | None = None, mean: Numbers = None, std: Numbers = None
+    ) -> Plain:
+        """Replace single settings; see `Preparation.override`."""
         check(crop, resize, mean, std)
         window, side = crop or self.crop, resize or self.resize
         if crop is not None and resize is None:
@@ -94,7 +116,8 @@ class Library:
     Attributes:
         make: from settings to the library's transform of a picture.
         settings: of the library, by its own names.
-        named: maps the present settings, a crop and a resize (None for none) to the library's settings that say so.
+        named: maps the present settings, a crop and a resize (None for none) to the library's settings that
+            say so.
         means: the library's names of means and deviations.
     """
 
@@ -107,25 +130,37 @@ class Library:
         object.__setattr__(self, "_transform", self.make(**self.settings))
 
     def __call__(self, picture: Any) -> Tensor:
+        """Turn a picture into a float32 tensor of (3, H, W)."""
         return cast("Tensor", cast("Any", self)._transform(picture))
 
     def __str__(self) -> str:
         return " ".join(str(cast("Any", self)._transform).split())
 
-    def override(self, crop: int | None = None, resize: int | None = None, mean: Numbers = None, std: Numbers = None) -> Library:
+    def override(
+        self, crop: int | None = None, resize: int | None = None, mean: Numbers = None, std: Numbers = None
+    ) -> Library:
+        """Replace single settings; see `Preparation.override`."""
         check(crop, resize, mean, std)
-        given = {name: value for name, value in zip(self.means, (mean, std), strict=True) if value is not None}
+        given = {
+            name: value for name, value in zip(self.means, (mean, std), strict=True) if value is not None
+        }
         sizes = self.named(self.settings, crop, resize) if crop or resize else {}
         return replace(self, settings={**self.settings, **sizes, **given})
 
 
 def of_timm(net: Any) -> Library:
-    """Make timm's own evaluation transform of a network: ``create_transform(**resolve_model_data_config(net))``."""
+    """Make timm's own evaluation transform of a network.
+
+    That is ``create_transform(**resolve_model_data_config(net))``.
+    """
     data = importlib.import_module("timm.data")
 
     def named(settings: Mapping[str, Any], crop: int | None, resize: int | None) -> Mapping[str, Any]:
         size = crop or settings["input_size"][-1]
-        return {"input_size": (settings["input_size"][0], size, size), "crop_pct": size / resize if resize else settings["crop_pct"]}
+        return {
+            "input_size": (settings["input_size"][0], size, size),
+            "crop_pct": size / resize if resize else settings["crop_pct"],
+        }
 
     return Library(data.create_transform, data.resolve_model_data_config(net), named)
 
@@ -136,7 +171,10 @@ def of_torchvision(transforms: Callable[..., Callable[[Any], Tensor]]) -> Librar
     def named(settings: Mapping[str, Any], crop: int | None, resize: int | None) -> Mapping[str, Any]:
         own: Any = transforms(**settings)
         if not hasattr(own, "crop_size"):
-            raise ValueError(f"preparation: {type(own).__name__} neither crops nor resizes; expected no --crop and no --resize")
+            raise ValueError(
+                f"preparation: {type(own).__name__} neither crops nor resizes; expected no --crop and no "
+                "--resize"
+            )
         before, side = own.crop_size[0], (own.resize_size or own.crop_size)[0]
         return {"crop_size": crop or before, "resize_size": resize or round((crop or before) * side / before)}
 
@@ -151,7 +189,10 @@ def of_transformers(processor: Any) -> Library:
             self.settings = settings
 
         def __call__(self, picture: Any) -> Tensor:
-            return cast("Tensor", processor(images=picture, return_tensors="pt", **self.settings)["pixel_values"][0])
+            """Turn a picture into a float32 tensor of (3, H, W)."""
+            return cast(
+                "Tensor", processor(images=picture, return_tensors="pt", **self.settings)["pixel_values"][0]
+            )
 
         def __str__(self) -> str:
             return f"{type(processor).__name__} {self.settings or ''}".strip()
@@ -162,7 +203,9 @@ def of_transformers(processor: Any) -> Library:
         before = size.get("shortest_edge") or size.get("height") or 224
         window = (dict(processor.crop_size or {}).get("height") if crops else None) or before
         side = resize or round((crop or window) * before / window)
-        found["size"] = {"shortest_edge": side} if "shortest_edge" in size else {"height": side, "width": side}
+        found["size"] = (
+            {"shortest_edge": side} if "shortest_edge" in size else {"height": side, "width": side}
+        )
         if crops:
             found["crop_size"] = {"height": crop or window, "width": crop or window}
         return found

@@ -13,7 +13,9 @@ SOURCE = "source.json"
 
 @dataclass(frozen=True)
 class Source:
-    """Name a run's network and images, and what was asked of their preparation: what the command line finds them again by.
+    """Name a run's network and images, and what was asked of their preparation.
+
+    The command line finds them again by it.
 
     Attributes:
         model, data: names, as `snows.sources` reads them.
@@ -65,7 +67,9 @@ class Source:
                 elif name in ("crop", "resize"):
                     sound = value is None or (type(value) is int and value > 0)
                 else:
-                    sound = value is None or (isinstance(value, list) and all(type(x) in (int, float) for x in value))
+                    sound = value is None or (
+                        isinstance(value, list) and all(type(x) in (int, float) for x in value)
+                    )
                     content[name] = tuple(value) if sound and value is not None else None
                 if not sound:
                     raise ValueError(f"{name} is {value!r:.60}")

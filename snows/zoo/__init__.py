@@ -45,7 +45,9 @@ def load(name: str) -> nn.Module:
 
 
 def images(split: Literal["calibration", "test"]) -> tuple[Tensor, Tensor | None]:
-    """Normalised Fashion-MNIST images and their labels: 3,000 for calibration (no labels), 10,000 for the test.
+    """Read normalised Fashion-MNIST images and their labels.
+
+    There are 3,000 for calibration, without labels, and 10,000 for the test.
 
     Returns:
         float32 (n, 1, 28, 28), and int64 (n,) or None.

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions with BatchNorm and a residual connection (He et al. 2016)."""
+    """Apply two 3x3 convolutions with BatchNorm and a residual connection (He et al. 2016)."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
@@ -25,6 +25,7 @@ class BasicBlock(nn.Module):
         self.relu2 = nn.ReLU()
 
     def forward(self, x: Tensor) -> Tensor:
+        """Apply the block: (B, C, H, W) to (B, C', H', W')."""
         y = self.relu1(self.bn1(self.conv1(x)))
         y = self.bn2(self.conv2(y)) + self.downsample(x)
         out: Tensor = self.relu2(y)
@@ -32,7 +33,7 @@ class BasicBlock(nn.Module):
 
 
 class ResNet20(nn.Module):
-    """ResNet-20 with stages of 16, 32 and 64 channels: (B, 1, 28, 28) to (B, 10) logits."""
+    """Classify by a ResNet-20 of 16, 32 and 64 channels: (B, 1, 28, 28) to (B, 10) logits."""
 
     def __init__(self, classes: int = 10) -> None:
         super().__init__()
@@ -45,6 +46,7 @@ class ResNet20(nn.Module):
         self.fc = nn.Linear(64, classes)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Classify images: (B, 1, 28, 28) to (B, 10) logits."""
         x = self.relu(self.bn1(self.conv1(x)))
         x = self.layer3(self.layer2(self.layer1(x)))
         logits: Tensor = self.fc(x.mean((2, 3)))
@@ -52,7 +54,7 @@ class ResNet20(nn.Module):
 
 
 class EncoderBlock(nn.Module):
-    """A pre-normalised transformer block (Dosovitskiy et al. 2021): (B, T, D) to (B, T, D)."""
+    """Apply a pre-normalised transformer block (Dosovitskiy et al. 2021): (B, T, D) to (B, T, D)."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -66,6 +68,7 @@ class EncoderBlock(nn.Module):
         self.fc2 = nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Apply the block: (B, T, D) to (B, T, D)."""
         batch, tokens, width = x.shape
         qkv = self.qkv(self.norm1(x)).view(batch, tokens, 3, self.heads, width // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, T, D / heads)
@@ -76,9 +79,10 @@ class EncoderBlock(nn.Module):
 
 
 class ViT(nn.Module):
-    """A vision transformer of 6 blocks of width 96 on 7x7 patches: (B, 1, 28, 28) to (B, 10) logits.
+    """Classify by a vision transformer of 6 blocks of width 96: (B, 1, 28, 28) to (B, 10) logits.
 
-    The patch embedding is two convolutions of stride 2 (Xiao et al. 2021), which train faster than one of stride 4.
+    The patch embedding is two convolutions of stride 2 (Xiao et al. 2021), which train faster than one of
+    stride 4.
     """
 
     def __init__(self, classes: int = 10, width: int = 96, depth: int = 6, heads: int = 4) -> None:
@@ -98,6 +102,7 @@ class ViT(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Classify images: (B, 1, 28, 28) to (B, 10) logits."""
         x = self.patch_embed(x).flatten(2).transpose(1, 2)  # (B, 49, D)
         x = torch.cat([self.class_token.expand(len(x), -1, -1), x], dim=1) + self.position
         logits: Tensor = self.head(self.norm(self.blocks(x))[:, 0])
