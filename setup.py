@@ -33,7 +33,10 @@ NVCC = ["-std=c++20", "-O3"]
 
 def missing(what: str, why: str, remedy: str) -> str:
     """Return the sentence for kernels that were not built; raise it where they are required."""
-    sentence = f"snows: installed without {what} kernels, for {why}; everything runs without them, but slower. {remedy}"
+    sentence = (
+        f"snows: installed without {what} kernels, for {why}; everything runs without them, but slower. "
+        f"{remedy}"
+    )
     if REQUIRED:
         raise SystemExit(sentence)
     print(sentence, file=sys.stderr)
