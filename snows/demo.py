@@ -160,9 +160,8 @@ def run(
     console.print(pruned, deployed)
     console.print(
         f"{SAMPLES:,} unlabelled images; accuracy in % on the first {len(images):,} test images, of snows "
-        "through the packed "
-        "layers, whose outputs differ from the masked network's by so much of the largest; times of "
-        f"{len(test[0][0])} images; "
+        "through the packed layers, whose outputs differ from the masked network's by so much of the "
+        f"largest; times of {len(test[0][0])} images; "
         f"{', '.join(f'{share} {seconds:.0f} s' for share, seconds in clock.items())}; weights and page in "
         f"{out}",
         highlight=False,

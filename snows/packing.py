@@ -157,8 +157,7 @@ def check(packed: Packed) -> None:
     if int(stored) != packed.values.numel():
         raise ValueError(
             f"packed weight: expected codes for {packed.values.numel()} stored values, got codes for "
-            f"{int(stored)}; "
-            "they are corrupt, or from another weight"
+            f"{int(stored)}; they are corrupt, or from another weight"
         )
 
 
@@ -196,9 +195,8 @@ def _pack_groups(matrix: Tensor, kept: Tensor, pattern: NM) -> tuple[Tensor, Ten
         row, group = (counts > n).nonzero()[0].tolist()
         raise ValueError(
             f"pack: expected at most {n} kept of every {m}, got {int(counts[row, group])} in row {row}, "
-            f"group {group} "
-            f"(columns {group * m} to {group * m + m - 1} of the row view); mask the weight, or pack it as "
-            "unstructured"
+            f"group {group} (columns {group * m} to {group * m + m - 1} of the row view); mask the weight, "
+            "or pack it as unstructured"
         )
     # Kept entries first, then the free ones from the lowest; both sorts leave the order of the rest alone.
     positions = groups.byte().argsort(dim=-1, descending=True, stable=True)[..., :n].sort(-1).values

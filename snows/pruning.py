@@ -20,6 +20,7 @@ from snows.matching.fitting import fit
 from snows.matching.losses import Matching, Objective
 from snows.matching.normalisation import recalibrate_statistics
 from snows.matching.statistics import LayerStatistics
+from snows.networks.checks import autocast_off
 from snows.networks.twins import Site, Twins
 from snows.results.page import run_page
 from snows.results.progress import Tell, shown
@@ -95,7 +96,7 @@ def prune(
     """
     check_goal(pattern, select, cap)
     _check_settings(solver, matching, out, resume, seed)
-    with shown(progress) as tell, _autocast_off(model):
+    with shown(progress) as tell, autocast_off(model):
         tell.doing("checking and tracing the network")
         twins = Twins(model, batches)
         plan = decide(twins, pattern, select, only, cap)
@@ -208,8 +209,7 @@ def _report(
     if run is not None and run.threads != torch.get_num_threads():
         notes.append(
             f"The run began with {run.threads} threads and ended with {torch.get_num_threads()}; the last "
-            "bits of its "
-            "numbers may differ from those of a run that was not interrupted."
+            "bits of its numbers may differ from those of a run that was not interrupted."
         )
     size = sum(p.numel() for p in twins.model.parameters())
     return Report([fitted.get(row.name, row) for row in plan.rows], size, settings, notes)
@@ -260,13 +260,3 @@ def _check_settings(solver: Any, matching: Any, out: Any, resume: Any, seed: Any
         raise ValueError("prune: resume=True needs out=, the folder of the run to go on with")
     if not (isinstance(seed, int) and seed >= 0):
         raise ValueError(f"prune: expected seed to be a whole number of at least 0, got {seed!r}")
-
-
-def _autocast_off(model: Any) -> Any:
-    """Compute in the weights' own precision, whatever is around the call."""
-    first = next(iter(model.parameters()), None) if isinstance(model, nn.Module) else None
-    return (
-        torch.autocast(first.device.type, enabled=False)
-        if first is not None and not first.is_meta
-        else nullcontext()
-    )

@@ -64,10 +64,9 @@ def allocate(scores: Mapping[str, Tensor], sparsity: float, cap: float = 0.95) -
     limits = {name: min(math.floor(cap * s.numel() + 1e-9), s.numel() - 1) for name, s in scores.items()}
     if budget > sum(limits.values()):
         raise ValueError(
-            f"allocate: a sparsity of {sparsity:g} needs {budget} of {total} weights removed, but with a cap "
-            f"of {cap:g} "
-            f"per layer, and one weight of each kept, at most {sum(limits.values())} can go; lower the "
-            "sparsity or raise the cap"
+            f"allocate: a sparsity of {sparsity:g} needs {budget} of {total} weights removed, but with a "
+            f"cap of {cap:g} per layer, and one weight of each kept, at most {sum(limits.values())} can go; "
+            "lower the sparsity or raise the cap"
         )
     candidates, owner = [], []
     for index, (name, score) in enumerate(scores.items()):

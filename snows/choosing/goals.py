@@ -97,8 +97,7 @@ def given(twins: Twins, select: Choosing) -> dict[str, MaskedWeight]:
         if pruned := [x.layer for x in twins.carried if x.is_weight and x.layer in layers]:
             raise ValueError(
                 f"prune: {pruned[0]} carries a mask of torch.nn.utils.prune; pass select=model to keep the "
-                "masks, "
-                "or remove them first (torch.nn.utils.prune.remove)"
+                "masks, or remove them first (torch.nn.utils.prune.remove)"
             )
         return {}
     if not masks:

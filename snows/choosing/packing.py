@@ -110,8 +110,7 @@ class Packing:
         return (
             [
                 f"The times of {unsure} of {len(self.times)} kinds of layer {SCATTERS}, so that choosing "
-                "between dense and packed "
-                "means little there; run deploy again on a quieter machine."
+                "between dense and packed means little there; run deploy again on a quieter machine."
             ]
             if unsure
             else []
@@ -119,14 +118,6 @@ class Packing:
 
 
 SCATTERS = f"scatter by more than {100 * SCATTER:.0f} % although they were taken {REPEATS} times"
-
-
-def whole_scatters(race: Race) -> bool:
-    """Say whether times cannot tell a packed network from the dense one.
-
-    The model is the first run of the race, the dense network with its normalisation folded the second.
-    """
-    return any(race.scatters(1, i) for i in range(2, len(race.rounds[0])))
 
 
 def _packed(dense: Layer, mask: Tensor, activation: tuple[str, nn.Module] | None, terms: Terms) -> Packed:

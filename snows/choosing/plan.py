@@ -170,9 +170,8 @@ class _Deciding:
         """Say why no call of a function with this layer's own weight was seen."""
         if how := how_computed(self.layers[name]):
             raise ValueError(
-                f"prune: expected {name}.weight to be a plain parameter, got one computed by {how}, or leave "
-                "the "
-                "layer out with only="
+                f"prune: expected {name}.weight to be a plain parameter, got one computed by {how}, or "
+                "leave the layer out with only="
             )
         return "its weight is computed before use" if self.twins.trace.called[name] else "never runs"
 
@@ -180,14 +179,12 @@ class _Deciding:
         if name in self.shared:
             raise ValueError(
                 f"prune: {name} and {self.shared[name]} share one weight; give each its own, or leave both "
-                "out with "
-                "only="
+                "out with only="
             )
         if self.twins.calls[name] > 1:
             raise ValueError(
                 f"prune: {name} is called {self.twins.calls[name]} times in one forward pass; such a layer "
-                "cannot be "
-                "pruned yet, exclude it with only=lambda name, module: ..."
+                "cannot be pruned yet, exclude it with only=lambda name, module: ..."
             )
         if self.starts and wanted is not None and not allows(wanted, self.starts[name].mask):
             raise ValueError(f"prune: the mask of {name} keeps more than the pattern {wanted} allows")

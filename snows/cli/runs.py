@@ -78,8 +78,7 @@ def _load_run(
         if given is None and sources.runs_code(named) and not is_folder and not trust:
             raise ValueError(
                 f"{run / SOURCE} names {named}, Python code that would be imported and called; add --trust "
-                "if you trust whoever made "
-                f"this folder, or say what to use instead with {option}"
+                f"if you trust whoever made this folder, or say what to use instead with {option}"
             )
     source = replace(source, model=model or source.model, data=data or source.data)
     network = sources.load_model(source.model, weights)

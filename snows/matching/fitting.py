@@ -53,8 +53,7 @@ def fit(
             elif name := losses.undifferentiable(start.weight):
                 losses.objective.twins.notes.append(
                     f"{losses.site.name}: matched up to what comes before {name}, which has no second "
-                    "derivative "
-                    f"({first_line(error)})."
+                    f"derivative ({first_line(error)})."
                 )
                 losses.begin_again()
             else:

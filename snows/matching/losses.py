@@ -77,8 +77,7 @@ class Objective:
         if found.note:
             twins.notes.append(
                 "The output sensitivity could not be measured, so that features are weighed by their "
-                "variance: "
-                f"{found.note}"
+                f"variance: {found.note}"
             )
         return found
 

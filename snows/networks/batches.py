@@ -46,8 +46,7 @@ class Batch(NamedTuple):
             return cls.of(batch[0])
         raise TypeError(
             "batches: expected tensors, lists of pictures, (images, labels) pairs or mappings of keyword "
-            "inputs, "
-            f"got {type(batch).__name__}"
+            f"inputs, got {type(batch).__name__}"
         )
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Batch:

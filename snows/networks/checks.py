@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -40,20 +41,17 @@ def check_model(verb: str, model: Any) -> None:
             where = f"{name}._orig_mod in the place of {name}" if name else "model._orig_mod"
             raise ValueError(
                 f"{verb}: expected a model as it was before torch.compile, but {owner} is compiled; pass "
-                f"{where}, and compile "
-                "what comes back"
+                f"{where}, and compile what comes back"
             )
         if isinstance(module, torch.jit.ScriptModule):
             raise ValueError(
                 f"{verb}: expected ordinary modules, but {owner} is TorchScript, whose operations cannot be "
-                "watched; pass the "
-                "nn.Module that it was made from"
+                "watched; pass the nn.Module that it was made from"
             )
         if isinstance(module, torch.fx.GraphModule) and "_guards_fn" in dict(module.named_children()):
             raise ValueError(
                 f"{verb}: expected ordinary modules, but {owner} was made by torch.export, which fixes "
-                "shapes; pass the nn.Module "
-                "that it was exported from"
+                "shapes; pass the nn.Module that it was exported from"
             )
     for name, module in model.named_modules():
         if module.training:
@@ -64,8 +62,7 @@ def check_model(verb: str, model: Any) -> None:
         if isinstance(module, SparseLinear | SparseConv2d):
             raise ValueError(
                 f"{verb}: expected a model that is not packed yet, but {name or 'it'} is packed already; "
-                "take the network it was "
-                "made from"
+                "take the network it was made from"
             )
     if next(model.parameters(), None) is None:
         raise ValueError(f"{verb}: expected a model with weights, got one without parameters")
@@ -220,3 +217,13 @@ def check_outputs(first: list[Tensor], second: list[Tensor]) -> None:
 # of an output's largest entry: what other orders of adding move float32 by at most, two passes of dropout by
 # more
 ROUNDING = 1e-5
+
+
+def autocast_off(model: Any) -> Any:
+    """Compute in the weights' own precision, whatever is around the call."""
+    first = next(iter(model.parameters()), None) if isinstance(model, nn.Module) else None
+    return (
+        torch.autocast(first.device.type, enabled=False)
+        if first is not None and not first.is_meta
+        else nullcontext()
+    )

@@ -85,10 +85,8 @@ def _refuse_captured(model: nn.Module, name: str, module: nn.Module) -> None:
         if isinstance(owner, nn.Module) and any(owner is m for m in model.modules()):
             raise ValueError(
                 f"the forward of {name or 'the model'} was replaced by a function that holds on to its "
-                "module, so "
-                "that a copy would compute with the original's weights; put it in a subclass, or bind it "
-                "with "
-                "types.MethodType"
+                "module, so that a copy would compute with the original's weights; put it in a subclass, or "
+                "bind it with types.MethodType"
             )
 
 

@@ -53,8 +53,7 @@ def mask_of(layer: nn.Module, name: str = "the layer") -> Tensor:
     if mask.shape != weight.shape or bool((weight.masked_fill(mask, 0) != 0).any()):
         raise ValueError(
             f"expected the weight of {name} to be zero off its mask, got other values there; it was changed "
-            "after "
-            "pruning: multiply it by mask_of(layer), or prune again"
+            "after pruning: multiply it by mask_of(layer), or prune again"
         )
     return mask
 

@@ -137,11 +137,9 @@ class Twins:
     def _check_passes(self, first: Batch) -> None:
         if self.trace.autocast:
             raise ValueError(
-                f"prune: expected a model that computes in its weights' precision, but {self.trace.autocast} "
-                "runs "
-                "under torch.autocast inside the model's forward; remove that, and use autocast around the "
-                "pruned "
-                "network"
+                "prune: expected a model that computes in its weights' precision, but "
+                f"{self.trace.autocast} runs under torch.autocast inside the model's forward; remove that, "
+                "and use autocast around the pruned network"
             )
         with torch.no_grad(), plain_forward():
             second = output_tensors(output_of(self.sparse, first))

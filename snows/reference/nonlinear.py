@@ -49,8 +49,7 @@ def affine_relu(x: Tensor, affine: Tensor, scale: Tensor) -> Tensor:
     if affine.shape != x.shape or scale.ndim != 1 or x.ndim < 2 or scale.shape[0] != x.shape[1]:
         raise ValueError(
             f"affine_relu: expected affine of {tuple(x.shape)} and a scale a channel, got "
-            f"{tuple(affine.shape)} and "
-            f"{tuple(scale.shape)}"
+            f"{tuple(affine.shape)} and {tuple(scale.shape)}"
         )
     return affine.relu()
 

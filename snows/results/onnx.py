@@ -40,8 +40,7 @@ def export_onnx(model: nn.Module, example: Any, path: Path | str) -> float:
     except ImportError as error:
         raise ValueError(
             f"export: ONNX needs a package that is not installed ({error}); pip install '.[export]' in the "
-            "clone of snows brings "
-            "it"
+            "clone of snows brings it"
         ) from error
     packed = [
         name for name, module in model.named_modules() if isinstance(module, SparseLinear | SparseConv2d)
@@ -49,8 +48,7 @@ def export_onnx(model: nn.Module, example: Any, path: Path | str) -> float:
     if packed:
         raise ValueError(
             f"export: expected a network without packed layers, but {packed[0] or 'it'} is one; ONNX has no "
-            "operation for it: export "
-            "the pruned network as it was before deploy"
+            "operation for it: export the pruned network as it was before deploy"
         )
     path, inputs = Path(path), Batch.of(example)
     batch = torch.export.Dim("batch")

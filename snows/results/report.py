@@ -223,12 +223,10 @@ class Deployment:
         packed = sum(not x.reason for x in self.layers)
         return (
             f"{packed} of {len(self.layers)} layers with zeros are packed; {self.dense_ms:.2f} ms dense, "
-            f"{self.sparse_ms:.2f} ms now "
-            f"({self.dense_ms / self.sparse_ms:.2f} times as fast, {1e3 * self.samples / self.sparse_ms:.0f} "
-            f"images/s; {self.samples} at a "
-            f"time on {self.device}); {self.sparse_bytes / 1e6:.2f} of {self.dense_bytes / 1e6:.2f} MB, "
-            f"{self.sparse_flops / 1e9:.3g} of "
-            f"{self.dense_flops / 1e9:.3g} GFLOP; "
+            f"{self.sparse_ms:.2f} ms now ({self.dense_ms / self.sparse_ms:.2f} times as fast, "
+            f"{1e3 * self.samples / self.sparse_ms:.0f} images/s; {self.samples} at a time on "
+            f"{self.device}); {self.sparse_bytes / 1e6:.2f} of {self.dense_bytes / 1e6:.2f} MB, "
+            f"{self.sparse_flops / 1e9:.3g} of {self.dense_flops / 1e9:.3g} GFLOP; "
             + (
                 f"outputs differ by at most {self.difference:.1e} of the largest"
                 if self.difference == self.difference

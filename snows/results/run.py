@@ -106,8 +106,7 @@ class Run:
             ]:
                 raise ValueError(
                     f"out: {folder} holds {others[0].relative_to(folder)}, which no run there has written; "
-                    "name "
-                    "another folder"
+                    "name another folder"
                 )
             else:
                 write(path, (json.dumps({**wanted, "threads": threads}, indent=1) + "\n").encode())
@@ -199,13 +198,11 @@ def _check(folder: Path, wanted: Mapping[str, Any], resume: bool, threads: int) 
     if found.get("version") != VERSION:
         raise ValueError(
             f"resume: {folder} holds a run of another version of snows (format {found.get('version')!r:.20}, "
-            "this one "
-            f"writes {VERSION}); finish it with that version, or name another folder"
+            f"this one writes {VERSION}); finish it with that version, or name another folder"
         )
     if changed := [key for key in wanted if found.get(key) != wanted[key]]:
         raise ValueError(
             f"resume: {folder} holds a run with another {', '.join(changed)}; restore what was changed, or "
-            "name "
-            "another folder"
+            "name another folder"
         )
     return found["threads"] if type(found.get("threads")) is int else threads

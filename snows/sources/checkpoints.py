@@ -114,17 +114,15 @@ def _read(path: Path) -> Any:
         if found := re.search(r"GLOBAL ([\w.]+) was not an allowed global", str(error)):
             raise ValueError(
                 f"weights: {path} holds a {found[1]} beside its tensors, which would run code when it is "
-                "read; save its state_dict "
-                "alone"
+                "read; save its state_dict alone"
             ) from error
         if "TorchScript" in str(error):
             raise ValueError(
                 f"weights: {path} is a TorchScript program; expected a checkpoint: save its state_dict"
             ) from error
         raise ValueError(
-            f"weights: {path} is neither safetensors nor a whole checkpoint of tensors alone (one that would "
-            "run code "
-            "is not loaded)"
+            f"weights: {path} is neither safetensors nor a whole checkpoint of tensors alone (one that "
+            "would run code is not loaded)"
         ) from error
 
 

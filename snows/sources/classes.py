@@ -129,9 +129,8 @@ def numbered(
             if len(set(result)) < len(result):
                 twice = next(i for i, number in enumerate(result) if number in result[:i])
                 raise ValueError(
-                    f"data: {found[result.index(result[twice])][0]} and {found[twice][0]} of {where} are the "
-                    "same class of the network; "
-                    "merge them"
+                    f"data: {found[result.index(result[twice])][0]} and {found[twice][0]} of {where} are "
+                    "the same class of the network; merge them"
                 )
             return result, ""
         if several:
@@ -142,8 +141,7 @@ def numbered(
         if asked or len(unknown) < len(found):
             raise ValueError(
                 f"data: {', '.join(unknown[:5])}{' and more' if len(unknown) > 5 else ''} of {where} are no "
-                "classes of the network; "
-                "rename them, or give the network's classes with --classes FILE"
+                "classes of the network; rename them, or give the network's classes with --classes FILE"
             )
     if all(called[0].isascii() and called[0].isdigit() for called in found):
         numbers = [int(called[0]) for called in found]
@@ -159,9 +157,8 @@ def numbered(
     if len(found) != outputs():
         raise ValueError(
             f"data: {where} has {len(found)} classes, the network {outputs()} outputs, and nothing says "
-            "which they are; give the "
-            "network's classes in order with --classes FILE, or name the folders as the network names its "
-            "classes"
+            "which they are; give the network's classes in order with --classes FILE, or name the folders "
+            "as the network names its classes"
         )
     note = (
         f"none of the classes of {where} is called as the network calls its own; they are taken in "

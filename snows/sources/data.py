@@ -290,7 +290,6 @@ def _called(name: str, module: str, attribute: str, split: Split) -> Data:
     if not isinstance(found, Iterable) or isinstance(found, Iterator):
         raise ValueError(
             f"data: expected {name} to return something that can be iterated again and again, a DataLoader "
-            "or a list of batches, got "
-            f"{type(found).__name__}"
+            f"or a list of batches, got {type(found).__name__}"
         )
     return Data(f"{name} {split}" if by_split else name, stream=found)

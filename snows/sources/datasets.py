@@ -104,8 +104,7 @@ def of_datasets(name: str, rest: str, split: Split, fetch: bool) -> Found:
     except ImportError as error:
         raise ValueError(
             f"data: {name} needs the package datasets ({first_line(error)}); pip install '.[data]' in the "
-            "clone of snows brings "
-            "it"
+            "clone of snows brings it"
         ) from error
     try:
         folder = Path(rest).expanduser()

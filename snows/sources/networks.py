@@ -100,8 +100,7 @@ def load_model(name: str, weights: Path | None = None, *, random_weights: bool =
         if "torchvision::" in str(error):
             raise ValueError(
                 f"model: {name} needs a torchvision that was built for this torch ({torch.__version__}); "
-                "install both from "
-                f"the same index ({first_line(error)})"
+                f"install both from the same index ({first_line(error)})"
             ) from error
         if trained and _offline(error):
             raise ValueError(

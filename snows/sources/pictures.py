@@ -166,7 +166,6 @@ def read_labels(path: Path, files: Sequence[Path]) -> tuple[list[tuple[str, ...]
     if min(numbers) == 1 and max(numbers) == 1000:
         raise ValueError(
             f"labels: the numbers in {path} go from 1 to 1000 (ImageNet's ground truth counts in another "
-            "order than networks do); "
-            "expected numbers from 0 on as the network counts, WordNet ids or names"
+            "order than networks do); expected numbers from 0 on as the network counts, WordNet ids or names"
         )
     return [(str(i),) for i in range(max(numbers) + 1)], numbers
