@@ -6,7 +6,7 @@ import os
 import warnings
 from pathlib import Path
 
-_FOLDER = Path(__file__).resolve().parent
+FOLDER = Path(__file__).resolve().parent
 
 
 class MissingKernelWarning(UserWarning):
@@ -23,7 +23,7 @@ def outcome() -> str:
 
 def complaint() -> str:
     """Return the sentence that names missing kernels, why, and what to do; "" where none are missing."""
-    return _lines()[1].replace("{log}", str(_FOLDER / "build.log"))
+    return _lines()[1].replace("{log}", str(FOLDER / "build.log"))
 
 
 def warn() -> None:
@@ -37,7 +37,7 @@ def warn() -> None:
 
 def _lines() -> list[str]:
     try:
-        text = (_FOLDER / "build.txt").read_text(encoding="utf-8")
+        text = (FOLDER / "build.txt").read_text(encoding="utf-8")
     except OSError:
         return ["unknown", ""]
     return [*text.splitlines(), "", ""][:2]

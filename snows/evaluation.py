@@ -65,6 +65,10 @@ class Tally:
         self.images += len(logits)
         if labels is not None:
             labels = labels.to(logits.device)
+            if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+                raise ValueError(
+                    f"evaluate: expected class numbers as whole numbers, got labels of {labels.dtype}"
+                )
             if labels.shape != logits.shape[:1]:
                 raise ValueError(
                     f"evaluate: expected a class number for each of {len(logits)} images, got labels of "
@@ -107,19 +111,23 @@ class Tally:
         )
 
 
-def evaluate(net: nn.Module, batches: Iterable[Any], reference: Iterable[Tensor] | None = None) -> Scores:
+def evaluate(
+    net: nn.Module, batches: Iterable[Any], reference: nn.Module | Iterable[Tensor] | None = None
+) -> Scores:
     """Measure a classifier, on the device that it is on.
 
     Args:
         net: in evaluation mode.
         batches: as `prune` takes them, on any device; class numbers as `(images, labels)`, or under `labels`
             or `label` of a mapping, int64 of (B,), -1 or None for no label.
-        reference: the other network's logits, a batch each.
+        reference: the other network, or its logits, a batch each.
 
     Raises:
         ValueError: the network cannot run a batch, returns no (B, classes) logits, or labels or reference
             logits do not belong to the images.
     """
+    if isinstance(reference, nn.Module):
+        return compare(reference, net, batches)[1]
     tally, others = Tally(), iter(reference) if reference is not None else None
     for batch in batches:
         other = next(others, None) if others is not None else None

@@ -206,6 +206,12 @@ def _report(
         for row in rows
         if row.stop == Stop.NOT_FINITE.value
     ]
+    if idle := [row.name for row in rows if row.before == 0]:
+        notes.append(
+            f"{len(idle)} of the pruned layers, {idle[0]} for one, do not change what is matched after them, "
+            "so that "
+            "nothing was fitted there; are their branches switched off by a zero scale?"
+        )
     if run is not None and run.threads != torch.get_num_threads():
         notes.append(
             f"The run began with {run.threads} threads and ended with {torch.get_num_threads()}; the last "

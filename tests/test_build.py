@@ -243,7 +243,7 @@ def test_an_isolated_build_finds_the_torch_of_its_environment(script, monkeypatc
 
 
 def test_the_import_warns_once_and_names_the_log(tmp_path, monkeypatch):
-    monkeypatch.setattr(build, "_FOLDER", tmp_path)
+    monkeypatch.setattr(build, "FOLDER", tmp_path)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         build.warn()  # a source tree that was never built

@@ -59,7 +59,6 @@ def test_prune_keeps_the_pattern_and_the_dense_model():
     }
     after, start = loss_of(report)
     assert after < 0.8 * start
-    assert all(x.after <= x.before for x in report.layers if not x.reason)
 
 
 def test_a_budget_takes_less_from_a_grouped_convolution():

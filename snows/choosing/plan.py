@@ -75,10 +75,7 @@ def decide(twins: Twins, pattern: PatternChoice, select: Choosing, only: Only | 
     deciding = _Deciding(twins, pattern, starts, only)
     reasons = {name: deciding.reason(name) for name in deciding.names}
     chosen = {name: deciding.wanted(name) for name, reason in reasons.items() if not reason}
-    plan = Plan(
-        {},
-        [deciding.row(name, reason) for name, reason in reasons.items()] + _other_convolutions(twins.sparse),
-    )
+    plan = Plan({}, [deciding.row(name, reason) for name, reason in reasons.items()] + _left_alone(twins))
     if not chosen:
         telling = [x for x in plan.rows if x.reason not in (NO_PATTERN, NO_MASK)] or plan.rows
         said = "; ".join(f"{x.name}: {x.reason}" for x in telling[:4])
@@ -96,10 +93,24 @@ def decide(twins: Twins, pattern: PatternChoice, select: Choosing, only: Only | 
         chosen = dict(budget)
     kept = twins.mask_unchosen(chosen)
     plan.rows = [replace(x, kept=kept.get(x.name, x.kept)) for x in plan.rows]
+    if filled := [name for name in chosen if name not in starts and _zeros(twins, name) > MANY_ZEROS]:
+        twins.notes.append(
+            f"{len(filled)} of the pruned layers were sparse before, {filled[0]} for one, and their zeros "
+            "are not "
+            "kept; to keep them pass select=model."
+        )
     for name, wanted in chosen.items():
         start = starts.get(name)
         plan.choices[name] = Choice(Given(start) if start is not None else select, wanted, start)
     return plan
+
+
+MANY_ZEROS = 0.1  # of a trained layer's weights: more were put there
+
+
+def _zeros(twins: Twins, name: str) -> float:
+    weight = prunable(twins.dense)[name].weight
+    return float((weight == 0).double().mean())
 
 
 NO_PATTERN, NO_MASK = "no pattern given", "no mask given"
@@ -196,14 +207,17 @@ class _Deciding:
         return LayerReport(name, shape, pattern, math.prod(shape), reason)
 
 
-def _other_convolutions(net: nn.Module) -> list[LayerReport]:
-    """List convolutions of kinds that are not pruned: a reader will look for them."""
-    layers, rows = prunable(net), []
-    for name, other in net.named_modules():
+def _left_alone(twins: Twins) -> list[LayerReport]:
+    """List what is not pruned although a reader will look for it: other convolutions, and bare parameters."""
+    layers, rows = prunable(twins.sparse), []
+    for name, other in twins.sparse.named_modules():
         if isinstance(other, _ConvNd) and name not in layers:
             shape = tuple(other.weight.shape)
             reason = f"a {type(other).__name__}: only Linear and Conv2d are pruned"
             rows.append(LayerReport(name, shape, "dense", math.prod(shape), reason))
+    for name, shape in twins.trace.bare.items():
+        reason = "a parameter used by a function: only Linear and Conv2d modules are pruned"
+        rows.append(LayerReport(name, shape, "dense", math.prod(shape), reason))
     return rows
 
 

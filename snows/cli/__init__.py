@@ -6,11 +6,13 @@ A command's module declares its options, and imports torch when the command runs
 from __future__ import annotations
 
 import sys
+from typing import Annotated
 
 import typer
 
-from snows.cli import machine, pruning, runs
-from snows.cli.terminal import errors
+import snows
+from snows.cli import judging, machine, pruning, runs
+from snows.cli.terminal import console, errors
 
 app = typer.Typer(
     add_completion=False,
@@ -18,8 +20,19 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="One-shot pruning of vision networks by Hessian-free Newton steps.",
 )
+
+
+@app.callback(invoke_without_command=True)
+def _version(
+    version: Annotated[bool, typer.Option("--version", help="print the version and stop")] = False,
+) -> None:
+    if version:
+        console.print(f"snows {snows.__version__}", highlight=False)
+        raise typer.Exit
+
+
 app.command()(pruning.prune)
-app.command("eval")(pruning.evaluate)
+app.command("eval")(judging.evaluate)
 for _command in (runs.report, runs.deploy, runs.bench, runs.export, machine.demo, machine.info):
     app.command()(_command)
 

@@ -1,4 +1,4 @@
-"""`snows prune` and `snows eval`: from a network and pictures, by name, to a pruned network."""
+"""`snows prune`: from a network and pictures, by name, to a pruned network."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from snows.sources import Data, Network
+    from snows.sources.preparation import Preparation
 
+SAMPLES = 1024  # calibration images, unless another number is asked for
 Rule = Literal[
     "alps",
     "magnitude",
@@ -46,7 +48,10 @@ def prune(
         Path | None, typer.Option(help="safetensors of boolean masks by layer, instead of --select")
     ] = None,
     horizon: Annotated[str, typer.Option(help='operations matched after each layer, or "end"')] = "3",
-    samples: Annotated[int, typer.Option(min=1, help="calibration images")] = 1024,
+    samples: Annotated[
+        int | None,
+        typer.Option(min=1, help="calibration images; by default 1,024, or all where there are fewer"),
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="images a batch")] = 128,
     targets: Annotated[
         Literal["dense", "local"],
@@ -103,11 +108,15 @@ def prune(
         mean=numbers(mean, "mean"),
         std=numbers(std, "std"),
     )
-    network = _network(model, weights, random_weights)
+    network = load_network(model, weights, random_weights)
     preparation = network.preparation.override(*source.settings())
     images = sources.load_data(data, network, "calibration", preparation=preparation)
-    batches = images.draw(samples, batch_size, seed)
-    _note(images)
+    count = samples or images.available(SAMPLES, seed)
+    batches = images.draw(count, batch_size, seed)
+    say_prepared(images)
+    if samples is None and count < SAMPLES:
+        warn(f"{count} calibration images, all that {images.origin} has; {SAMPLES:,} are usual")
+    test = _test_data(data, network, preparation, classes, labels) if judge else None
     net = network.model.to(place)
     rule: Any = _read_masks(masks) if masks is not None else _rule(select)
     try:
@@ -132,19 +141,10 @@ def prune(
     source.save(out)
     show(report)
     say(f"weights, masks and report are in {out}")
-    if judge:
+    if test is not None:
+        used = images.drawn(count, seed) if test.origin == images.origin else None
         try:
-            test = sources.load_data(
-                data, network, "test", preparation=preparation, classes=classes, labels=labels
-            )
-            _judge(
-                net,
-                sparse,
-                test,
-                images.drawn(samples, seed) if test.origin == images.origin else None,
-                judge,
-                batch_size,
-            )
+            _judge(net, sparse, test, used, judge, batch_size)
         except ValueError as error:  # what was pruned is there all the same
             warn(f"not judged: {error}")
     next_command(
@@ -157,6 +157,21 @@ def prune(
             else []
         ),
     )
+
+
+def _test_data(
+    data: str, network: Network, preparation: Preparation, classes: Path | None, labels: Path | None
+) -> Data | None:
+    """Find the test images before pruning, and say so early where there are none to judge by."""
+    from snows import sources
+
+    try:
+        return sources.load_data(
+            data, network, "test", preparation=preparation, classes=classes, labels=labels
+        )
+    except ValueError as error:
+        warn(f"the result will not be judged: {error}")
+        return None
 
 
 def _judge(
@@ -179,7 +194,7 @@ def _judge(
     first, second = evaluation.compare(
         dense, sparse, test.spread(count, batch_size, used if used and others else ())
     )
-    _note(test)
+    say_note(test)
     if not first.images:
         raise ValueError(f"none of the pictures in {test.origin} can be read")
     show_scores([("dense", first), ("pruned", second)])
@@ -192,7 +207,7 @@ def _judge(
         say(f"on {first.images} of {len(test)} test images; snows eval judges on all")
 
 
-def _network(name: str, weights: Path | None, random_weights: bool) -> Network:
+def load_network(name: str, weights: Path | None, random_weights: bool) -> Network:
     """Load a network, and say what the user should know of it."""
     from snows import sources
 
@@ -230,7 +245,14 @@ def _read_masks(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"--masks: {path} is not a safetensors file ({error})") from error
 
 
-def _note(images: Data) -> None:
+def say_prepared(images: Data) -> None:
+    """Say how pictures are prepared, and what else the user should know of the data."""
+    if images.preparation:
+        say(f"pictures: {images.preparation}")
+    say_note(images)
+
+
+def say_note(images: Data) -> None:
     """Say which pictures were left out, and what else the user should know of the data."""
     if images.note:
         warn(images.note)
@@ -239,59 +261,3 @@ def _note(images: Data) -> None:
         found = ", ".join(f"{name} ({reason})" for name, reason in images.broken[:5])
         many = f"{len(images.broken)} pictures were" if len(images.broken) > 1 else "1 picture was"
         warn(f"{many} left out: {found}{' and more' if len(images.broken) > 5 else ''}")
-
-
-def evaluate(
-    model: terminal.Model,
-    data: terminal.Data,
-    weights: terminal.Weights = None,
-    random_weights: terminal.RandomWeights = False,
-    dense: Annotated[
-        Path | None,
-        typer.Option(help="weights of the dense network, to compare with; by default the library's own"),
-    ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="images a batch")] = 250,
-    device: terminal.Device = "auto",
-    classes: terminal.Classes = None,
-    labels: terminal.Labels = None,
-    crop: terminal.Crop = None,
-    resize: terminal.Resize = None,
-    mean: terminal.Mean = None,
-    std: terminal.Std = None,
-) -> None:
-    """Measure accuracy, and agreement and divergence against the dense network."""
-    from snows import evaluation, sources
-
-    place = terminal.device_of(device)
-    network = _network(model, weights, random_weights)
-    preparation = network.preparation.override(crop, resize, numbers(mean, "mean"), numbers(std, "std"))
-    images = sources.load_data(data, network, "test", preparation=preparation, classes=classes, labels=labels)
-    net, batches = network.model.to(place), images.batches(batch_size)
-    reference = _reference(model, weights, dense)
-    if reference is None:
-        rows = [("network", evaluation.evaluate(net, batches))]
-    else:
-        first, second = evaluation.compare(reference.to(place), net, batches)
-        rows = [("dense" if dense else "the library's weights", first), ("network", second)]
-    _note(images)
-    if not rows[-1][1].images:
-        raise ValueError(f"--data: none of the pictures in {data} can be read")
-    show_scores(rows)
-
-
-def _reference(model: str, weights: Path | None, dense: Path | None) -> nn.Module | None:
-    """Load the dense network to compare with.
-
-    Its weights are those in `dense`, or the library's own if others are judged.
-    """
-    from snows import sources
-
-    if dense is None and (weights is None or sources.runs_code(model)):
-        return None
-    try:
-        return sources.load_model(model, dense).model
-    except ValueError as error:
-        if dense is not None:
-            raise
-        warn(f"not compared with the dense network: {error}")
-        return None

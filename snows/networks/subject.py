@@ -103,8 +103,8 @@ class Subject:
         device = self.given.tensors()[0].device
         if device.type == "cuda":
             return torch.cuda.get_device_name(device)
-        capability = torch.backends.cpu.get_cpu_capability()
-        return f"{device.type.upper()}, {torch.get_num_threads()} threads, {capability}"
+        count, capability = torch.get_num_threads(), torch.backends.cpu.get_cpu_capability()
+        return f"{device.type.upper()}, {count} thread{'s' if count > 1 else ''}, {capability}"
 
 
 def _check_finite(model: nn.Module) -> None:

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from snows.networks.attention import plain_forward
 from snows.networks.batches import Batch, output_of, tensors_in
-from snows.networks.functions import LOOKS, Function, known
+from snows.networks.functions import LOOKS, Function, arguments, known
 from snows.networks.layers import is_stock, prunable
 from snows.networks.watching import Call, Watch
 
@@ -77,6 +77,8 @@ class Trace:
         returned: numbers of the values that the network returned.
         outputs: the tensors that the network returned.
         autocast: the first layer that ran under `torch.autocast`; empty if none did.
+        bare: parameters that are the weight of a linear or a convolution, but of no Linear or Conv2d module:
+            name to shape.
     """
 
     def __init__(self, net: nn.Module) -> None:
@@ -90,6 +92,7 @@ class Trace:
         self.returned: set[int] = set()
         self.outputs: list[Tensor] = []
         self.autocast = ""
+        self.bare: dict[str, tuple[int, ...]] = {}
 
     @classmethod
     def of(cls, net: nn.Module, batch: Batch) -> Trace:
@@ -183,6 +186,7 @@ class _Tracing(Watch):
         self.count = 0
         self.owners: dict[int, list[str]] = defaultdict(list)  # value -> modules that returned it
         self.reads: list[list[str]] = [[]]  # by open module call, the modules whose outputs its own code read
+        self.parameters = {id(p): name for name, p in net.named_parameters()}
         self.inside: list[list[Any]] = [
             [0, []]
         ]  # by open module call: functions called, in others too; modules called
@@ -235,6 +239,9 @@ class _Tracing(Watch):
         return output
 
     def other(self, func: Any, args: Any, kwargs: Any) -> Any:
+        weight = (arguments(func, args, kwargs) or {}).get("weight")
+        if (name := self.parameters.get(id(weight))) is not None:
+            self.trace.bare[name] = tuple(weight.shape)  # type: ignore[union-attr]
         return self.called(func, args, kwargs)
 
     def called(self, func: Any, args: Any, kwargs: Any, own: str = "") -> Any:

@@ -69,6 +69,8 @@ def _fields(kind: type[Row], content: Any, where: str) -> Row:
             else isinstance(value, hint)
         ):
             raise ValueError(f"{where}expected {name} to be of type {hint.__name__}, got {value!r:.60}")
+        if isinstance(value, int | float) and value < 0:
+            raise ValueError(f"{where}expected {name} to be at least 0, got {value!r:.60}")
         values[name] = value
     try:
         return kind(**values)

@@ -232,6 +232,8 @@ class Deployment:
                 if self.difference == self.difference
                 else "nothing was compared, for the network returns no floating-point tensor"
             )
+            + "; layers are timed alone, equal ones once"
+            + ("; what is gained is from folded normalisations" if not packed and self.folded else "")
         )
 
     def __str__(self) -> str:

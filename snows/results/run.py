@@ -29,6 +29,7 @@ RESULTS = (
     "source.json",
 )  # of a finished run
 LOCK = "run.lock"
+_CALLED = {"data": "set of calibration data (is it shuffled anew each time?)"}
 
 
 class Run:
@@ -200,7 +201,7 @@ def _check(folder: Path, wanted: Mapping[str, Any], resume: bool, threads: int) 
             f"resume: {folder} holds a run of another version of snows (format {found.get('version')!r:.20}, "
             f"this one writes {VERSION}); finish it with that version, or name another folder"
         )
-    if changed := [key for key in wanted if found.get(key) != wanted[key]]:
+    if changed := [_CALLED.get(key, key) for key in wanted if found.get(key) != wanted[key]]:
         raise ValueError(
             f"resume: {folder} holds a run with another {', '.join(changed)}; restore what was changed, or "
             "name another folder"

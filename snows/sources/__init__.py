@@ -4,7 +4,8 @@ A network brings its trained weights, its own preparation of pictures and the na
 library that it comes from; data is a folder of pictures, a dataset by name, or any iterable of batches.
 """
 
-from snows.sources.data import Data, load_data
+from snows.sources.data import load_data
+from snows.sources.images import Data
 from snows.sources.networks import Network, load_model, runs_code
 from snows.sources.preparation import Plain, Preparation
 

@@ -3,162 +3,28 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor
 
 from snows import zoo
 from snows.evaluation import logits_of
-from snows.networks.batches import Batch, first_line
+from snows.networks.batches import first_line
 from snows.sources import classes as naming
 from snows.sources import datasets
 from snows.sources.datasets import Found
+from snows.sources.images import Data
 from snows.sources.networks import Network, find_object, runs_code
-from snows.sources.pictures import Split, UnreadableError, find, open_picture, read_labels, split_folder
+from snows.sources.pictures import Split, find, open_picture, read_labels, split_folder
 from snows.sources.preparation import Plain, Preparation
 
 KINDS = (
     "a folder, zoo:fashion-mnist, cifar10:FOLDER, cifar100:FOLDER, torchvision:NAME[:FOLDER], hf:ID, "
     "hf:FOLDER or package.module:callable"
 )
-
-
-@dataclass
-class Data:
-    """Images that are read when they are asked for.
-
-    Attributes:
-        origin: where they come from; two splits of one origin are the same images.
-        read: returns the image with the given index, as a float32 (C, H, W) tensor.
-        labels: class numbers, as the network counts them, int64; -1 for none.
-        stream: batches in a fixed order, instead of `read` and `labels`; everything else is empty then.
-        files: what the images are called, for messages; empty if they have no names.
-        broken: pictures that could not be read: name and reason.
-        note: a sentence for the user; empty if there is nothing to say.
-    """
-
-    origin: str
-    read: Callable[[int], Tensor] = field(repr=False, default=lambda index: torch.empty(0))
-    labels: NDArray[np.int64] = field(repr=False, default_factory=lambda: np.empty(0, np.int64))
-    stream: Iterable[Any] | None = field(repr=False, default=None)
-    files: Sequence[str] = field(repr=False, default=())
-    broken: list[tuple[str, str]] = field(repr=False, default_factory=list)
-    note: str = ""
-
-    def __len__(self) -> int:
-        """Count the images; 0 for a stream, whose number only reading it tells."""
-        return len(self.labels)
-
-    def drawn(self, count: int, seed: int) -> list[int]:
-        """Draw the numbers of `count` images, the same for a seed every time; none of a stream.
-
-        Raises:
-            ValueError: there are fewer.
-        """
-        if self.stream is None and count > len(self):
-            raise ValueError(f"asked for {count} images, but {self.origin} has {len(self)}")
-        return [int(i) for i in np.random.default_rng(seed).permutation(len(self))[:count]]
-
-    def draw(self, count: int, size: int, seed: int) -> list[Any]:
-        """Take images for calibration: `count` of them, drawn by `seed`, in batches of up to `size`.
-
-        Of a stream the first are taken, in its own batches.
-
-        Raises:
-            ValueError: there are fewer.
-        """
-        if self.stream is None:
-            return [x for x, _ in self.batches(size, self.drawn(count, seed))]
-        taken: list[Any] = []
-        found = 0
-        for batch in self.stream:
-            inputs = Batch.of(batch)
-            if inputs.samples() > count - found:
-                inputs = inputs.split(count - found)[0]
-            taken.append(inputs.kwargs or inputs.args[0])
-            found += inputs.samples()
-            if found >= count:
-                return taken
-        raise ValueError(f"asked for {count} images, but {self.origin} has {found}")
-
-    def first(self, count: int) -> Any:
-        """Take the first `count` images that can be read, as one batch.
-
-        Raises:
-            ValueError: there are fewer, or they are no tensors.
-        """
-        taken: list[Tensor] = []
-        found = 0
-        for batch in self.batches(count):
-            inputs = Batch.of(batch)
-            if inputs.kwargs or not isinstance(inputs.args[0], Tensor):
-                raise ValueError(
-                    f"data: expected tensors of images from {self.origin} for an example, got keyword inputs "
-                    "or lists"
-                )
-            taken.append(inputs.args[0][: count - found])
-            found += len(taken[-1])
-            if found == count:
-                return torch.cat(taken)
-        raise ValueError(f"asked for {count} images, but {self.origin} has {found}")
-
-    def spread(self, count: int, size: int, leave_out: Sequence[int] = ()) -> Iterator[Any]:
-        """Yield batches of about `count` images, evenly spread, none of `leave_out`.
-
-        Folders come class by class; of a stream the first images are taken.
-        """
-        if self.stream is None:
-            rest = np.setdiff1d(np.arange(len(self)), np.array(leave_out, np.int64))
-            yield from self.batches(
-                size, rest[np.linspace(0, len(rest) - 1, min(count, len(rest))).round().astype(int)]
-            )
-            return
-        found = 0
-        for batch in self.stream:
-            yield batch
-            found += Batch.of(batch).samples()
-            if found >= count:
-                return
-
-    def batches(self, size: int, indices: Iterable[int] | None = None) -> Iterator[Any]:
-        """Yield (images, labels) pairs of up to `size`, in the order of `indices`.
-
-        Broken pictures are left out and noted. A stream comes in its own batches.
-        """
-        if self.stream is not None:
-            yield from self.stream
-            return
-        images: list[Tensor] = []
-        labels: list[int] = []
-        for index in range(len(self)) if indices is None else indices:
-            try:
-                images.append(self.read(int(index)))
-            except UnreadableError as error:
-                entry = (self.files[index] if self.files else f"image {index}", str(error))
-                self.broken += [entry] if entry not in self.broken else []
-                continue
-            labels.append(int(self.labels[int(index)]))
-            if len(images) == size:
-                yield _stacked(images), torch.tensor(labels)
-                images, labels = [], []
-        if images:
-            yield _stacked(images), torch.tensor(labels)
-
-
-def _stacked(images: list[Tensor]) -> Tensor:
-    if len({x.shape for x in images}) > 1:
-        sizes = sorted({"x".join(map(str, x.shape)) for x in images})
-        raise ValueError(
-            f"data: expected pictures of one size, got {', '.join(sizes[:5])}; say --crop and --resize"
-        )
-    return torch.stack(images)
 
 
 def load_data(
@@ -227,6 +93,9 @@ def load_data(
         if isinstance(prepare, Plain) and prepare.crop is None:
             prepare = prepare.override(224, 256)  # a folder's pictures are of many sizes
     result = Data(pictures.origin, lambda i: prepare(pictures.open(i)), pictures.labels, files=pictures.files)
+    result.preparation = str(prepare)
+    if isinstance(prepare, Plain) and preparation in (None, network.preparation):
+        result.preparation += "; the network does not say how, --crop, --resize, --mean and --std do"
     if split == "test" and pictures.classes:
         number, result.note = naming.numbered(
             pictures.classes, names, cache(lambda: _outputs(network, result)), name, classes is not None
