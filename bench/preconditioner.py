@@ -18,7 +18,6 @@ from pathlib import Path
 import torch
 
 from snows import alps, parse_pattern, zoo
-from snows.demo import calibration
 from snows.matching.horizon import Horizon
 from snows.matching.losses import Reconstruction
 from snows.matching.metrics import OutputSensitivity
@@ -29,6 +28,7 @@ from snows.selectors import LayerStatistics
 from snows.solving.cg import cg
 from snows.solving.operators import GaussNewton, Restricted, trace
 from snows.solving.preconditioners import Kronecker, RowBlocks
+from snows.zoo import calibration
 
 
 def layer_counts(net, layer, streams, sensitivities, pattern, damping=1e-3):

@@ -37,12 +37,12 @@ from torch import nn
 
 import snows
 from snows import zoo
-from snows.demo import calibration
 from snows.evaluation import evaluate, logits_of
 from snows.matching.losses import Matching
 from snows.matching.normalisation import recalibrate_statistics
 from snows.networks.batches import Batch
 from snows.solving.newton import Newton
+from snows.zoo import calibration
 
 PATTERN = snows.NM(1, 4)
 SETTINGS = {

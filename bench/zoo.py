@@ -23,8 +23,8 @@ import torch
 
 import snows
 from snows import zoo
-from snows.demo import BATCH, SAMPLES, calibration
 from snows.evaluation import evaluate, logits_of
+from snows.zoo import BATCH, SAMPLES, calibration
 
 METHODS = {
     "magnitude": dict(select=snows.magnitude, solver=None),

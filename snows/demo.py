@@ -5,7 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -16,7 +18,7 @@ from torch import Tensor, nn
 
 from snows import build, memory, zoo
 from snows.choosing.measuring import Stopwatch
-from snows.deployment import deploy
+from snows.deployment import Deployed, deploy
 from snows.evaluation import Scores, evaluate, logits_of
 from snows.matching.normalisation import recalibrate_statistics
 from snows.networks.batches import Batch
@@ -25,9 +27,9 @@ from snows.networks.layers import copied
 from snows.networks.trace import Trace
 from snows.pruning import prune
 from snows.results import files
-from snows.results.page import page, plot
 from snows.results.report import Deployment, Report
 from snows.results.storage import state, write
+from snows.results.story import demo_page
 from snows.selectors import magnitude
 from snows.sparsity import NM, Pattern, Unstructured
 
@@ -37,15 +39,20 @@ CASES: tuple[tuple[str, Pattern], ...] = (
     ("resnet20", Unstructured(0.9)),
     ("vit", NM(2, 4)),
 )
-SAMPLES, BATCH = 1024, 128
 JUDGED = 4_000  # test images of the 10,000: thirteen passes over them in 40 seconds on two cores
-
-
-def calibration(samples: int = SAMPLES, batch: int = BATCH, seed: int = 0) -> list[Tensor]:
-    """Batches of the zoo's calibration images, drawn by `seed`."""
-    images, _ = zoo.images("calibration")
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:samples]
-    return list(images[order].split(batch))
+TOGETHER = 80  # images at a time: they stay in the cache, and are 16 times a whole number
+PRUNED = (
+    "network",
+    "pattern",
+    "dense",
+    "magnitude",
+    "magnitude + statistics",
+    "snows",
+    "divergence",
+    "seconds",
+)
+DEPLOYED = ("network", "pattern", "packed", "dense ms", "packed ms", "ratio", "MB", "packed MB", "outputs")
+Row = dict[str, Any]
 
 
 @memory.kept()
@@ -58,7 +65,7 @@ def run(
     cases: Sequence[tuple[str, Pattern]] = CASES,
     batches: Sequence[Tensor] | None = None,
     stopwatch: Stopwatch = Stopwatch(),
-) -> list[dict[str, object]]:
+) -> list[Row]:
     """Prune each case at the default settings, next to magnitude pruning, and deploy it.
 
     Weights and a page are left in `out`.
@@ -70,140 +77,153 @@ def run(
             first on.
         device: that the networks are pruned and measured on; by default the CPU.
         cases: networks of the zoo, and a pattern each.
-        batches: calibration images; by default those of `calibration`.
+        batches: calibration images; by default those of `zoo.calibration`.
         stopwatch: how long layers and networks are timed.
     """
     out.mkdir(parents=True, exist_ok=True)
-    device = device or torch.device("cpu")
-    images, labels = zoo.images("test")
-    assert labels is not None
-    images, labels = images[:judged], labels[:judged]
-    test = list(
-        zip(images.split(80), labels.split(80), strict=True)
-    )  # small batches stay in the cache; 16 times a whole number
-    batches = calibration() if batches is None else batches
-    rows: list[dict[str, object]] = []
-    reports: list[tuple[str, Report]] = []
-    deployments: list[tuple[str, Deployment]] = []
-    references: dict[str, list[Tensor]] = {}
-    clock = {"pruning": 0.0, "deployment": 0.0, "evaluation": 0.0}
-
-    @contextmanager
-    def timed(share: str) -> Iterator[None]:
-        began = time.perf_counter()
-        yield
-        clock[share] += time.perf_counter() - began
-
-    def fast(net: nn.Module) -> nn.Module:
-        """Copy a network to compute the same a little sooner: channels last, normalisation folded."""
-        net = copied(net).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        example = Batch.of(test[0]).to(device)
-        fold_normalisations(net, example, Trace.of(net, example))
-        return net
-
-    def measure(net: nn.Module, name: str) -> Scores:
-        with timed("evaluation"):
-            return evaluate(net, test, references[name])
-
+    judge = _Judge(judged, device or torch.device("cpu"))
+    batches = zoo.calibration() if batches is None else batches
     with Progress(console=console, transient=True) as bar:
         task = bar.add_task("demo", total=len(cases))
+        done = []
         for name, pattern in cases:
             bar.update(task, description=f"{name} {pattern}")
-            dense = zoo.load(name).to(device)
-            if name not in references:
-                with timed("evaluation"):
-                    references[name] = [logits_of(net, x) for net in (fast(dense),) for x, _ in test]
-            right = torch.cat(references[name]).argmax(1).cpu() == labels
-            row: dict[str, object] = {
-                "network": name,
-                "pattern": str(pattern),
-                "dense": 100 * right.double().mean().item(),
-            }
-            with timed("pruning"):
-                net, _ = prune(
-                    dense, batches, pattern, select=magnitude, solver=None, recalibrate=False, progress=False
-                )
-            row["magnitude"] = row["magnitude + statistics"] = measure(fast(net), name).top1
-            if any(isinstance(m, nn.BatchNorm2d) for m in net.modules()):
-                with timed("pruning"):
-                    recalibrate_statistics(net, dense, [Batch.of(x) for x in batches])
-                row["magnitude + statistics"] = measure(fast(net), name).top1
-            began = time.perf_counter()
-            with timed("pruning"):
-                net, report = prune(dense, batches, pattern, progress=False)
-            row["seconds"] = time.perf_counter() - began
-            path = out / f"{name}-{str(pattern).replace(':', '-')}.safetensors"
-            write(path, save(state(net)))
-            with timed("deployment"):
-                packed, found = deploy(net, test[0][0].to(device), stopwatch=stopwatch, progress=False)
-            packed_path = path.with_suffix(".packed.safetensors")
-            count = sum(not x.reason for x in found.layers)
-            if count:
-                files.save(packed, packed_path)
-            scores = measure(packed, name)
-            row |= {
-                "snows": scores.top1,
-                "divergence": scores.divergence,
-                "packed": f"{count} of {len(found.layers)}",
-                "dense ms": found.dense_ms,
-                "packed ms": found.sparse_ms,
-                "ratio": found.dense_ms / found.sparse_ms,
-                "MB": path.stat().st_size / 1e6,
-                "packed MB": packed_path.stat().st_size / 1e6 if count else "",
-                "outputs": f"{found.difference:.0e}",
-            }
-            rows.append(row)
-            reports.append((f"{name} {pattern}", report))
-            deployments.append((f"{name} {pattern}", found))
+            done.append(_case(name, pattern, batches, judge, stopwatch, out))
             bar.advance(task)
-    pruned, deployed = table(rows, PRUNED), table(rows, DEPLOYED)
+    rows = [row for row, _, _ in done]
+    pruned, deployed = _table(rows, PRUNED), _table(rows, DEPLOYED)
     console.print(pruned, deployed)
+    shares = ", ".join(f"{share} {seconds:.0f} s" for share, seconds in judge.clock.items())
     console.print(
-        f"{SAMPLES:,} unlabelled images; accuracy in % on the first {len(images):,} test images, of snows "
-        "through the packed layers, whose outputs differ from the masked network's by so much of the "
-        f"largest; times of {len(test[0][0])} images; "
-        f"{', '.join(f'{share} {seconds:.0f} s' for share, seconds in clock.items())}; weights and page in "
-        f"{out}",
+        f"{sum(map(len, batches)):,} unlabelled images; accuracy in % on the first {len(judge.labels):,} "
+        "test "
+        "images, of snows through the packed layers, whose outputs differ from the masked network's by so "
+        "much "
+        f"of the largest; times of {TOGETHER} images; {shares}; weights and page in {out}",
         highlight=False,
     )
     if build.outcome() == "none":
-        console.print(
-            f"packed layers are slower than dense ones here: {build.complaint()}",
-            highlight=False,
-            markup=False,
-        )
-    details = []
-    for title, part in [(title, r.table()) for title, r in reports] + [
-        (f"{title}, deployed", d.table()) for title, d in deployments
-    ]:
-        part.title = title
-        details.append(part)
-    write(
-        out / "report.html",
-        page(
-            "snows demo",
-            [pruned, deployed, *details],
-            [r.summary() for _, r in reports] + [d.summary() for _, d in deployments],
-            [f"<h2>{title}</h2>{plot(r)}" for title, r in reports],
-        ).encode(),
-    )
+        said = f"packed layers are slower than dense ones here: {build.complaint()}"
+        console.print(said, highlight=False, markup=False)
+    titles = [f"{row['network']} {row['pattern']}" for row in rows]
+    reports = list(zip(titles, (report for _, report, _ in done), strict=True))
+    tables = {"Pruned": pruned, "Deployed": deployed}
+    page = demo_page(rows, reports, [found for _, _, found in done], tables, "snows demo")
+    write(out / "report.html", page.encode())
     return rows
 
 
-PRUNED = (
-    "network",
-    "pattern",
-    "dense",
-    "magnitude",
-    "magnitude + statistics",
-    "snows",
-    "divergence",
-    "seconds",
-)
-DEPLOYED = ("network", "pattern", "packed", "dense ms", "packed ms", "ratio", "MB", "packed MB", "outputs")
+@dataclass
+class _Judge:
+    """Measure networks of the zoo on test images, and count where the time goes.
+
+    Args:
+        count: of test images.
+        device: that networks run on.
+    """
+
+    count: int
+    device: torch.device
+    clock: dict[str, float] = field(
+        default_factory=lambda: {"pruning": 0.0, "deployment": 0.0, "evaluation": 0.0}
+    )
+
+    def __post_init__(self) -> None:
+        images, labels = zoo.images("test")
+        assert labels is not None
+        images, self.labels = images[: self.count], labels[: self.count]
+        self.test = list(zip(images.split(TOGETHER), self.labels.split(TOGETHER), strict=True))
+        self.references: dict[str, list[Tensor]] = {}
+
+    @property
+    def example(self) -> Tensor:
+        """The first test images, on the device."""
+        images: Tensor = self.test[0][0].to(self.device)
+        return images
+
+    @contextmanager
+    def timed(self, share: str) -> Iterator[None]:
+        """Count the time of what is done inside."""
+        began = time.perf_counter()
+        yield
+        self.clock[share] += time.perf_counter() - began
+
+    def fast(self, net: nn.Module) -> nn.Module:
+        """Copy a network to compute the same a little sooner: channels last, normalisation folded."""
+        net = copied(net).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        example = Batch.of(self.example)
+        fold_normalisations(net, example, Trace.of(net, example))
+        return net
+
+    def dense(self, name: str, net: nn.Module) -> float:
+        """Measure the dense network, once; return its accuracy in percent."""
+        if name not in self.references:
+            with self.timed("evaluation"):
+                quick = self.fast(net)
+                self.references[name] = [logits_of(quick, x) for x, _ in self.test]
+        found = torch.cat(self.references[name]).argmax(1).cpu()
+        return 100 * (found == self.labels).double().mean().item()
+
+    def scores(self, name: str, net: nn.Module) -> Scores:
+        """Measure a network next to the dense one."""
+        with self.timed("evaluation"):
+            return evaluate(net, self.test, self.references[name])
 
 
-def table(rows: list[dict[str, object]], columns: tuple[str, ...]) -> Table:
+def _case(
+    name: str, pattern: Pattern, batches: Sequence[Tensor], judge: _Judge, stopwatch: Stopwatch, out: Path
+) -> tuple[Row, Report, Deployment]:
+    """Prune and deploy one network; return its line of both tables, and the reports."""
+    dense = zoo.load(name).to(judge.device)
+    row: Row = {"network": name, "pattern": str(pattern), "dense": judge.dense(name, dense)}
+    row |= _by_magnitude(name, dense, pattern, batches, judge)
+    began = time.perf_counter()
+    with judge.timed("pruning"):
+        net, report = prune(dense, batches, pattern, progress=False)
+    row["seconds"] = time.perf_counter() - began
+    path = out / f"{name}-{str(pattern).replace(':', '-')}.safetensors"
+    write(path, save(state(net)))
+    with judge.timed("deployment"):
+        deployed = deploy(net, judge.example, stopwatch=stopwatch, progress=False)
+    scores = judge.scores(name, deployed.network)
+    row |= {"snows": scores.top1, "divergence": scores.divergence}
+    return row | _deployed(deployed, path), report, deployed.report
+
+
+def _by_magnitude(
+    name: str, dense: nn.Module, pattern: Pattern, batches: Sequence[Tensor], judge: _Judge
+) -> Row:
+    """Measure what magnitude pruning gives, and what its corrected statistics give."""
+    with judge.timed("pruning"):
+        net, _ = prune(
+            dense, batches, pattern, select=magnitude, solver=None, recalibrate=False, progress=False
+        )
+    first = second = judge.scores(name, judge.fast(net)).top1
+    if any(isinstance(m, nn.BatchNorm2d) for m in net.modules()):
+        with judge.timed("pruning"):
+            recalibrate_statistics(net, dense, [Batch.of(x) for x in batches])
+        second = judge.scores(name, judge.fast(net)).top1
+    return {"magnitude": first, "magnitude + statistics": second}
+
+
+def _deployed(deployed: Deployed, path: Path) -> Row:
+    """Write a packed network beside the pruned one, and say how it runs."""
+    report, packed = deployed.report, path.with_suffix(".packed.safetensors")
+    count = sum(not x.reason for x in report.layers)
+    if count:
+        files.save(deployed, packed)
+    return {
+        "packed": f"{count} of {len(report.layers)}",
+        "dense ms": report.dense_ms,
+        "packed ms": report.sparse_ms,
+        "ratio": report.dense_ms / report.sparse_ms,
+        "MB": path.stat().st_size / 1e6,
+        "packed MB": packed.stat().st_size / 1e6 if count else "",
+        "outputs": f"{report.difference:.0e}",
+    }
+
+
+def _table(rows: Sequence[Row], columns: tuple[str, ...]) -> Table:
     """Make a table of one line a case."""
     result = Table(*columns)
     for row in rows:

@@ -22,10 +22,10 @@ from snows.matching.normalisation import recalibrate_statistics
 from snows.matching.statistics import LayerStatistics
 from snows.networks.checks import autocast_off
 from snows.networks.twins import Site, Twins
-from snows.results.page import run_page
 from snows.results.progress import Tell, shown
 from snows.results.report import LayerReport, Report
 from snows.results.run import Run
+from snows.results.story import run_page
 from snows.selectors import alps
 from snows.solving.cg import Stop
 from snows.solving.newton import Fit, Newton

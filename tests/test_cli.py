@@ -688,7 +688,7 @@ def test_demo_judges_what_it_leaves(packs, monkeypatch, tmp_path):
         console,
         96,
         cases=(("resnet20", snows.NM(1, 4)),),
-        batches=demo.calibration(32, 8),
+        batches=zoo.calibration(32, 8),
         stopwatch=Told(),
     )
     printed = console.file.getvalue()

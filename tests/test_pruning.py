@@ -16,13 +16,13 @@ from torch.nn.utils import prune as torch_prune
 
 import snows
 from snows import NM, Matching, Newton, Unstructured, zoo
-from snows.demo import calibration
 from snows.evaluation import evaluate, logits_of
 from snows.matching.horizon import Horizon
 from snows.matching.normalisation import recalibrate_statistics
 from snows.networks.batches import Batch
 from snows.networks.twins import hold_back
 from snows.sparsity import rows
+from snows.zoo import calibration
 
 quiet = partial(
     snows.prune, select=snows.magnitude, progress=False, matching=Matching(4), solver=Newton(max_iterations=4)

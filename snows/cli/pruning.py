@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from snows.cli import terminal
+from snows.cli.pages import keep_scores, write_page
 from snows.cli.terminal import next_command, numbers, say, show, show_scores, warn
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from snows.evaluation import Scores
     from snows.sources import Data, Network
     from snows.sources.preparation import Preparation
 
@@ -144,9 +146,10 @@ def prune(
     if test is not None:
         used = images.drawn(count, seed) if test.origin == images.origin else None
         try:
-            _judge(net, sparse, test, used, judge, batch_size)
+            keep_scores(out, *_judge(net, sparse, test, used, judge, batch_size))
         except ValueError as error:  # what was pruned is there all the same
             warn(f"not judged: {error}")
+    write_page(out)
     next_command(
         "snows",
         "deploy",
@@ -176,7 +179,7 @@ def _test_data(
 
 def _judge(
     dense: nn.Module, sparse: nn.Module, test: Data, used: list[int] | None, count: int, batch_size: int
-) -> None:
+) -> tuple[Scores, Scores]:
     """Compare what was pruned with the dense network on test images, by class too where the data has labels.
 
     Args:
@@ -187,6 +190,9 @@ def _judge(
             None where it has two.
         count: images at most.
         batch_size: images a batch.
+
+    Returns:
+        What was measured of both.
     """
     from snows import evaluation
 
@@ -205,6 +211,7 @@ def _judge(
         )
     elif count < len(test):
         say(f"on {first.images} of {len(test)} test images; snows eval judges on all")
+    return first, second
 
 
 def load_network(name: str, weights: Path | None, random_weights: bool) -> Network:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from snows.cli import terminal
+from snows.cli.pages import keep_deployment, read_report, write_page
 from snows.cli.terminal import next_command, say, show
 
 if TYPE_CHECKING:
@@ -30,19 +31,9 @@ Data = Annotated[
 
 def report(run: Folder) -> None:
     """Print a run's report again, and write it as a page."""
-    from snows.results.page import run_page
-    from snows.results.report import Report
-    from snows.results.storage import write
-
-    path = run / "report.json"
-    if not path.is_file():
-        raise ValueError(f"report: {run} holds no report.json; was the run finished?")
-    try:
-        found = Report.from_json(path.read_text())
-    except (ValueError, OSError) as error:
-        raise ValueError(f"report: {path} is not a report ({error})") from error
+    found = read_report(run)
     show(found)
-    write(run / "report.html", run_page(found).encode())
+    write_page(run)
 
 
 def _not_its_own(run: Path, out: Path) -> None:
@@ -132,6 +123,8 @@ def deploy(
             "smaller"
         )
     snows.save(deployed, path)
+    keep_deployment(run, found)
+    write_page(run)
     say(f"{path}: {path.stat().st_size / 1e6:.2f} MB")
     settings = {
         "--dense": source.weights,

@@ -1,79 +1,235 @@
-"""A run as a page that needs nothing else."""
+"""A page of results that needs nothing else: large numbers, charts, folded tables, and what was run."""
 
 from __future__ import annotations
 
 import html
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import count
+from typing import TYPE_CHECKING
 
-from rich.table import Table
+from snows.results.charts import Chart, Comparison, LayerBars, colours, draw, has_values
+from snows.results.svg import printable
 
-from snows.results.report import Report
+if TYPE_CHECKING:
+    from rich.table import Table
+
+__all__ = ["Comparison", "Figure", "Folded", "LayerBars", "page"]
+
+MANY = 40  # rows above which a chart scrolls in a frame of its own; on paper the tables stand for it
 
 
-def plot(report: Report) -> str:
-    """Draw each layer's reconstruction loss before and after, on a logarithmic axis, as SVG."""
-    done = [x for x in report.layers if not x.reason and x.before > 0 and x.after > 0]
-    if not done:
-        return ""
-    width, height, left = 900, 260, 60
-    values = [v for x in done for v in (x.before, x.after)]
-    low, high = math.log10(min(values)) - 0.1, math.log10(max(values)) + 0.1
+@dataclass(frozen=True)
+class Figure:
+    """Hold one of the large numbers, dense beside now.
 
-    def at(value: float) -> float:
-        return height - 20 - (math.log10(value) - low) / (high - low) * (height - 40)
+    Attributes:
+        label: what it is, such as "accuracy".
+        dense, now: of the network before and after; NaN where it was not measured. Without `now` the figure
+            is left out.
+        unit: of both.
+        digits: after the decimal point.
+        note: a few words below, such as "1.4 times as fast".
+    """
 
-    def dot(x: float, value: float, colour: str, label: str) -> str:
-        title = f"<title>{html.escape(label)} {value:.4g}</title>"
-        return f'<circle cx="{x:.1f}" cy="{at(value):.1f}" r="4" fill="{colour}">{title}</circle>'
+    label: str
+    dense: float
+    now: float
+    unit: str
+    digits: int = 2
+    note: str = ""
 
-    marks = []
-    for e in range(math.ceil(low), math.floor(high) + 1):
-        y = at(10.0**e)
-        marks.append(
-            f'<text x="4" y="{y:.1f}">1e{e}</text><line x1="{left - 8}" x2="{width}" y1="{y:.1f}" '
-            f'y2="{y:.1f}" stroke="#eee"/>'
-        )
-    step = (width - left) / len(done)
-    for i, x in enumerate(done):
-        c = left + step * (i + 0.5)
-        marks.append(
-            f'<line x1="{c:.1f}" x2="{c:.1f}" y1="{at(x.before):.1f}" y2="{at(x.after):.1f}" stroke="#999"/>'
-        )
-        marks += [dot(c, x.before, "#c33", f"{x.name} before"), dot(c, x.after, "#36c", f"{x.name} after")]
+
+@dataclass(frozen=True)
+class Folded:
+    """Hold what a reader may open: tables and charts below one line.
+
+    Attributes:
+        title: the line.
+        content: from top to bottom; charts that follow one another stand side by side where there is room.
+    """
+
+    title: str
+    content: Sequence[Table | LayerBars | Comparison]
+
+
+def page(
+    title: str,
+    *,
+    lead: str = "",
+    figures: Sequence[Figure] = (),
+    comparisons: Sequence[Comparison] = (),
+    layers: Sequence[LayerBars] = (),
+    notes: Sequence[str] = (),
+    folded: Sequence[Folded] = (),
+    foot: Mapping[str, str] | None = None,
+) -> str:
+    """Make an HTML page that loads nothing and runs no script; each part may be missing.
+
+    Args:
+        title: of the page.
+        lead: a sentence below the title.
+        figures: the large numbers, three at best.
+        comparisons: charts of methods.
+        layers: charts of layers, side by side where there is room.
+        notes: sentences that a reader should see.
+        folded: tables and charts that are closed at first; open on paper.
+        foot: what was run, by name: model, data, machine, date, settings, command.
+
+    Returns:
+        The page. The same arguments give the same text.
+    """
+    prefixes = (f"c{i}" for i in count(1))
+    known = [figure for figure in figures if math.isfinite(figure.now)]
+    parts = [
+        f"<header><h1>{_text(title)}</h1>{_tag('p', lead, 'lead')}</header>",
+        _section("Dense and pruned", "figures", [_figure(figure) for figure in known]),
+        _section("Compared", "charts", _charts(comparisons, prefixes)),
+        _section("Layer by layer", "charts", _charts(layers, prefixes)),
+        _section("Notes", "notes", [_tag("p", note) for note in notes]),
+        _section("In detail", "folded", [_folded(entry, prefixes) for entry in folded]),
+        _foot(foot or {}),
+    ]
+    body = "\n".join(part for part in parts if part)
+    return HEAD.format(title=_text(title), style=STYLE) + f"<body><main>\n{body}\n</main></body></html>\n"
+
+
+def _text(text: object) -> str:
+    return html.escape("\n".join(map(printable, str(text).split("\n"))))
+
+
+def _tag(name: str, text: str, kind: str = "") -> str:
+    return f"<{name}{f' class={kind}' if kind else ''}>{_text(text)}</{name}>" if text else ""
+
+
+def _section(label: str, kind: str, parts: Sequence[str]) -> str:
+    """Frame what there is; nothing makes no section. The label is for who cannot see it."""
+    return f'<section class="{kind}" aria-label="{label}">' + "\n".join(parts) + "</section>" if parts else ""
+
+
+def _figure(figure: Figure) -> str:
+    dense, now = (f"{value:,.{figure.digits}f}" for value in (figure.dense, figure.now))
+    was = f'<span class="was"><b>{dense}</b> dense</span>' if math.isfinite(figure.dense) else ""
     return (
-        '<p>Reconstruction loss by layer, <span style="color:#c33">before</span> and <span '
-        'style="color:#36c">after</span></p>'
-        f'<svg viewBox="0 0 {width} {height}" width="100%">{"".join(marks)}</svg>'
+        f'<div class="figure"><h2>{_text(figure.label)}</h2>'
+        f'<p><span class="is"><b>{now}</b> {_text(figure.unit)}</span>{was}</p>'
+        f"{_tag('p', figure.note, 'note')}</div>"
     )
 
 
-def page(title: str, tables: Sequence[Table], notes: Sequence[str], plots: Sequence[str]) -> str:
-    """Make an HTML page from rich tables, sentences and SVG plots."""
-    body = []
-    for table in tables:
-        if table.title:
-            body.append(f"<h2>{html.escape(str(table.title))}</h2>")
-        cells = [list(column.cells) for column in table.columns]
-        head = "".join(f"<th>{html.escape(str(column.header))}</th>" for column in table.columns)
-        lines = [
-            "".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) for row in zip(*cells, strict=True)
+def _charts(charts: Sequence[Chart], prefixes: Iterator[str]) -> list[str]:
+    found = []
+    for chart in charts:
+        if not has_values(chart):
+            continue
+        keys = [
+            f'<li><i style="background:var(--{colour})"></i>{_text(name)}</li>'
+            for name, colour in zip(chart.series, colours(len(chart.series)), strict=True)
         ]
-        body.append(f"<table><tr>{head}</tr>" + "".join(f"<tr>{line}</tr>" for line in lines) + "</table>")
-    body += [f"<p>{html.escape(note)}</p>" for note in notes] + list(plots)
-    style = (
-        "body{font:15px/1.5 system-ui,sans-serif;max-width:1000px;margin:2em auto;padding:0 1em}"
-        "table{border-collapse:collapse;margin:1em 0}td,th{padding:.2em .8em;border-bottom:1px solid "
-        "#ddd;text-align:left}"
-        "text{font-size:11px;fill:#666}"
-    )
+        unit = f" <small>{_text(chart.unit)}</small>" if chart.unit else ""
+        frame = ' class="tall" tabindex="0"' if len(chart.rows) > MANY else ""
+        found.append(
+            f"<figure><figcaption><h2>{_text(chart.title)}{unit}</h2><ul>{''.join(keys)}</ul></figcaption>"
+            f"<div{frame}>{draw(chart, next(prefixes))}</div></figure>"
+        )
+    return found
+
+
+def _folded(entry: Folded, prefixes: Iterator[str]) -> str:
+    parts, beside = [], []
+    for item in entry.content:
+        if isinstance(item, Comparison | LayerBars):
+            beside += _charts([item], prefixes)
+            continue
+        parts += [_section(_text(entry.title), "charts", beside), _table(item)]
+        beside = []
+    parts.append(_section(_text(entry.title), "charts", beside))
+    return f"<details><summary>{_text(entry.title)}</summary>{''.join(parts)}</details>"
+
+
+def _table(table: Table) -> str:
+    sides = [' class="right"' if column.justify == "right" else "" for column in table.columns]
+
+    def line(kind: str, cells: Sequence[object]) -> str:
+        row = (f"<{kind}{side}>{_text(cell)}</{kind}>" for cell, side in zip(cells, sides, strict=True))
+        return f"<tr>{''.join(row)}</tr>"
+
+    head = line("th", [column.header for column in table.columns])
+    rows = zip(*(list(column.cells) for column in table.columns), strict=True)
+    body = "\n".join(line("td", row) for row in rows)
     return (
-        '<!doctype html><html lang="en"><meta '
-        f'charset="utf-8"><title>{html.escape(title)}</title><style>{style}</style>'
-        f"<h1>{html.escape(title)}</h1>" + "\n".join(body) + "</html>\n"
+        f'<div class="table" tabindex="0"><table><thead>{head}</thead>\n<tbody>{body}</tbody></table></div>'
     )
 
 
-def run_page(report: Report) -> str:
-    """Make the page of a run."""
-    return page("snows", [report.table()], [report.summary(), *report.notes], [plot(report)])
+def _foot(foot: Mapping[str, str]) -> str:
+    entries = [
+        f"<div><dt>{_text(name)}</dt><dd>{_text(text)}</dd></div>" for name, text in foot.items() if text
+    ]
+    return f"<footer><dl>{''.join(entries)}</dl></footer>" if entries else ""
+
+
+HEAD = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{title}</title>
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy"
+ content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
+<link rel="icon" href="data:,">
+<style>{style}</style></head>
+"""
+
+STYLE = """
+:root{color-scheme:light dark;--paper:#fff;--card:#f5f6f8;--ink:#1b1f24;--quiet:#59616b;--line:#dde1e6;
+--dense:#7b838d;--second:#d55e00;--third:#b0578d;--fourth:#00805d;--now:#0068b8}
+@media(prefers-color-scheme:dark){:root{--paper:#14171b;--card:#1d2127;--ink:#e8ebef;--quiet:#a4adb8;--line:#343a42;
+--dense:#8d97a3;--second:#f58b3c;--third:#df95c2;--fourth:#3fc49b;--now:#58b4f5}}
+*{box-sizing:border-box}
+body{margin:0;background:var(--paper);color:var(--ink);
+font:15px/1.5 system-ui,-apple-system,"Segoe UI",sans-serif}
+main{max-width:1140px;margin:0 auto;padding:32px 16px 48px}
+h1,h2,p,ul,dl,dd,figure{margin:0;padding:0}
+h1{font-size:26px;line-height:1.25;overflow-wrap:anywhere}
+h2{font-size:15px;font-weight:600;overflow-wrap:anywhere}
+h2 small{font-size:13px;font-weight:400;color:var(--quiet)}
+.lead{margin-top:4px;color:var(--quiet);overflow-wrap:anywhere}
+section,footer{margin-top:28px}
+.figures{display:grid;gap:16px;grid-template-columns:repeat(auto-fit,minmax(min(100%,250px),1fr))}
+.figure{background:var(--card);border-radius:10px;padding:16px 20px}
+.figure h2{font-weight:400;color:var(--quiet)}
+.figure p{display:flex;flex-wrap:wrap;align-items:baseline;gap:0 18px;line-height:1.25}
+.is{font-size:18px;color:var(--now)}.is b{font-size:46px;letter-spacing:-.02em}
+.was{font-size:15px;color:var(--quiet)}.was b{font-size:24px;font-weight:500}
+.figure .note{font-size:14px;color:var(--quiet);margin-top:2px}
+.charts{display:grid;gap:32px;grid-template-columns:repeat(auto-fit,minmax(min(100%,320px),1fr));align-items:start}
+figure{min-width:0;max-width:440px}
+figcaption{margin-bottom:8px}
+figcaption ul{display:flex;flex-wrap:wrap;gap:0 14px;list-style:none;font-size:13px;color:var(--quiet)}
+figcaption i{display:inline-block;width:10px;height:10px;border-radius:2px;margin-right:5px}
+svg{display:block;height:auto;overflow:visible}
+svg text{font-family:inherit!important;font-variant-numeric:tabular-nums;
+paint-order:stroke;stroke:var(--paper);stroke-width:3px;stroke-linejoin:round}
+.tall{max-height:640px;overflow-y:auto;padding-right:10px;border:solid var(--line);border-width:1px 0}
+.notes p{border-left:3px solid var(--line);padding-left:12px;margin-top:8px;overflow-wrap:anywhere}
+details{border-top:1px solid var(--line)}
+details:last-child{border-bottom:1px solid var(--line)}
+summary{padding:10px 0;cursor:pointer;font-weight:600;overflow-wrap:anywhere}
+details section{margin:8px 0 20px}
+.table{overflow-x:auto;margin-bottom:20px}
+table{border-collapse:collapse;font-size:13px;font-variant-numeric:tabular-nums}
+th,td{padding:4px 14px 4px 0;border-bottom:1px solid var(--line);text-align:left;vertical-align:top}
+th{color:var(--quiet);font-weight:500;white-space:nowrap}
+.right{text-align:right;white-space:nowrap}
+footer{font-size:13px;color:var(--quiet);border-top:1px solid var(--line);padding-top:14px}
+footer div{display:grid;grid-template-columns:90px minmax(0,1fr);gap:12px;padding:2px 0}
+footer dd{color:var(--ink);overflow-wrap:anywhere;white-space:pre-wrap}
+@media print{:root{color-scheme:light;--paper:#fff;--card:#fff;--ink:#000;--quiet:#444;--line:#ccc;
+--dense:#7b838d;--second:#d55e00;--third:#b0578d;--fourth:#00805d;--now:#0068b8}
+*{print-color-adjust:exact;-webkit-print-color-adjust:exact}
+body{font-size:11px}main{padding:0;max-width:none}
+.figures{grid-template-columns:repeat(3,1fr)}.figure{border:1px solid var(--line)}.is b{font-size:30px}
+summary{break-after:avoid}.charts{grid-template-columns:repeat(3,1fr);gap:14px}.charts,figure{break-inside:avoid}
+figure:has(.tall){display:none}
+details::details-content{content-visibility:visible;block-size:auto}
+.table{overflow:visible}table{font-size:9px}thead{display:table-header-group}tr,.figure{break-inside:avoid}}
+"""

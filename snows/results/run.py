@@ -27,6 +27,8 @@ RESULTS = (
     "report.json",
     "report.html",
     "source.json",
+    "scores.json",
+    "deployment.json",
 )  # of a finished run
 LOCK = "run.lock"
 _CALLED = {"data": "set of calibration data (is it shuffled anew each time?)"}

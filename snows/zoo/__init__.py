@@ -60,3 +60,13 @@ def images(split: Literal["calibration", "test"]) -> tuple[Tensor, Tensor | None
 def normalise(pixels: NDArray[np.uint8]) -> Tensor:
     """Grey bytes (n, 28, 28) as the networks take them: float32 (n, 1, 28, 28)."""
     return torch.from_numpy(pixels.astype(np.float32)).div_(255).sub_(MEAN).div_(STD).unsqueeze(1)
+
+
+SAMPLES, BATCH = 1024, 128  # of calibration, unless other numbers are asked for
+
+
+def calibration(samples: int = SAMPLES, batch: int = BATCH, seed: int = 0) -> list[Tensor]:
+    """Draw batches of the calibration images by `seed`."""
+    found, _ = images("calibration")
+    order = torch.randperm(len(found), generator=torch.Generator().manual_seed(seed))[:samples]
+    return list(found[order].split(batch))

@@ -1,0 +1,85 @@
+"""A run's page, from all that its folder holds."""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from snows.evaluation import Scores
+    from snows.results.report import Deployment, Report
+
+SCORES, DEPLOYED = "scores.json", "deployment.json"
+
+
+def read_report(run: Path) -> Report:
+    """Read a run's report.
+
+    Raises:
+        ValueError: the run is not finished, or the file is no report.
+    """
+    from snows.results.report import Report
+
+    path = run / "report.json"
+    if not path.is_file():
+        raise ValueError(f"report: {run} holds no report.json; was the run finished?")
+    try:
+        return Report.from_json(path.read_text())
+    except (ValueError, OSError) as error:
+        raise ValueError(f"report: {path} is not a report ({error})") from error
+
+
+def keep_scores(run: Path, dense: Scores, pruned: Scores) -> None:
+    """Keep the accuracies of a run's networks for its page."""
+    from snows.results.records import to_json
+    from snows.results.storage import write
+
+    write(run / SCORES, (to_json({"dense": dense.top1, "pruned": pruned.top1}) + "\n").encode())
+
+
+def keep_deployment(run: Path, deployment: Deployment) -> None:
+    """Keep a run's deployment for its page."""
+    from snows.results.storage import write
+
+    write(run / DEPLOYED, deployment.to_json().encode())
+
+
+def write_page(run: Path) -> None:
+    """Write a run's page: its report, and accuracy, deployment and source where the folder holds them.
+
+    Raises:
+        ValueError: a file in the folder is damaged, or the page cannot be written.
+    """
+    from snows.results.report import Deployment
+    from snows.results.storage import write
+    from snows.results.story import Accuracy, run_page
+    from snows.sources.source import SOURCE, Source
+
+    deployment, accuracy, foot = None, Accuracy(), {}
+    if (run / DEPLOYED).is_file():
+        try:
+            deployment = Deployment.from_json((run / DEPLOYED).read_text())
+        except (ValueError, OSError) as error:
+            raise ValueError(f"{run / DEPLOYED} is not a deployment's report ({error})") from error
+    if (run / SCORES).is_file():
+        accuracy = Accuracy(*_scores(run / SCORES))
+    if (run / SOURCE).is_file():
+        source = Source.read(run)
+        foot = {"model": source.model, "data": source.data}
+    foot["command"] = shlex.join(["snows", *sys.argv[1:]])
+    write(run / "report.html", run_page(read_report(run), deployment, accuracy, foot).encode())
+
+
+def _scores(path: Path) -> tuple[float, float]:
+    try:
+        content = json.loads(path.read_text())
+        found = [math.nan if content[key] is None else content[key] for key in ("dense", "pruned")]
+        if not all(isinstance(x, int | float) for x in found):
+            raise ValueError(f"expected two numbers, got {found!r:.60}")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error})") from error
+    return found[0], found[1]
