@@ -96,10 +96,8 @@ def run(
     shares = ", ".join(f"{share} {seconds:.0f} s" for share, seconds in judge.clock.items())
     console.print(
         f"{sum(map(len, batches)):,} unlabelled images; accuracy in % on the first {len(judge.labels):,} "
-        "test "
-        "images, of snows through the packed layers, whose outputs differ from the masked network's by so "
-        "much "
-        f"of the largest; times of {TOGETHER} images; {shares}; weights and page in {out}",
+        "test images, of snows through the packed layers, whose outputs differ from the masked network's by "
+        f"so much of the largest; times of {TOGETHER} images; {shares}; weights and page in {out}",
         highlight=False,
     )
     if build.outcome() == "none":

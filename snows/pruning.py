@@ -109,10 +109,8 @@ def prune(
             else nullcontext()
         )
         with opened as run:
-            rows = [
-                _pruned(index, name, choice, twins, objective, solver, run, seed, tell)
-                for index, (name, choice) in enumerate(plan.choices.items())
-            ]
+            walk = _Walk(twins, objective, solver, run, seed, tell)
+            rows = [walk.layer(i, name, choice) for i, (name, choice) in enumerate(plan.choices.items())]
             if recalibrate:
                 tell.doing("correcting BatchNorm's statistics")
                 recalibrate_statistics(twins.sparse, twins.dense, twins.batches)
@@ -123,56 +121,55 @@ def prune(
     return Pruned(network, report, twins.masks)
 
 
-def _pruned(
-    index: int,
-    name: str,
-    choice: Choice,
-    twins: Twins,
-    objective: Objective,
-    solver: Newton | None,
-    run: Run | None,
-    seed: int,
-    tell: Tell,
-) -> LayerReport:
-    """Prune one layer, or take it from the run's folder; return its line of the report."""
-    weight: Tensor = twins.sparse.get_submodule(name).weight  # type: ignore[assignment]
-    done = run.finished(index, weight) if run is not None else None
-    if done is None:
-        began = time.perf_counter()
-        site = twins.at(name)
-        if not site.training:
-            return LayerReport(
-                name, tuple(weight.shape), "dense", weight.numel(), "no calibration batch reaches it"
-            )
-        generator = torch.Generator().manual_seed(seed * 100_003 + index)
-        found = _fit(site, choice, objective, solver, generator, tell)
-        row = _row(site, choice, found, solver, time.perf_counter() - began)
-        done = found.masked, row
-        if run is not None:
-            run.keep(index, *done)
-    masked, row = done
-    twins.write(name, masked)
-    tell.done(row)
-    return row
+@dataclass(frozen=True)
+class _Walk:
+    """Prune one layer after the other.
 
+    Attributes:
+        twins: the networks, and the batches in both.
+        objective: gives each layer its losses.
+        solver: re-fits what stays; None for nothing.
+        run: keeps finished layers; None for nowhere.
+        seed: of all that is random.
+        tell: says what is done.
+    """
 
-def _fit(
-    site: Site,
-    choice: Choice,
-    objective: Objective,
-    solver: Newton | None,
-    generator: torch.Generator,
-    tell: Tell,
-) -> Fit:
-    """Choose one layer's mask, then re-fit what stays."""
-    tell.doing(f"{site.name}: statistics and mask")
-    losses = objective.at(site)
-    statistics = LayerStatistics.of(site, losses.sensitivity)
-    found = choice.select(site.weight, statistics, choice.pattern)
-    start = checked(choice.select, site.name, found, site.weight, choice.pattern)
-    if solver is None:
-        return Fit(start, [], math.nan, math.nan)
-    return fit(solver, losses, statistics, start, generator, partial(tell.step, site.name))
+    twins: Twins
+    objective: Objective
+    solver: Newton | None
+    run: Run | None
+    seed: int
+    tell: Tell
+
+    def layer(self, index: int, name: str, choice: Choice) -> LayerReport:
+        """Prune one layer, or take it from the run's folder; return its line of the report."""
+        weight: Tensor = self.twins.sparse.get_submodule(name).weight  # type: ignore[assignment]
+        done = self.run.finished(index, weight) if self.run is not None else None
+        if done is None:
+            began = time.perf_counter()
+            site = self.twins.at(name)
+            if not site.training:
+                shape, size = tuple(weight.shape), weight.numel()
+                return LayerReport(name, shape, "dense", size, "no calibration batch reaches it")
+            found = self._fit(site, choice, torch.Generator().manual_seed(self.seed * 100_003 + index))
+            done = found.masked, _row(site, choice, found, self.solver, time.perf_counter() - began)
+            if self.run is not None:
+                self.run.keep(index, *done)
+        masked, row = done
+        self.twins.write(name, masked)
+        self.tell.done(row)
+        return row
+
+    def _fit(self, site: Site, choice: Choice, generator: torch.Generator) -> Fit:
+        """Choose one layer's mask, then re-fit what stays."""
+        self.tell.doing(f"{site.name}: statistics and mask")
+        losses = self.objective.at(site)
+        statistics = LayerStatistics.of(site, losses.sensitivity)
+        found = choice.select(site.weight, statistics, choice.pattern)
+        start = checked(choice.select, site.name, found, site.weight, choice.pattern)
+        if self.solver is None:
+            return Fit(start, [], math.nan, math.nan)
+        return fit(self.solver, losses, statistics, start, generator, partial(self.tell.step, site.name))
 
 
 def _row(site: Site, choice: Choice, found: Fit, solver: Newton | None, seconds: float) -> LayerReport:
@@ -208,9 +205,8 @@ def _report(
     ]
     if idle := [row.name for row in rows if row.before == 0]:
         notes.append(
-            f"{len(idle)} of the pruned layers, {idle[0]} for one, do not change what is matched after them, "
-            "so that "
-            "nothing was fitted there; are their branches switched off by a zero scale?"
+            f"{len(idle)} of the pruned layers, {idle[0]} for one, do not change what is matched after "
+            "them, so that nothing was fitted there; are their branches switched off by a zero scale?"
         )
     if run is not None and run.threads != torch.get_num_threads():
         notes.append(

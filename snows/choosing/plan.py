@@ -96,8 +96,7 @@ def decide(twins: Twins, pattern: PatternChoice, select: Choosing, only: Only | 
     if filled := [name for name in chosen if name not in starts and _zeros(twins, name) > MANY_ZEROS]:
         twins.notes.append(
             f"{len(filled)} of the pruned layers were sparse before, {filled[0]} for one, and their zeros "
-            "are not "
-            "kept; to keep them pass select=model."
+            "are not kept; to keep them pass select=model."
         )
     for name, wanted in chosen.items():
         start = starts.get(name)
