@@ -3,6 +3,7 @@
 import copy
 import io
 import math
+from dataclasses import dataclass, field
 
 import pytest
 import torch
@@ -119,6 +120,57 @@ def test_a_network_that_returns_a_layers_output_keeps_it():
     deployed = small(net, x)
     assert deployed.report.folded == ["second_norm"]
     assert same(net, deployed.network, x) < 2e-6
+
+
+@dataclass
+class Output:
+    """What a detection network may return: tensors in objects of its own."""
+
+    logits: torch.Tensor
+    extra: dict = field(default_factory=dict)
+
+
+class Slots:
+    __slots__ = ("kept",)
+
+    def __init__(self, kept):
+        self.kept = kept
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda logits, raw: Output(logits, {"raw": raw}),
+        lambda logits, raw: (logits, [Slots(raw)]),
+        lambda logits, raw: {"a": {"b": (logits,)}, "c": Slots({"raw": raw})},
+    ],
+    ids=["dataclass", "slots", "nested"],
+)
+def test_tensors_in_any_object_are_seen(wrap):
+    """A convolution whose raw output is returned too, inside an object, keeps its normalisation behind it."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.c, self.bn = (
+                nn.Conv2d(3, 16, 3),
+                nn.Conv2d(16, 16, 3, bias=False),
+                nn.BatchNorm2d(16),
+            )
+            self.fc = nn.Linear(16, 10)
+
+        def forward(self, x):
+            raw = self.c(self.a(x).relu())
+            return wrap(self.fc(self.bn(raw).relu().mean((2, 3))), raw)
+
+    net, x = settle(Net()), torch.randn(4, 3, 12, 12)
+    net.bn.running_var.fill_(4.0)
+    net.c.weight.data *= snows.NM(2, 4).mask(net.c.weight.abs())
+    deployed = small(net, x)
+    assert deployed.report.folded == []
+    assert len(outputs(deployed.network, Batch.of(x))) == 2
+    assert same(net, deployed.network, x) < 2e-6
+    assert 0 <= deployed.report.difference < 2e-6
 
 
 class Wrong(Fold):

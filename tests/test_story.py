@@ -6,7 +6,7 @@ import pytest
 from test_cli import pictures, run, tiny  # noqa: F401
 
 from snows.results.report import Deployment, Report
-from snows.results.story import METHODS, Accuracy, demo_page, run_page
+from snows.results.story import METHODS, demo_page, run_page
 
 
 def test_the_page_of_a_run_grows_with_it(monkeypatch, capsys, tmp_path, pictures):  # noqa: F811
@@ -25,13 +25,14 @@ def test_the_page_of_a_run_grows_with_it(monkeypatch, capsys, tmp_path, pictures
     ):
         assert part in page
     assert "times as fast" not in page
-    (out / "scores.json").write_text(json.dumps({"dense": 81.25, "pruned": 79.5}))
+    (out / "scores.json").write_text(json.dumps({"dense": 81.25, "magnitude": 12.5, "pruned": 79.5}))
     code, text = run(monkeypatch, capsys, "deploy", out, "--objective", "size", "--trust")
     assert code == 0, text
     page, found = (
         (out / "report.html").read_text(),
         Deployment.from_json((out / "deployment.json").read_text()),
     )
+    assert "12.50" in page  # by magnitude, in the chart
     for part in (
         "<b>79.50</b> %",
         "<b>81.25</b> dense",
@@ -50,7 +51,7 @@ def test_the_page_of_a_run_grows_with_it(monkeypatch, capsys, tmp_path, pictures
     [
         ("scores.json", "{", "scores.json is damaged"),
         ("scores.json", '{"dense": 1}', "is damaged"),
-        ("scores.json", '{"dense": "a", "pruned": 1}', "expected two numbers"),
+        ("scores.json", '{"dense": "a", "pruned": 1}', "expected accuracies by name"),
         ("deployment.json", "[]", "deployment.json is not a deployment's report"),
         ("source.json", "{}", "source.json is damaged"),
     ],
@@ -80,5 +81,4 @@ def test_the_demos_large_numbers_are_of_the_case_that_gained_most():
     assert "The large numbers are of two 1:4" in page
     assert "2.00 times as fast" in page
     assert "<b>91.00</b> %" in page
-    assert Accuracy().now != Accuracy().now
     assert tiny()

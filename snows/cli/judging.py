@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from snows.cli import terminal
-from snows.cli.pruning import load_network, say_note, say_prepared
-from snows.cli.terminal import numbers, show_scores, warn
+from snows.cli.loading import load_network, say_note, say_prepared
+from snows.cli.terminal import numbers, say, show_scores, warn
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
     from torch import nn
+
+    from snows.evaluation import Scores
+    from snows.sources import Data
+    from snows.sparsity import Pattern
 
 
 def evaluate(
@@ -70,3 +76,70 @@ def _reference(model: str, weights: Path | None, dense: Path | None) -> nn.Modul
             raise
         warn(f"not compared with the dense network: {error}")
         return None
+
+
+def judge_networks(
+    dense: nn.Module,
+    others: Iterable[tuple[str, nn.Module]],
+    test: Data,
+    used: list[int] | None,
+    count: int,
+    batch_size: int,
+) -> dict[str, float]:
+    """Compare networks with the dense one on test images, by class too where the data has labels.
+
+    Args:
+        dense: the dense network.
+        others: by name, the pruned one last.
+        test: the test images.
+        used: numbers of the calibration images where they are of the same split, for the data has one alone;
+            None where it has two.
+        count: images at most.
+        batch_size: images a batch.
+
+    Returns:
+        Accuracies in percent by name; NaN where there are no labels.
+    """
+    from snows import evaluation
+
+    left = len(test) - len(used or ())
+    rows: dict[str, Scores] = {}
+    for name, net in others:
+        batches = test.spread(count, batch_size, used if used and left else ())
+        rows["dense"], rows[name] = evaluation.compare(dense, net, batches)
+        say_note(test)
+        if not rows["dense"].images:
+            raise ValueError(f"none of the pictures in {test.origin} can be read")
+    show_scores(list(rows.items()))
+    if used is not None:
+        but = ", but not of these images" if used and left else ""
+        say(f"of the same data as the calibration images, which has no test split{but}")
+    elif count < len(test):
+        say(f"on {rows['dense'].images} of {len(test)} test images; snows eval judges on all")
+    return {name: scores.top1 for name, scores in rows.items()}
+
+
+def beside(
+    dense: nn.Module, batches: list[Any], pattern: Pattern | None, cap: float, pruned: nn.Module
+) -> Iterator[tuple[str, nn.Module]]:
+    """Give what is compared: pruning by magnitude, that with corrected statistics, and the pruned network."""
+    import snows
+    from snows.matching.normalisation import recalibrate_statistics, statistics_of
+    from snows.networks.batches import Batch
+
+    if pattern is not None:
+        net, _ = snows.prune(
+            dense,
+            batches,
+            pattern,
+            select=snows.magnitude,
+            solver=None,
+            cap=cap,
+            recalibrate=False,
+            progress=False,
+        )
+        yield "magnitude", net
+        if statistics_of(net):
+            recalibrate_statistics(net, dense, [Batch.of(x) for x in batches])
+            yield "magnitude + statistics", net
+    yield "pruned", pruned

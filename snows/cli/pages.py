@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from snows.evaluation import Scores
+    from collections.abc import Mapping
+
     from snows.results.report import Deployment, Report
 
 SCORES, DEPLOYED = "scores.json", "deployment.json"
@@ -33,12 +34,12 @@ def read_report(run: Path) -> Report:
         raise ValueError(f"report: {path} is not a report ({error})") from error
 
 
-def keep_scores(run: Path, dense: Scores, pruned: Scores) -> None:
-    """Keep the accuracies of a run's networks for its page."""
+def keep_scores(run: Path, accuracies: Mapping[str, float]) -> None:
+    """Keep the accuracies of a run's networks, by name, for its page."""
     from snows.results.records import to_json
     from snows.results.storage import write
 
-    write(run / SCORES, (to_json({"dense": dense.top1, "pruned": pruned.top1}) + "\n").encode())
+    write(run / SCORES, (to_json(accuracies) + "\n").encode())
 
 
 def keep_deployment(run: Path, deployment: Deployment) -> None:
@@ -56,30 +57,32 @@ def write_page(run: Path) -> None:
     """
     from snows.results.report import Deployment
     from snows.results.storage import write
-    from snows.results.story import Accuracy, run_page
+    from snows.results.story import run_page
     from snows.sources.source import SOURCE, Source
 
-    deployment, accuracy, foot = None, Accuracy(), {}
+    deployment, accuracies, foot = None, None, {}
     if (run / DEPLOYED).is_file():
         try:
             deployment = Deployment.from_json((run / DEPLOYED).read_text())
         except (ValueError, OSError) as error:
             raise ValueError(f"{run / DEPLOYED} is not a deployment's report ({error})") from error
     if (run / SCORES).is_file():
-        accuracy = Accuracy(*_scores(run / SCORES))
+        accuracies = _scores(run / SCORES)
     if (run / SOURCE).is_file():
         source = Source.read(run)
         foot = {"model": source.model, "data": source.data}
     foot["command"] = shlex.join(["snows", *sys.argv[1:]])
-    write(run / "report.html", run_page(read_report(run), deployment, accuracy, foot).encode())
+    write(run / "report.html", run_page(read_report(run), deployment, accuracies, foot).encode())
 
 
-def _scores(path: Path) -> tuple[float, float]:
+def _scores(path: Path) -> dict[str, float]:
     try:
         content = json.loads(path.read_text())
-        found = [math.nan if content[key] is None else content[key] for key in ("dense", "pruned")]
-        if not all(isinstance(x, int | float) for x in found):
-            raise ValueError(f"expected two numbers, got {found!r:.60}")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        found = {name: math.nan if value is None else value for name, value in dict(content).items()}
+        if not {"dense", "pruned"} <= set(found) or not all(
+            isinstance(x, int | float) for x in found.values()
+        ):
+            raise ValueError(f"expected accuracies by name, got {content!r:.60}")
+    except (OSError, ValueError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error})") from error
-    return found[0], found[1]
+    return found

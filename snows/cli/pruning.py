@@ -9,15 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from snows.cli import terminal
+from snows.cli.judging import beside, judge_networks
+from snows.cli.loading import load_network, say_prepared, test_data
 from snows.cli.pages import keep_scores, write_page
-from snows.cli.terminal import next_command, numbers, say, show, show_scores, warn
+from snows.cli.terminal import next_command, numbers, say, show, warn
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
-    from snows.evaluation import Scores
-    from snows.sources import Data, Network
-    from snows.sources.preparation import Preparation
 
 SAMPLES = 1024  # calibration images, unless another number is asked for
 Rule = Literal[
@@ -118,7 +117,7 @@ def prune(
     say_prepared(images)
     if samples is None and count < SAMPLES:
         warn(f"{count} calibration images, all that {images.origin} has; {SAMPLES:,} are usual")
-    test = _test_data(data, network, preparation, classes, labels) if judge else None
+    test = test_data(data, network, preparation, classes, labels) if judge else None
     net = network.model.to(place)
     rule: Any = _read_masks(masks) if masks is not None else _rule(select)
     try:
@@ -146,7 +145,8 @@ def prune(
     if test is not None:
         used = images.drawn(count, seed) if test.origin == images.origin else None
         try:
-            keep_scores(out, *_judge(net, sparse, test, used, judge, batch_size))
+            beside = beside(net, batches, chosen, cap, sparse)
+            keep_scores(out, judge_networks(net, beside, test, used, judge, batch_size))
         except ValueError as error:  # what was pruned is there all the same
             warn(f"not judged: {error}")
     write_page(out)
@@ -160,68 +160,6 @@ def prune(
             else []
         ),
     )
-
-
-def _test_data(
-    data: str, network: Network, preparation: Preparation, classes: Path | None, labels: Path | None
-) -> Data | None:
-    """Find the test images before pruning, and say so early where there are none to judge by."""
-    from snows import sources
-
-    try:
-        return sources.load_data(
-            data, network, "test", preparation=preparation, classes=classes, labels=labels
-        )
-    except ValueError as error:
-        warn(f"the result will not be judged: {error}")
-        return None
-
-
-def _judge(
-    dense: nn.Module, sparse: nn.Module, test: Data, used: list[int] | None, count: int, batch_size: int
-) -> tuple[Scores, Scores]:
-    """Compare what was pruned with the dense network on test images, by class too where the data has labels.
-
-    Args:
-        dense: the dense network.
-        sparse: the pruned one.
-        test: the test images.
-        used: numbers of the calibration images where they are of the same split, for the data has one alone;
-            None where it has two.
-        count: images at most.
-        batch_size: images a batch.
-
-    Returns:
-        What was measured of both.
-    """
-    from snows import evaluation
-
-    others = len(test) - len(used or ())
-    first, second = evaluation.compare(
-        dense, sparse, test.spread(count, batch_size, used if used and others else ())
-    )
-    say_note(test)
-    if not first.images:
-        raise ValueError(f"none of the pictures in {test.origin} can be read")
-    show_scores([("dense", first), ("pruned", second)])
-    if used is not None:
-        say(
-            "of the same data as the calibration images, which has no test split"
-            + (", but not of these images" if used and others else "")
-        )
-    elif count < len(test):
-        say(f"on {first.images} of {len(test)} test images; snows eval judges on all")
-    return first, second
-
-
-def load_network(name: str, weights: Path | None, random_weights: bool) -> Network:
-    """Load a network, and say what the user should know of it."""
-    from snows import sources
-
-    network = sources.load_model(name, weights, random_weights=random_weights)
-    if network.note:
-        warn(network.note)
-    return network
 
 
 def _rule(name: str) -> Any:
@@ -250,21 +188,3 @@ def _read_masks(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except SafetensorError as error:
         raise ValueError(f"--masks: {path} is not a safetensors file ({error})") from error
-
-
-def say_prepared(images: Data) -> None:
-    """Say how pictures are prepared, and what else the user should know of the data."""
-    if images.preparation:
-        say(f"pictures: {images.preparation}")
-    say_note(images)
-
-
-def say_note(images: Data) -> None:
-    """Say which pictures were left out, and what else the user should know of the data."""
-    if images.note:
-        warn(images.note)
-        images.note = ""
-    if images.broken:
-        found = ", ".join(f"{name} ({reason})" for name, reason in images.broken[:5])
-        many = f"{len(images.broken)} pictures were" if len(images.broken) > 1 else "1 picture was"
-        warn(f"{many} left out: {found}{' and more' if len(images.broken) > 5 else ''}")

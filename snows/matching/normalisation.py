@@ -27,11 +27,7 @@ def recalibrate_statistics(sparse: nn.Module, dense: nn.Module, batches: Sequenc
         dense: the dense network with the same BatchNorms.
         batches: the calibration batches; each travels to the network's device when it is used.
     """
-    own = {
-        name: m
-        for name, m in sparse.named_modules()
-        if isinstance(m, _BatchNorm) and m.running_mean is not None
-    }
+    own = statistics_of(sparse)
     theirs = {name: dense.get_submodule(name) for name in own}
     if not own:
         return
@@ -72,6 +68,13 @@ def recalibrate_statistics(sparse: nn.Module, dense: nn.Module, batches: Sequenc
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def statistics_of(net: nn.Module) -> dict[str, _BatchNorm]:
+    """Return the BatchNorms that keep statistics, by name."""
+    return {
+        name: m for name, m in net.named_modules() if isinstance(m, _BatchNorm) and m.running_mean is not None
+    }
 
 
 class _Moments:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
-from typing import NamedTuple
 
 from rich.table import Table
 
@@ -15,17 +14,10 @@ from snows.results.report import Deployment, Report
 METHODS = ("dense", "magnitude", "magnitude + statistics", "snows")
 
 
-class Accuracy(NamedTuple):
-    """Hold the accuracies of the dense and the pruned network, in percent; NaN where there are no labels."""
-
-    dense: float = math.nan
-    now: float = math.nan
-
-
 def run_page(
     report: Report,
     deployment: Deployment | None = None,
-    accuracy: Accuracy | None = None,
+    accuracies: Mapping[str, float] | None = None,
     foot: Mapping[str, str] | None = None,
 ) -> str:
     """Make the page of a run.
@@ -33,12 +25,14 @@ def run_page(
     Args:
         report: of pruning.
         deployment: of deployment, if there was one.
-        accuracy: where it was measured.
+        accuracies: in percent, of "dense", "pruned" and what else was compared, in order; NaN without labels.
         foot: what was run, by name: model, data, command.
     """
     settings = ", ".join(f"{key}={value}" for key, value in report.settings.items() if key != "layers")
     tables = [Folded("Pruning, layer by layer", [report.table()])]
-    notes, machine = list(report.notes), {}
+    notes, machine, found = list(report.notes), {}, dict(accuracies or {})
+    title = str(report.settings.get("pattern", "pruned"))
+    compared = Comparison("Accuracy", list(found), [(title[:40], list(found.values()))], "%")
     if deployment is not None:
         tables.append(Folded("Deployment, layer by layer", [deployment.table()]))
         notes += [deployment.summary(), *deployment.notes]
@@ -46,7 +40,8 @@ def run_page(
     return page(
         "Pruned network",
         lead=report.summary(),
-        figures=_figures(deployment, accuracy or Accuracy()),
+        figures=_figures(deployment, found.get("dense", math.nan), found.get("pruned", math.nan)),
+        comparisons=[compared] if len(found) > 2 else [],
         layers=_layers(report, deployment),
         notes=notes,
         folded=tables,
@@ -82,7 +77,7 @@ def demo_page(
     return page(
         "snows demo",
         lead=f"The large numbers are of {titles[best]}, pruned in one shot without labels.",
-        figures=_figures(deployments[best], Accuracy(accuracies[best][0], accuracies[best][-1])),
+        figures=_figures(deployments[best], accuracies[best][0], accuracies[best][-1]),
         comparisons=[
             Comparison("Accuracy", METHODS, list(zip(titles, accuracies, strict=True)), "%"),
             Comparison("Time", ("dense", "packed"), list(zip(titles, times, strict=True)), "ms", 1),
@@ -99,16 +94,16 @@ def demo_page(
     )
 
 
-def _figures(deployment: Deployment | None, accuracy: Accuracy) -> list[Figure]:
+def _figures(deployment: Deployment | None, dense: float, now: float) -> list[Figure]:
     """Give the large numbers: accuracy where there are labels, size and time where it was deployed."""
-    points = f"{accuracy.now - accuracy.dense:+.2f} points" if math.isfinite(accuracy.dense) else ""
-    found = [Figure("Accuracy, top 1", accuracy.dense, accuracy.now, "%", 2, points)]
+    points = f"{now - dense:+.2f} points" if math.isfinite(dense) else ""
+    found = [Figure("Accuracy, top 1", dense, now, "%", 2, points)]
     if deployment is not None:
-        dense, now = deployment.dense_bytes / 1e6, deployment.sparse_bytes / 1e6
+        large, small = deployment.dense_bytes / 1e6, deployment.sparse_bytes / 1e6
         faster = f"{deployment.dense_ms / deployment.sparse_ms:.2f} times as fast"
         images = f"Time of {deployment.samples} image{'s' if deployment.samples > 1 else ''}"
         found += [
-            Figure("Size", dense, now, "MB", 2, f"{100 * now / dense:.0f} % of the dense size"),
+            Figure("Size", large, small, "MB", 2, f"{100 * small / large:.0f} % of the dense size"),
             Figure(images, deployment.dense_ms, deployment.sparse_ms, "ms", 1, faster),
         ]
     return found
