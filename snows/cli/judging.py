@@ -119,7 +119,7 @@ def judge_networks(
     return {name: scores.top1 for name, scores in rows.items()}
 
 
-def beside(
+def compared(
     dense: nn.Module, batches: list[Any], pattern: Pattern | None, cap: float, pruned: nn.Module
 ) -> Iterator[tuple[str, nn.Module]]:
     """Give what is compared: pruning by magnitude, that with corrected statistics, and the pruned network."""

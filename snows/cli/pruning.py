@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from snows.cli import terminal
-from snows.cli.judging import beside, judge_networks
+from snows.cli.judging import compared, judge_networks
 from snows.cli.loading import load_network, say_prepared, test_data
 from snows.cli.pages import keep_scores, write_page
 from snows.cli.terminal import next_command, numbers, say, show, warn
@@ -145,8 +145,8 @@ def prune(
     if test is not None:
         used = images.drawn(count, seed) if test.origin == images.origin else None
         try:
-            beside = beside(net, batches, chosen, cap, sparse)
-            keep_scores(out, judge_networks(net, beside, test, used, judge, batch_size))
+            others = compared(net, batches, chosen, cap, sparse)
+            keep_scores(out, judge_networks(net, others, test, used, judge, batch_size))
         except ValueError as error:  # what was pruned is there all the same
             warn(f"not judged: {error}")
     write_page(out)
