@@ -2,11 +2,14 @@
 
 import ast
 import importlib
+import pkgutil
 import re
 from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
 import snows
 
@@ -16,9 +19,11 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 PROSE = 160  # characters of a line that is no table and no code
 FILES = "py|md|json|toml|txt|cpp|h|cu|cuh|html|safetensors|onnx|npz"
 
-# What is written like a name of the package, `name.name`, and is none: PTX, the operations of a trace, examples.
+ALIASES = {"nn": "torch.nn", "F": "torch.nn.functional", "data": "torch.utils.data"}
+
+# What is written like a name of the package or a file and is none: PTX, and what stands for something else.
 FOREIGN = re.compile(
-    r"mma\.sp|wgmma\.mma_async\.sp|cp\.async|layer\d.*|model\.\w+|package\.module.*|import snows"
+    r"mma\.sp|wgmma\.mma_async\.sp|cp\.async|package\.module.*|runs/.*|.*(?:NAME|FAMILY)\..*"
 )
 
 
@@ -62,6 +67,14 @@ def attributes():
     return classes
 
 
+@cache
+def constants():
+    """Names that modules of the package assign."""
+    trees = [ast.parse(path.read_text()) for path in PACKAGE.rglob("*.py")]
+    assigned = [node for tree in trees for node in tree.body if isinstance(node, ast.Assign)]
+    return {x.id for node in assigned for x in node.targets if isinstance(x, ast.Name)}
+
+
 def tracked(path):
     """Whether a path that a document names is one of the repository, from its root or from the package."""
     return any(any(base.glob(path)) for base in (ROOT, PACKAGE))
@@ -70,52 +83,51 @@ def tracked(path):
 # ---------------------------------------------------------------- what the documents say
 
 
+def blocks(text):
+    """The Python blocks of a document."""
+    return re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+
+
 def wrong_names(text):
     """Names in a document that say they are of the package or the repository and are not."""
-    wrong = [
-        x
-        for x in re.findall(r"(?<![\w/.:])snows(?:\.[A-Za-z_]\w*)+", text)
-        if not FOREIGN.match(x) and not found(x)
-    ]
+    full = re.findall(r"(?<![\w/.:])snows(?:\.[A-Za-z_]\w*)+", text)
+    wrong = [x for x in full if not re.fullmatch(rf".*\.(?:{FILES})", x) and not found(x)]
+    variables = set(re.findall(r"^\s*(\w+) = ", "".join(blocks(text)), re.MULTILINE))
     prose = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
     for code in re.findall(r"`([^`\n]+)`", prose):
-        name = re.sub(r"\(.*", "", code.removeprefix("@"))
-        if FOREIGN.fullmatch(name) or name.startswith("snows."):
+        name = re.sub(r"\(.*", "", code)
+        if FOREIGN.fullmatch(name) or name.startswith("snows.") or name.split(".")[0] in variables:
             continue
-        if re.fullmatch(rf"[\w*/.-]+\.(?:{FILES})", name) and "/" in name:
-            wrong += (
-                []
-                if tracked(name) or "NAME" in name or "FAMILY" in name or name.startswith("runs/")
-                else [code]
-            )
-        elif re.fullmatch(r"[A-Za-z_]\w*(?:\.\w+)+", name) and not re.fullmatch(rf".*\.(?:{FILES})", name):
+        if re.fullmatch(rf"[\w*/.-]+\.(?:{FILES})", name):
+            wrong += [] if "/" not in name or tracked(name) else [code]
+        elif re.fullmatch(r"[A-Za-z_]\w*(?:\.\w+)+", name):
             wrong += [] if named(name) else [code]
-        elif re.fullmatch(r"[A-Z]\w*[a-z]\w*", name):  # a class
-            wrong += (
-                []
-                if name in attributes() or elsewhere(f"torch.nn.{name}") or found(f"snows.{name}")
-                else [code]
-            )
+        elif re.fullmatch(r"[A-Z]\w*[a-z]\w*", name):
+            wrong += [] if known(name) or tracked(name) else [code]
     return wrong
 
 
 def named(name):
-    """Whether a dotted name without the package's is one of it, an attribute of one of its classes, or PyTorch's."""
+    """Whether a dotted name is one of the package's, an attribute of one of its classes, or of another library."""
     first, *rest = name.split(".")
     if first in attributes():
         return len(rest) == 1 and rest[0] in attributes()[first]
-    full = {"nn": "torch.nn", "F": "torch.nn.functional"}.get(first, first)
-    return found(f"snows.{name}") or elsewhere(".".join([full, *rest]))
+    return found(f"snows.{name}") or elsewhere(".".join([ALIASES.get(first, first), *rest]))
+
+
+def known(name):
+    """Whether a name with a capital is a class or a constant of the package, or a class of PyTorch."""
+    return (
+        name in attributes() or name in constants() or any(elsewhere(f"{x}.{name}") for x in ALIASES.values())
+    )
 
 
 def elsewhere(name):
-    """Whether PyTorch has something of this name."""
-    import torch
-
-    thing = torch
-    for part in name.split(".")[1:]:
-        thing = getattr(thing, part, None)
-    return name.startswith("torch.") and thing is not None
+    """Whether an installed library has something of this name."""
+    try:
+        return pkgutil.resolve_name(name) is not None
+    except (ImportError, AttributeError, ValueError):
+        return False
 
 
 def slug(heading):
@@ -133,8 +145,9 @@ def broken_links(page, text):
         target = (page.parent / path) if path else page
         if not target.exists():
             wrong.append(link)
-        elif anchor and anchor not in map(slug, re.findall(r"^#+ (.+)$", target.read_text(), re.MULTILINE)):
-            wrong.append(link)
+        elif anchor:
+            headings = re.findall(r"^#+ (.+)$", target.read_text(), re.MULTILINE)
+            wrong += [] if anchor in map(slug, headings) else [link]
     return wrong
 
 
@@ -164,6 +177,34 @@ def test_no_line_of_prose_is_too_long(page):
 def test_every_document_is_linked_from_the_readme():
     links = re.findall(r"\]\((docs/[\w.]+)\)", (ROOT / "README.md").read_text())
     assert set(links) == {f"docs/{page.name}" for page in PAGES if page.parent.name == "docs"}
+
+
+def test_the_guide_runs_as_it_stands(tmp_path, monkeypatch):
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    for block in blocks((ROOT / "docs/guide.md").read_text()):
+        exec(block, names)
+    assert {x.name for x in tmp_path.iterdir()} == {"model.safetensors", "model.onnx", "runs"}
+    assert int(names["pruned"].masks["3"].sum()) == 32 * 16 * 9 // 2
+
+
+def test_the_readme_runs_as_it_stands(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    convolutions = [
+        nn.Sequential(nn.Conv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU()) for _ in range(3)
+    ]
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), *convolutions, nn.Flatten(), nn.Linear(16 * 36, 4)).eval()
+    batches = [torch.randn(16, 3, 8, 8) for _ in range(4)]
+    names = {"torch": torch, "model": model, "batches": batches, "example": batches[0]}
+    monkeypatch.setattr("snows.deployment.AS_FAST", 1e9)  # whatever the times are, a layer is packed
+    monkeypatch.setattr("snows.choosing.packing._why_dense", lambda *args: "")
+    for block in blocks((ROOT / "README.md").read_text()):
+        exec(block, names)
+    assert [x.name for x in tmp_path.iterdir()] == ["model.safetensors"]
+    assert isinstance(names["fast"].network, nn.Module)
+    assert names["pruned"].report.zeros == 3 * 16 * 16 * 9 // 2
 
 
 def test_names_that_are_gone_are_found():
