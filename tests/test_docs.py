@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_ladder import FLOORS
 from torch import nn
 
 import snows
@@ -215,6 +216,17 @@ def test_the_readme_runs_as_it_stands(tmp_path, monkeypatch, one_thread):
     assert [x.name for x in tmp_path.iterdir()] == ["model.safetensors"]
     assert isinstance(names["fast"].network, nn.Module)
     assert names["pruned"].report.zeros == 3 * 16 * 16 * 9 // 2
+
+
+def test_the_floors_are_those_of_the_ladder():
+    """The table has a row a floor, from the bottom, and names every package and file on it."""
+    text = (ROOT / "docs/architecture.md").read_text()
+    table = text[text.index("| floor |") : text.index("## Laws")].splitlines()[2:]
+    cells = [[cell.strip() for cell in row.split("|")[1:-1]] for row in table if row]
+    assert [row[0] for row in cells] == list(FLOORS)
+    for row in cells:
+        named = {re.sub(r"/$|\.py$", "", x) for x in re.findall(r"`([\w/.]+)`", row[1])}
+        assert named - {"csrc"} == FLOORS[row[0]] - {"__main__"}
 
 
 def test_names_that_are_gone_are_found():
