@@ -209,7 +209,7 @@ def test_the_readme_runs_as_it_stands(tmp_path, monkeypatch, one_thread):
     batches = [torch.randn(16, 3, 8, 8) for _ in range(4)]
     names = {"torch": torch, "model": model, "batches": batches, "example": batches[0]}
     monkeypatch.setattr(torch, "compile", lambda network: network)  # which takes a minute, and is PyTorch's
-    monkeypatch.setattr("snows.deployment.AS_FAST", 1e9)  # whatever the times are, a layer is packed
+    monkeypatch.setattr("snows.choosing.candidates.AS_FAST", 1e9)  # whatever the times are, a layer is packed
     monkeypatch.setattr("snows.choosing.packing._why_dense", lambda *args: "")
     for block in blocks((ROOT / "README.md").read_text()):
         exec(block, names)
