@@ -1,4 +1,4 @@
-# make demo | test | bench | accuracy | ablations: each sets up .venv by itself on a fresh machine and needs nothing but packages.
+# make demo | test | docs | bench | accuracy | ablations: each sets up .venv by itself on a fresh machine and needs nothing but packages.
 # make bench RESULTS=folder: that of the machine, bench/results/cpu (Cascade Lake) or bench/results/zen5.
 # make gpu OUT=folder PART=1|2|3 ONLY=name BUDGET=seconds: with the Python and the torch that are there, which must see a GPU; installs nothing.
 
@@ -13,7 +13,7 @@ SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*/*)
 VARY := horizon=0,3,10,end targets=local metric=none preconditioner=kronecker,none samples=256,512,3000 batch=64,256 \
   passes=2 max_iterations=3,10 gradient=batch curvature=hessian
 
-.PHONY: demo test check bench accuracy ablations gpu clean
+.PHONY: demo test check docs bench accuracy ablations gpu clean
 
 demo: .venv/.base
 	@$(BIN)/snows demo
@@ -25,6 +25,9 @@ check: .venv/.test
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check --quiet .
 	@$(BIN)/mypy
+
+docs: .venv/.docs
+	@$(BIN)/python .ci/api.py
 
 bench: .venv/.test
 	@for group in linear linear-bfloat16 conv2d-16 conv2d-16-bfloat16 conv2d-1; do \
@@ -62,6 +65,9 @@ accuracy: .venv/.test
 .venv/.test: .venv/.base
 	@$(PIP) --no-build-isolation --editable '.[test]' && $(COMPLAIN) && touch $@
 
+.venv/.docs: .venv/.base
+	@$(PIP) pdoc && touch $@
+
 ablations: .venv/.test
 	@for network in resnet20 vit; do \
 	  $(BIN)/python bench/zoo.py --network $$network --split validation --seeds 1 --out bench/results/cpu/ablations-$$network.json \
@@ -71,4 +77,4 @@ gpu:
 	@$(PYTHON) bench/gpu.py --out $(or $(OUT),bench/results/gpu) --budget $(or $(BUDGET),540) --only "$(ONLY)" $(if $(PART),--part $(PART))
 
 clean:
-	rm -rf .venv build snows.egg-info snows/_native*.so snows/build.txt snows/build.log .headers
+	rm -rf .venv build docs/api snows.egg-info snows/_native*.so snows/build.txt snows/build.log .headers
