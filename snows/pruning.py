@@ -55,7 +55,7 @@ def prune(
     batches: Iterable[Any],
     pattern: PatternChoice,
     *,
-    select: Choosing = alps,
+    select: Choosing | Pruned = alps,
     solver: Newton | None = Newton(),
     matching: Matching = Matching(),
     cap: float = 0.95,
@@ -76,8 +76,8 @@ def prune(
         pattern: for all layers, by layer name, or a function of name and module that may return None for
             dense. An `Unstructured` given alone is one exact budget over the prunable weights. None with
             masks from elsewhere.
-        select: a rule, masks by layer name (bool, weight.shape), or a network that is already pruned. By
-            default ALPS: a mask by ADMM and least squares on it.
+        select: a rule, masks by layer name (bool, weight.shape), or a network that is already pruned, also as
+            what `prune` returned. By default ALPS: a mask by ADMM and least squares on it.
         solver: Newton's settings; None keeps what `select` gives.
         matching: which features of the dense network are matched, and how a mismatch is measured.
         cap: the largest share a layer may lose under an `Unstructured` budget.
@@ -94,6 +94,7 @@ def prune(
     Raises:
         ValueError: an argument does not fit; the sentence says which, and what to do.
     """
+    select = select.network if isinstance(select, Pruned) else select
     check_goal(pattern, select, cap)
     _check_settings(solver, matching, out, resume, seed)
     with shown(progress) as tell, autocast_off(model):

@@ -4,15 +4,17 @@ import ast
 import importlib
 import pkgutil
 import re
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
 import torch
+from models import QUICK
 from test_ladder import FLOORS
 from torch import nn
 
 import snows
+from snows.deployment import deploy
 
 PACKAGE = Path(snows.__file__).parent
 ROOT = PACKAGE.parent
@@ -209,8 +211,8 @@ def test_the_readme_runs_as_it_stands(tmp_path, monkeypatch, one_thread):
     batches = [torch.randn(16, 3, 8, 8) for _ in range(4)]
     names = {"torch": torch, "model": model, "batches": batches, "example": batches[0]}
     monkeypatch.setattr(torch, "compile", lambda network: network)  # which takes a minute, and is PyTorch's
-    monkeypatch.setattr("snows.choosing.candidates.AS_FAST", 1e9)  # whatever the times are, a layer is packed
-    monkeypatch.setattr("snows.choosing.packing._why_dense", lambda *args: "")
+    by_size = partial(deploy, objective="size", stopwatch=QUICK)  # whatever the times are, a layer is packed
+    monkeypatch.setattr(snows, "deploy", by_size)
     for block in blocks((ROOT / "README.md").read_text()):
         exec(block, names)
     assert [x.name for x in tmp_path.iterdir()] == ["model.safetensors"]

@@ -120,6 +120,8 @@ def test_masks_from_elsewhere_three_ways():
             zeroed.get_submodule(name).weight.mul_(mask)
         torch_prune.custom_from_mask(parametrised.get_submodule(name), "weight", mask)
     by_zeros, _ = quiet(net, batches, None, select=zeroed)
+    again = quiet(net, batches, None, select=quiet(net, batches, None, select=masks), solver=None)
+    assert torch.equal(again.network.left.weight, by_mask.left.weight)
     by_torch, report = quiet(parametrised, batches, None, select=parametrised)
     assert [x.name for x in report.layers if not x.reason] == ["left", "point"]
     for name, mask in masks.items():
