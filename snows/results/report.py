@@ -2,14 +2,54 @@
 
 from __future__ import annotations
 
+import abc
 import math
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 from rich.table import Table
 
 from snows.results.records import read, to_json
 from snows.results.tables import add_row, named_table, render
+
+Own = TypeVar("Own", bound="Record")
+
+
+class Record(abc.ABC):
+    """Print what a verb did, layer by layer, and keep it as JSON; `Report` and `Deployment` are its kinds.
+
+    Attributes:
+        notes: sentences that a reader should see.
+        row: the class of a layer's line.
+    """
+
+    notes: list[str]
+    row: ClassVar[type]
+
+    @abc.abstractmethod
+    def table(self) -> Table:
+        """Make the table of layers."""
+
+    @abc.abstractmethod
+    def summary(self) -> str:
+        """Say in a sentence what came of it."""
+
+    def __str__(self) -> str:
+        return "\n".join([render(self.table(), width=160), self.summary(), *self.notes])
+
+    def to_json(self) -> str:
+        """Write the report as JSON."""
+        return to_json(asdict(self))  # type: ignore[call-overload]  # each kind is a dataclass
+
+    @classmethod
+    def from_json(cls: type[Own], text: str) -> Own:
+        """Read what `to_json` wrote.
+
+        Raises:
+            ValueError: it is no JSON, or its entries are not a report's.
+        """
+        return read(cls, cls.row, text)
+
 
 SPARED = "the budget takes nothing from it"  # of a layer that is among those that a budget is spent over
 
@@ -51,7 +91,7 @@ class LayerReport:
 
 
 @dataclass
-class Report:
+class Report(Record):
     """Record what `prune` did.
 
     Attributes:
@@ -61,6 +101,7 @@ class Report:
         notes: sentences that a reader should see.
     """
 
+    row: ClassVar[type] = LayerReport
     layers: list[LayerReport] = field(default_factory=list)
     weights: int = 0
     settings: dict[str, Any] = field(default_factory=dict)
@@ -120,22 +161,6 @@ class Report:
             f"{100 * self.zeros / weights:.2f} % of all {self.weights}; {self.seconds:.1f} s"
         )
 
-    def __str__(self) -> str:
-        return "\n".join([render(self.table()), self.summary(), *self.notes])
-
-    def to_json(self) -> str:
-        """Write the report as JSON."""
-        return to_json(asdict(self))
-
-    @classmethod
-    def from_json(cls, text: str) -> Report:
-        """Read what `to_json` wrote.
-
-        Raises:
-            ValueError: it is no JSON, or its entries are not a report's.
-        """
-        return read(cls, LayerReport, text)
-
 
 @dataclass(frozen=True)
 class DeployedLayer:
@@ -165,7 +190,7 @@ class DeployedLayer:
 
 
 @dataclass
-class Deployment:
+class Deployment(Record):
     """Record what `deploy` did. Times are medians on the example, sizes of all that a file would hold.
 
     Attributes:
@@ -183,6 +208,7 @@ class Deployment:
         notes: sentences that a reader should see.
     """
 
+    row: ClassVar[type] = DeployedLayer
     layers: list[DeployedLayer] = field(default_factory=list)
     device: str = ""
     samples: int = 0
@@ -235,19 +261,3 @@ class Deployment:
             + "; layers are timed alone, equal ones once"
             + ("; what is gained is from folded normalisations" if not packed and self.folded else "")
         )
-
-    def __str__(self) -> str:
-        return "\n".join([render(self.table(), width=160), self.summary(), *self.notes])
-
-    def to_json(self) -> str:
-        """Write the report as JSON."""
-        return to_json(asdict(self))
-
-    @classmethod
-    def from_json(cls, text: str) -> Deployment:
-        """Read what `to_json` wrote.
-
-        Raises:
-            ValueError: it is no JSON, or its entries are not a report's.
-        """
-        return read(cls, DeployedLayer, text)
