@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -145,7 +146,7 @@ class _Walk:
     def layer(self, index: int, name: str, choice: Choice) -> LayerReport:
         """Prune one layer, or take it from the run's folder; return its line of the report."""
         weight: Tensor = self.twins.sparse.get_submodule(name).weight  # type: ignore[assignment]
-        done = self.run.finished(index, weight) if self.run is not None else None
+        done = self.run.finished(index, name, weight) if self.run is not None else None
         if done is None:
             began = time.perf_counter()
             site = self.twins.at(name)
@@ -251,7 +252,9 @@ def _name(select: Any) -> str:
         return f"{_name(select.func)}({settings})"
     if isinstance(select, Mapping | nn.Module):
         return "masks"
-    return getattr(select, "__name__", type(select).__name__)
+    name: str = getattr(select, "__name__", type(select).__name__)
+    code = getattr(select, "__code__", None) if name == "<lambda>" else None  # which has no name of its own
+    return name if code is None else f"<lambda {zlib.crc32(code.co_code + repr(code.co_consts).encode()):x}>"
 
 
 def _check_settings(solver: Any, matching: Any, out: Any, resume: Any, seed: Any) -> None:

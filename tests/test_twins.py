@@ -302,9 +302,7 @@ def test_a_pair_for_a_model_of_two_inputs_is_not_taken_for_labels(default):
 
 
 @pytest.mark.parametrize(
-    "labels",
-    [torch.arange(8), torch.zeros(8), torch.zeros(8, 4), [0] * 8],
-    ids=["numbers", "floats", "soft", "list"],
+    "labels", [torch.arange(8), torch.zeros(8), [0] * 8], ids=["numbers", "floats", "list"]
 )
 def test_labels_for_a_model_of_two_inputs_are_labels(labels):
     _, report = quiet(TwoInputs(True).eval(), [(torch.randn(8, 8), labels) for _ in range(4)], NM(2, 4))

@@ -7,15 +7,16 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Literal
 
+import torch
 from rich.console import Console
 from rich.progress import track
-from torch import nn
+from torch import Tensor, nn
 
 from snows.choosing.measuring import Race, Stopwatch
-from snows.choosing.packing import SCATTERS, Packing, Terms
+from snows.choosing.packing import SCATTERS, Packing, Terms, nbytes
 from snows.layers import SparseConv2d
 from snows.networks.attention import OpenAttention, close_attention
-from snows.networks.batches import outputs
+from snows.networks.batches import difference, outputs
 from snows.networks.edits import Edit, Open
 from snows.networks.layers import copied
 from snows.networks.subject import Subject
@@ -78,6 +79,14 @@ def fastest(
     dense, folded = subject.dense()
     for margin in MARGINS:
         candidates = _candidates(subject, packing, Terms(objective, margin), progress)
+        wanted = outputs(dense, subject.batch)
+        moved = [difference(wanted, outputs(x.network, subject.batch)) for x in candidates]
+        candidates = [x for x, error in zip(candidates, moved, strict=True) if error <= _tolerance(wanted)]
+        if not candidates:
+            changed = (
+                f"Packed layers changed the outputs by {min(moved):.1e} of the largest, so all stay dense."
+            )
+            return _kept_dense(subject, dense, folded, stopwatch, changed)
         networks = [(dense, subject.batch), *((x.network, subject.batch) for x in candidates)]
         runs = [partial(outputs, *pair) for pair in ((subject.model, subject.given), *networks)]
         race = stopwatch.network(runs, _cannot_tell)
@@ -92,6 +101,25 @@ def fastest(
     )
     rows = [replace(x, reason=x.reason or "the network as a whole was faster without it") for x in best.rows]
     return Choice(Candidate(dense, folded, rows), model_ms, dense_ms, [slower, *notes])
+
+
+def _kept_dense(
+    subject: Subject, dense: nn.Module, folded: list[Edit], stopwatch: Stopwatch, note: str
+) -> Choice:
+    """Keep the network with dense layers, because packed ones would not compute the same."""
+    pairs = (subject.model, subject.given), (dense, subject.batch)
+    model_ms, dense_ms = stopwatch.network([partial(outputs, *pair) for pair in pairs]).medians
+    why = "the network would not compute the same"
+    rows = [
+        DeployedLayer(name, tuple(layer.weight.shape), dense_bytes=nbytes(layer), reason=why)
+        for name, (layer, _) in subject.layers().items()
+    ]
+    return Choice(Candidate(dense, folded, rows), model_ms, dense_ms, [note])
+
+
+def _tolerance(tensors: list[Tensor]) -> float:
+    """Say how far packed layers may move outputs, relative to the largest: they add in other orders."""
+    return max([1e-4, *(16 * torch.finfo(x.dtype).eps for x in tensors)])
 
 
 def _candidates(subject: Subject, packing: Packing, terms: Terms, progress: bool) -> Sequence[Candidate]:
@@ -114,6 +142,7 @@ def _packed(subject: Subject, packing: Packing, terms: Terms, progress: bool) ->
         if chosen is not None:
             edit, packed = chosen
             edit.put(net, packed)
+            net = net if name else packed  # a network that is one layer
             edits.append(edit)
     close_attention(net)
     return Candidate(net, [edit for edit in edits if not _was_closed(net, edit)], rows)

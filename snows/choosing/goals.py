@@ -92,6 +92,10 @@ def given(twins: Twins, select: Choosing) -> dict[str, MaskedWeight]:
         weights = {name: sources[name].weight.detach() for name in masks}
     elif isinstance(select, Mapping):
         masks = {_layer_of(key, layers): mask for key, mask in select.items()}
+        if len(masks) < len(select):
+            raise ValueError(
+                "prune: expected one mask a layer, got two for one: under its name and under its weight's"
+            )
         weights = {name: layers[name].weight.detach() for name in masks}
     else:
         if pruned := [x.layer for x in twins.carried if x.is_weight and x.layer in layers]:

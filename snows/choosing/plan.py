@@ -16,6 +16,7 @@ from snows.choosing.goals import Choosing, Given, Only, PatternChoice, given
 from snows.matching.statistics import Selector
 from snows.networks.checks import how_computed, shared_weights
 from snows.networks.layers import prunable
+from snows.networks.masks import kept_mask
 from snows.networks.twins import Twins
 from snows.results.report import SPARED, LayerReport
 from snows.sparsity import MaskedWeight, Pattern, Unstructured
@@ -203,7 +204,9 @@ class _Deciding:
         """Begin a layer's line of the report."""
         shape = tuple(self.layers[name].weight.shape)
         pattern = "dense" if reason else str(self.wanted(name) or "mask")
-        return LayerReport(name, shape, pattern, math.prod(shape), reason)
+        mask = kept_mask(self.layers[name])
+        kept = int(mask.sum()) if reason and mask is not None else math.prod(shape)
+        return LayerReport(name, shape, pattern, kept, reason)
 
 
 def _left_alone(twins: Twins) -> list[LayerReport]:

@@ -83,6 +83,6 @@ def _scores(path: Path) -> dict[str, float]:
             isinstance(x, int | float) for x in found.values()
         ):
             raise ValueError(f"expected accuracies by name, got {content!r:.60}")
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({error})") from error
     return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,17 +46,24 @@ def recalibrate_statistics(sparse: nn.Module, dense: nn.Module, batches: Sequenc
         )  # with eps=0 a constant channel tells nothing
         own[name].running_var.copy_(torch.where(varied, var * ratio, var))  # type: ignore[union-attr]
 
-    def watch_dense(name: str, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        seen[name].append(_Moments.of(args[0]))
+    def watch_dense(name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        seen[name].append(_Moments.of(_input(args, kwargs)))
 
-    def watch_sparse(name: str, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        before, after = seen[name].pop(0), _Moments.of(args[0])
+    def watch_sparse(name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if not seen[name]:  # routing sent nothing here in the dense network
+            return
+        before, after = seen[name].pop(0), _Moments.of(_input(args, kwargs))
         set_statistics(name, before, after)  # what comes after is to see it as it will be
         totals[name][0].add(before)
         totals[name][1].add(after)
 
-    hooks = [m.register_forward_pre_hook(partial(watch_dense, name)) for name, m in theirs.items()]
-    hooks += [m.register_forward_pre_hook(partial(watch_sparse, name)) for name, m in own.items()]
+    hooks = [
+        m.register_forward_pre_hook(partial(watch_dense, name), with_kwargs=True)
+        for name, m in theirs.items()
+    ]
+    hooks += [
+        m.register_forward_pre_hook(partial(watch_sparse, name), with_kwargs=True) for name, m in own.items()
+    ]
     try:
         with torch.no_grad(), plain_forward():
             for x in (x.to(device) for x in batches):
@@ -68,6 +76,11 @@ def recalibrate_statistics(sparse: nn.Module, dense: nn.Module, batches: Sequenc
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    x: Tensor = args[0] if args else kwargs["input"]
+    return x
 
 
 def statistics_of(net: nn.Module) -> dict[str, _BatchNorm]:

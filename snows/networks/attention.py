@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from snows.networks.layers import has_hooks, held_elsewhere
 from snows.networks.masks import give_mask, kept_mask
 
 PROJECTIONS = (
@@ -140,14 +141,16 @@ def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
 
 def can_open(module: nn.Module) -> bool:
     """Say whether a module is an `nn.MultiheadAttention` that `OpenAttention` can stand for."""
-    return type(module) is nn.MultiheadAttention and module.bias_k is None and not module.add_zero_attn
+    plain = type(module) is nn.MultiheadAttention and not has_hooks(module)
+    return plain and module.bias_k is None and not module.add_zero_attn
 
 
 def open_attention(model: nn.Module) -> None:
     """Replace each `nn.MultiheadAttention` that can be by an `OpenAttention`, in place."""
+    held = held_elsewhere(model)
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            if can_open(child):
+            if can_open(child) and id(child) not in held:
                 setattr(parent, name, OpenAttention(child))  # type: ignore[arg-type]
 
 

@@ -187,9 +187,9 @@ def output_tensors(output: Any) -> list[Tensor]:
 
 
 def outputs(net: nn.Module, batch: Batch) -> list[Tensor]:
-    """Run a network for inference, and list the floating-point tensors that it returns."""
+    """Run a network for inference on a copy of a batch, and list the floating-point tensors it returns."""
     with torch.inference_mode():
-        return output_tensors(output_of(net, batch))
+        return output_tensors(output_of(net, batch.map(torch.clone)))
 
 
 def difference(expected: list[Tensor], got: list[Tensor]) -> float:

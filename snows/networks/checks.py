@@ -145,7 +145,7 @@ def read_batch(verb: str, model: nn.Module, batch: Any) -> Batch:
     ):
         needed, taken = _inputs_of(model)
         second = batch[1]
-        is_input = isinstance(second, Tensor) and second.is_floating_point() and second.ndim > 2
+        is_input = isinstance(second, Tensor) and second.is_floating_point() and second.ndim > 1
         if needed > 1 or (taken > 1 and is_input):
             raise ValueError(
                 f"{verb}: expected a mapping of inputs by name for a model that takes {taken} inputs, got a "
@@ -170,7 +170,8 @@ def _inputs_of(model: nn.Module) -> tuple[int, int]:
     """Count the inputs that a model's forward needs, and those that it takes by position."""
     names = set(_names_of(model))
     needed = sum(p.default is p.empty for p in _parameters(model) if p.name in names)
-    return needed, len(names)
+    any_number = any(p.kind is p.VAR_POSITIONAL for p in _parameters(model))
+    return needed, len(names) + 2 * any_number
 
 
 def read_batches(model: nn.Module, batches: Any) -> list[Batch]:

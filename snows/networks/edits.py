@@ -17,7 +17,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from snows.layers import SparseConv2d, SparseLinear
 from snows.networks.absorbed import Absorbed, Remainder
 from snows.networks.attention import OpenAttention, can_open
-from snows.networks.layers import substitute
+from snows.networks.layers import held_elsewhere, substitute
 from snows.networks.masks import mask_of
 from snows.packing import Packed
 from snows.sparsity import parse_pattern
@@ -276,4 +276,5 @@ def edits_of(net: nn.Module) -> list[Edit]:
 
 def openings(net: nn.Module) -> list[Edit]:
     """List the attention that can be opened."""
-    return [Open(name) for name, module in net.named_modules() if can_open(module) and name]
+    held = held_elsewhere(net)
+    return [Open(x) for x, module in net.named_modules() if x and can_open(module) and id(module) not in held]

@@ -7,6 +7,7 @@ import inspect
 from typing import Any, TypeAlias
 
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from snows.networks.batches import first_line
 
@@ -30,6 +31,29 @@ def is_stock(module: nn.Module) -> bool:
     return type(module).forward in (nn.Linear.forward, nn.Conv2d.forward) and (
         not isinstance(module, nn.Conv2d) or type(module)._conv_forward is nn.Conv2d._conv_forward
     )
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Say whether hooks or a replaced forward make calling a module more than its class says."""
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
+    return bool(hooks) or "forward" in module.__dict__
+
+
+def held_elsewhere(net: nn.Module) -> set[int]:
+    """Find modules that an attribute holds too, in a list or dict that PyTorch does not know of.
+
+    Another module put in their place would not be called through that attribute.
+
+    Returns:
+        The ids of the modules.
+    """
+    own, found = {id(m) for m in net.modules()}, set()
+    for module in net.modules():
+        for key, value in module.__dict__.items():
+            if key not in ("_modules", "_parameters", "_buffers"):
+                leaves = tree_leaves(value) if isinstance(value, list | tuple | dict) else [value]
+                found |= {id(x) for x in leaves if isinstance(x, nn.Module) and id(x) in own}
+    return found
 
 
 def substitute(net: nn.Module, old: nn.Module, new: nn.Module) -> None:
@@ -76,18 +100,19 @@ def _refuse_captured(model: nn.Module, name: str, module: nn.Module) -> None:
 
     Its copy would go on computing with the original's weights.
     """
-    forward = module.__dict__.get("forward")
-    if not inspect.isfunction(forward):
-        return
-    held = inspect.getclosurevars(forward)
-    for value in (*held.nonlocals.values(), *held.globals.values()):
-        owner: Any = getattr(value, "__self__", value)
-        if isinstance(owner, nn.Module) and any(owner is m for m in model.modules()):
-            raise ValueError(
-                f"the forward of {name or 'the model'} was replaced by a function that holds on to its "
-                "module, so that a copy would compute with the original's weights; put it in a subclass, or "
-                "bind it with types.MethodType"
-            )
+    for key, function in module.__dict__.items():
+        if not inspect.isfunction(function):
+            continue
+        held = inspect.getclosurevars(function)
+        for value in (*held.nonlocals.values(), *held.globals.values()):
+            owner: Any = getattr(value, "__self__", value)
+            if isinstance(owner, nn.Module) and any(owner is m for m in model.modules()):
+                what = f"the {key} of {name or 'the model'}"
+                was = "was replaced by" if key == "forward" else "is"
+                raise ValueError(
+                    f"{what} {was} a function that holds on to its module, so that a copy would compute with "
+                    "the original's weights; put it in a subclass, or bind it with types.MethodType"
+                )
 
 
 def _uncopyable(model: nn.Module) -> str:

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from snows.networks.attention import plain_forward
 from snows.networks.batches import Batch, output_of, tensors_in
 from snows.networks.functions import LOOKS, Function, arguments, known
-from snows.networks.layers import is_stock, prunable
+from snows.networks.layers import has_hooks, held_elsewhere, is_stock, prunable
 from snows.networks.watching import Call, Watch
 
 
@@ -79,6 +79,7 @@ class Trace:
         autocast: the first layer that ran under `torch.autocast`; empty if none did.
         bare: parameters that are the weight of a linear or a convolution, but of no Linear or Conv2d module:
             name to shape.
+        held: ids of modules that attributes hold too, see `held_elsewhere`.
     """
 
     def __init__(self, net: nn.Module) -> None:
@@ -93,6 +94,7 @@ class Trace:
         self.outputs: list[Tensor] = []
         self.autocast = ""
         self.bare: dict[str, tuple[int, ...]] = {}
+        self.held = held_elsewhere(net)
 
     @classmethod
     def of(cls, net: nn.Module, batch: Batch) -> Trace:
@@ -137,7 +139,9 @@ class Trace:
         event = self.only_reader(value)
         if event is None or not known(event.function).absorbed or self.called[event.module] != 1:
             return None
-        return (event.module, event) if isinstance(self.net.get_submodule(event.module), kinds) else None
+        module = self.net.get_submodule(event.module)
+        fits = isinstance(module, kinds) and not has_hooks(module) and id(module) not in self.held
+        return (event.module, event) if fits else None
 
     def names(self) -> Counter[str]:
         """Count the operations of each kind: of one function in one module call."""
@@ -219,6 +223,13 @@ class _Tracing(Watch):
             if functions != 1 or not returned:
                 use.oddity = "its class does more than the layer's product"
 
+    def abandon(self, name: str) -> None:
+        self.time += 1
+        for owner in self.reads.pop():  # whoever catches the error runs again, and calls it again
+            self.trace.last_read[owner] = float("inf")
+        functions, _ = self.inside.pop()
+        self.inside[-1][0] += functions
+
     # ---------------------------------------------------------------- functions
 
     def layer(self, name: str, call: Call, args: Any, kwargs: Any) -> Any:
@@ -234,7 +245,7 @@ class _Tracing(Watch):
         use.kernel, use.settings, use.value = call.kernel, call.settings, self.number(output)
         if self.frame.module != name:
             use.oddity = "its weight is used without calling it"
-        elif module._forward_hooks or module._forward_pre_hooks:
+        elif has_hooks(module):
             use.oddity = "it has hooks"
         return output
 
@@ -282,6 +293,9 @@ class _Tracing(Watch):
             trace.last_read[owner] = float("inf")
         trace.returned = {self.number(x) for x in trace.outputs}
         trace.layers = {name: trace.layers[name] for name in dict.fromkeys((*trace.start, *trace.layers))}
+        for name, module in prunable(self.net).items():
+            if id(module) in trace.held and name in trace.layers:
+                trace.layers[name].oddity = "an attribute of another module holds it too"
         owners = defaultdict(list)
         for name, module in prunable(self.net).items():
             owners[id(module.weight)].append(name)

@@ -96,10 +96,16 @@ class Twins:
         self.device = next(self.sparse.parameters()).device
         self.masks: dict[str, Tensor] = {}
         self.notes: list[str] = []
-        first = self.batches[0].to(self.device)
-        self._channels_last(first)
+        first = self.batches[0].to(self.device).map(torch.clone)
+        versions = [x._version for x in first.tensors()]
+        self._channels_last(first.map(torch.clone))
         traces = Trace.of(self.dense, first), Trace.of(self.sparse, first)
         self.trace = traces[1]
+        if versions != [x._version for x in first.tensors()]:
+            raise ValueError(
+                "prune: expected a model that leaves its input alone, but it changes it in place; let its "
+                "forward work on a copy (x = x.clone()), or the images would change from pass to pass"
+            )
         self._check_passes(first)
         self.paired = paired(*traces)
         if others := unpaired(*traces):
@@ -169,15 +175,10 @@ class Twins:
 
     def _check_late_starts(self) -> None:
         """Let every pass run from the front where modules keep state that the network reads later."""
-        kinds: dict[Any, list[Batch]] = {}
-        for x in self.batches:
-            (sample, *_) = x.split(1)
-            kinds.setdefault(tuple((t.dtype, t.shape) for t in sample.tensors()), []).append(sample)
-        found = next((x for x in kinds.values() if len(x) > 1), None)
         schedule = self.schedules[1]
-        if found is None or schedule.whole:
-            return
-        if keeps_state(schedule, found[0], found[-1]):
+        one, *_ = self.batches[0].split(1)
+        *_, other = self.batches[-1].split(1)
+        if not schedule.whole and keeps_state(schedule, one, other):
             self._from_the_front("Modules keep state from one call to the next, which the network reads")
 
     def _from_the_front(self, reason: str) -> None:

@@ -11,6 +11,7 @@ in its own module call alone, so it is the same in every copy of a network, and 
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -107,7 +108,7 @@ class Watch(TorchFunctionMode):
     def __enter__(self) -> Any:
         self._hooks = [
             register_module_forward_pre_hook(self._before),
-            register_module_forward_hook(self._after),
+            register_module_forward_hook(self._after, always_call=True),
         ]
         return super().__enter__()  # type: ignore[no-untyped-call]
 
@@ -124,9 +125,13 @@ class Watch(TorchFunctionMode):
             self.enter(name)
 
     def _after(self, module: nn.Module, args: Any, output: Any) -> None:
-        if (name := self._modules.get(id(module))) is not None:
+        if (name := self._modules.get(id(module))) is None:
+            return
+        if output is None and sys.exc_info()[0] is not None:  # it raised; whoever called it may go on
+            self.abandon(name)
+        else:
             self.leave(name, output)
-            self.frames.pop()
+        self.frames.pop()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -143,6 +148,9 @@ class Watch(TorchFunctionMode):
 
     def leave(self, name: str, output: Any) -> None:
         """Be told what a module returned; its frame is still open."""
+
+    def abandon(self, name: str) -> None:
+        """Be told that a module raised; its frame is still open."""
 
     def layer(self, name: str, call: Call, args: Any, kwargs: Any) -> Any:
         """Apply a layer."""

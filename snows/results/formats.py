@@ -22,7 +22,7 @@ def edits_in(path: Path, text: str) -> list[Edit]:
     try:
         content = json.loads(text)
         version = content["version"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(
             f"load: the metadata of {path} is damaged ({type(error).__name__}: {error})"
         ) from error

@@ -31,7 +31,12 @@ def read(kind: type[Whole], row: type[Row], text: str) -> Whole:
     Raises:
         ValueError: it is no JSON, or an entry is missing, unknown or of another type; the sentence names it.
     """
-    content = json.loads(text)
+    try:
+        content = json.loads(text)
+    except RecursionError:
+        raise ValueError(
+            "expected an object with a list of layers, got one that is nested too deeply"
+        ) from None
     if not isinstance(content, dict) or not isinstance(content.get("layers"), list):
         raise ValueError("expected an object with a list of layers")
     layers = [_fields(row, x, f"layer {i}: ") for i, x in enumerate(content["layers"])]
@@ -69,6 +74,10 @@ def _fields(kind: type[Row], content: Any, where: str) -> Row:
             else isinstance(value, hint)
         ):
             raise ValueError(f"{where}expected {name} to be of type {hint.__name__}, got {value!r:.60}")
+        if isinstance(value, int) and abs(value) >= 2**63:
+            raise ValueError(
+                f"{where}expected {name} to be below 2**63, got a number of {len(str(value))} digits"
+            )
         if isinstance(value, int | float) and value < 0:
             raise ValueError(f"{where}expected {name} to be at least 0, got {value!r:.60}")
         values[name] = value

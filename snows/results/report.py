@@ -235,11 +235,11 @@ class Deployment(Record):
                 x.pattern,
                 "dense" if x.reason else x.kernel,
                 *(
-                    (f"{x.dense_ms:.3f}", f"{x.sparse_ms:.3f}", f"{x.dense_ms / x.sparse_ms:.2f}")
+                    (f"{x.dense_ms:.3f}", f"{x.sparse_ms:.3f}", f"{_quotient(x.dense_ms, x.sparse_ms):.2f}")
                     if known
                     else ("", "", "")
                 ),
-                f"{100 * x.sparse_bytes / x.dense_bytes:.0f} %" if x.sparse_bytes else "",
+                f"{_quotient(100 * x.sparse_bytes, x.dense_bytes):.0f} %" if x.sparse_bytes else "",
                 x.reason,
             )
         return table
@@ -249,8 +249,8 @@ class Deployment(Record):
         packed = sum(not x.reason for x in self.layers)
         return (
             f"{packed} of {len(self.layers)} layers with zeros are packed; {self.dense_ms:.2f} ms dense, "
-            f"{self.sparse_ms:.2f} ms now ({self.dense_ms / self.sparse_ms:.2f} times as fast, "
-            f"{1e3 * self.samples / self.sparse_ms:.0f} images/s; {self.samples} at a time on "
+            f"{self.sparse_ms:.2f} ms now ({_quotient(self.dense_ms, self.sparse_ms):.2f} times as fast, "
+            f"{_quotient(1e3 * self.samples, self.sparse_ms):.0f} images/s; {self.samples} at a time on "
             f"{self.device}); {self.sparse_bytes / 1e6:.2f} of {self.dense_bytes / 1e6:.2f} MB, "
             f"{self.sparse_flops / 1e9:.3g} of {self.dense_flops / 1e9:.3g} GFLOP; "
             + (
@@ -261,3 +261,7 @@ class Deployment(Record):
             + "; layers are timed alone, equal ones once"
             + ("; what is gained is from folded normalisations" if not packed and self.folded else "")
         )
+
+
+def _quotient(a: float, b: float) -> float:
+    return a / b if b else math.nan

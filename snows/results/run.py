@@ -14,6 +14,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
 
 from snows.networks.batches import Batch
 from snows.results.report import LayerReport, Report
@@ -76,23 +77,14 @@ class Run:
             for name, start in starts.items()
             for kind, x in zip(("start", "mask"), start, strict=True)
         }
-        wanted = json.loads(
-            json.dumps(
-                {
-                    "version": VERSION,
-                    **settings,
-                    "model": digest(model.state_dict()),
-                    "data": digest(
-                        {
-                            f"{i}.{j}": x
-                            for i, batch in enumerate(batches)
-                            for j, x in enumerate(batch.tensors())
-                        }
-                    ),
-                    "masks": digest(given),
-                }
-            )
-        )
+        asked = {
+            "version": VERSION,
+            **settings,
+            "model": digest({**model.state_dict(), **dict(model.named_buffers())}, _architecture(model)),
+            "data": digest(*_data(batches)),
+            "masks": digest(given),
+        }
+        wanted = json.loads(json.dumps(asked))
         threads = torch.get_num_threads()
         try:
             (folder / "layers").mkdir(parents=True, exist_ok=True)
@@ -129,15 +121,16 @@ class Run:
     def _layer(self, index: int) -> Path:
         return self.folder / "layers" / f"{index:04d}.safetensors"
 
-    def finished(self, index: int, like: Tensor) -> tuple[MaskedWeight, LayerReport] | None:
+    def finished(self, index: int, name: str, like: Tensor) -> tuple[MaskedWeight, LayerReport] | None:
         """Read the result of a layer, if it is on disk whole and as it was written.
 
         Args:
             index: of the layer in the plan.
+            name: of the layer.
             like: a weight of its shape and dtype.
         """
         path = self._layer(index)
-        if not path.exists():
+        if not path.is_file():
             return None
         try:
             with safe_open(path, "pt") as file:
@@ -147,14 +140,11 @@ class Run:
                 return None
             report = json.loads(metadata["report"])
             found = LayerReport(**{**report, "shape": tuple(report["shape"])})
-        except (SafetensorError, KeyError, TypeError, json.JSONDecodeError):
+        except (SafetensorError, OSError, KeyError, TypeError, json.JSONDecodeError, RecursionError):
             return None
-        shapes = masked.weight.shape == masked.mask.shape == like.shape
-        return (
-            (masked, found)
-            if shapes and (masked.weight.dtype, masked.mask.dtype) == (like.dtype, torch.bool)
-            else None
-        )
+        same = masked.weight.shape == masked.mask.shape == like.shape and found.name == name
+        types = masked.weight.dtype == like.dtype and masked.mask.dtype == torch.bool
+        return (masked, found) if same and types else None
 
     def keep(self, index: int, masked: MaskedWeight, report: LayerReport) -> None:
         """Write a finished layer."""
@@ -168,6 +158,29 @@ class Run:
         write(self.folder / "masks.safetensors", save({k: v.cpu().contiguous() for k, v in masks.items()}))
         write(self.folder / "report.json", report.to_json().encode())
         write(self.folder / "report.html", page.encode())
+
+
+def _architecture(model: nn.Module) -> str:
+    """Describe what a network computes beside its tensors: the class and settings of every module."""
+    lines = []
+    for name, module in model.named_modules():
+        kind = f"{type(module).__module__}.{type(module).__qualname__}"
+        lines.append(f"{name} {kind} {module.extra_repr()}")
+    return "\n".join(lines)
+
+
+def _data(batches: Sequence[Batch]) -> tuple[dict[str, Tensor], str]:
+    """Return all tensors of the batches, and how they stand in them, with what is no tensor."""
+    tensors, texts = {}, []
+    for i, batch in enumerate(batches):
+        leaves, shape = tree_flatten(tuple(batch))
+        texts.append(str(shape))
+        for j, leaf in enumerate(leaves):
+            if isinstance(leaf, Tensor):
+                tensors[f"{i}.{j}"] = leaf
+            else:
+                texts.append(f"{i}.{j} {leaf!r}")
+    return tensors, "\n".join(texts)
 
 
 def _locked(folder: Path) -> FileLock:
@@ -196,7 +209,7 @@ def _check(folder: Path, wanted: Mapping[str, Any], resume: bool, threads: int) 
         raise ValueError(f"out: {folder} already holds a run; resume it, or name another folder")
     try:
         found = dict(json.loads(path.read_text()))
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"resume: {path} is damaged; name another folder") from error
     if found.get("version") != VERSION:
         raise ValueError(

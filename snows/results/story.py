@@ -69,7 +69,7 @@ def demo_page(
     accuracies = [[_number(row[name]) for name in METHODS] for row in rows]
     times = [(x.dense_ms, x.sparse_ms) for x in deployments]
     sizes = [(x.dense_bytes / 1e6, x.sparse_bytes / 1e6) for x in deployments]
-    best = max(range(len(rows)), key=lambda i: times[i][0] / times[i][1])
+    best = max(range(len(rows)), key=lambda i: times[i][0] / max(times[i][1], 1e-9))
     details = [
         Folded(title, [*_layers(report, found), report.table(), found.table()])
         for (title, report), found in zip(reports, deployments, strict=True)
@@ -100,10 +100,12 @@ def _figures(deployment: Deployment | None, dense: float, now: float) -> list[Fi
     found = [Figure("Accuracy, top 1", dense, now, "%", 2, points)]
     if deployment is not None:
         large, small = deployment.dense_bytes / 1e6, deployment.sparse_bytes / 1e6
-        faster = f"{deployment.dense_ms / deployment.sparse_ms:.2f} times as fast"
+        faster = f"{deployment.dense_ms / max(deployment.sparse_ms, 1e-9):.2f} times as fast"
         images = f"Time of {deployment.samples} image{'s' if deployment.samples > 1 else ''}"
         found += [
-            Figure("Size", large, small, "MB", 2, f"{100 * small / large:.0f} % of the dense size"),
+            Figure(
+                "Size", large, small, "MB", 2, f"{100 * small / max(large, 1e-9):.0f} % of the dense size"
+            ),
             Figure(images, deployment.dense_ms, deployment.sparse_ms, "ms", 1, faster),
         ]
     return found

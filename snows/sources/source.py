@@ -73,6 +73,6 @@ class Source:
                     content[name] = tuple(value) if sound and value is not None else None
                 if not sound:
                     raise ValueError(f"{name} is {value!r:.60}")
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise ValueError(f"{path} is damaged ({error})") from error
         return cls(**content)
