@@ -56,7 +56,7 @@ class Subject:
                 "deploy: expected a model with zeros in its Linear or Conv2d weights, got none; "
                 "prune it first"
             )
-        self.trace = Trace.of(self.network, self.given)
+        self.trace = Trace.of(self.network, self.given.map(torch.clone))
         self.trace.outputs = []
         folded = fold_normalisations(self.network, self.given, self.trace)
         self.edits += folded
