@@ -14,8 +14,9 @@ from snows.matching.losses import Reconstruction
 from snows.matching.metrics import Metric, OutputSensitivity
 from snows.networks.attention import open_attention, plain_forward
 from snows.networks.batches import Batch, output_tensors
+from snows.networks.pairing import paired, unpaired
 from snows.networks.stream import Schedule, Stream
-from snows.networks.trace import Trace, paired, unpaired
+from snows.networks.trace import Trace
 from snows.solving.operators import GaussNewton, Hessian
 from snows.sparsity import MaskedWeight, rows
 from snows.zoo.models import ResNet20

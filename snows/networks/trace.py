@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import weakref
 from collections import Counter, defaultdict
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -143,10 +142,6 @@ class Trace:
         fits = isinstance(module, kinds) and not has_hooks(module) and id(module) not in self.held
         return (event.module, event) if fits else None
 
-    def names(self) -> Counter[str]:
-        """Count the operations of each kind: of one function in one module call."""
-        return Counter(kind_of(event.name) for event in self.events)
-
     @property
     def _readers(self) -> dict[int, list[int]]:
         found: dict[int, list[int]] | None = self.__dict__.get("_read")
@@ -156,27 +151,6 @@ class Trace:
                 for value in dict.fromkeys(event.reads):
                     found[value].append(i)
         return found
-
-
-def kind_of(name: str) -> str:
-    """Return an operation's name without its number."""
-    path, _, function = name.rpartition(":")
-    return f"{path}:{function.partition('#')[0]}"
-
-
-def paired(one: Trace, other: Trace) -> Callable[[str], bool]:
-    """Say of an operation's name whether it means the same in two networks.
-
-    It does if both call such a function there equally often.
-    """
-    first, second = one.names(), other.names()
-    return lambda name: first[kind_of(name)] == second[kind_of(name)]
-
-
-def unpaired(one: Trace, other: Trace) -> list[str]:
-    """List the kinds of operation that two networks do not call equally often."""
-    first, second = one.names(), other.names()
-    return [kind for kind in dict.fromkeys((*first, *second)) if first[kind] != second[kind]]
 
 
 class _Tracing(Watch):
@@ -191,9 +165,8 @@ class _Tracing(Watch):
         self.owners: dict[int, list[str]] = defaultdict(list)  # value -> modules that returned it
         self.reads: list[list[str]] = [[]]  # by open module call, the modules whose outputs its own code read
         self.parameters = {id(p): name for name, p in net.named_parameters()}
-        self.inside: list[list[Any]] = [
-            [0, []]
-        ]  # by open module call: functions called, in others too; modules called
+        # by open module call: functions called, in others too; modules called
+        self.inside: list[list[Any]] = [[0, []]]
 
     # ---------------------------------------------------------------- modules
 

@@ -15,8 +15,9 @@ from snows.networks.batches import Batch, output_of, output_tensors
 from snows.networks.checks import check_model, check_numbers, check_outputs, read_batches
 from snows.networks.layers import copied, prunable
 from snows.networks.masks import Carried, give_mask, take_masks_off
+from snows.networks.pairing import paired, unpaired
 from snows.networks.stream import Schedule, Stream, keeps_state, route
-from snows.networks.trace import Trace, paired, unpaired
+from snows.networks.trace import Trace
 from snows.networks.watching import Call
 from snows.sparsity import MaskedWeight
 
