@@ -22,7 +22,8 @@ from snows.matching.losses import Matching, Objective
 from snows.matching.normalisation import recalibrate_statistics
 from snows.matching.statistics import LayerStatistics
 from snows.networks.checks import autocast_off
-from snows.networks.twins import Site, Twins
+from snows.networks.sites import Site
+from snows.networks.twins import Twins
 from snows.results.progress import Tell, shown
 from snows.results.report import LayerReport, Report
 from snows.results.run import Run

@@ -109,7 +109,7 @@ class _Follow(_Window):
             changed and own
         ):  # the layer's own output stays on the path of the gradients: the network gets the copy
             out = out.clone()
-        if not self.horizon.to_end and len(self.found) == len(self.horizon.wanted):
+        if not self.horizon.to_end and name == self.horizon.operations[-1]:
             raise Finished
         return out
 
@@ -193,18 +193,19 @@ class Horizon:
                 return name
         return ""
 
-    def outputs(self, weight: Tensor, x: Stream) -> Outputs:
+    def outputs(self, weight: Tensor, x: Stream, layer: str | None = None) -> Outputs:
         """Compute the layer's own output and those of the operations after it, for a weight in its place.
 
         Args:
             weight: the layer's shape; gradients flow to it alone.
             x: a stream advanced to the layer, through this network or through another copy of it.
+            layer: its name in that copy, where it has another one there.
 
         Returns:
             By name of the operation; the network's outputs, if they are matched, as "output 0" and so on.
         """
         net = x.schedule.net
-        watch = _Follow(net, self.name, weight, self)
+        watch = _Follow(net, layer or self.name, weight, self)
         output = None
         with frozen(net), plain_forward(), x.answering(), watch, suppress(Finished):
             output = x.batch.through(net)

@@ -13,8 +13,9 @@ from torch import Tensor
 from snows.matching.horizon import Horizon, Outputs
 from snows.matching.metrics import Metric, OutputSensitivity
 from snows.networks.layers import groups_of
+from snows.networks.sites import Pair, Site
 from snows.networks.stream import Stream
-from snows.networks.twins import Pair, Site, Twins
+from snows.networks.twins import Twins
 from snows.solving.operators import half_inner
 
 
@@ -71,9 +72,9 @@ class Objective:
 
     @cached_property
     def sensitivity(self) -> OutputSensitivity:
-        """How strongly the dense network's output depends on its operations, on a few dozen samples."""
+        """How strongly the network's output depends on its operations, on a few dozen samples."""
         twins = self.twins
-        found = OutputSensitivity(twins.dense, twins.probe, torch.Generator().manual_seed(self.seed))
+        found = OutputSensitivity(twins.reference, twins.probe, torch.Generator().manual_seed(self.seed))
         if found.note:
             twins.notes.append(
                 "The output sensitivity could not be measured, so that features are weighed by their "
@@ -125,18 +126,20 @@ class LayerLosses:
 
     def _loss(self, pair: Pair) -> Reconstruction:
         matching = self.objective.matching
-        source = (
-            pair.dense if matching.targets == "dense" and pair.calls[0] is pair.dense.call else pair.sparse
-        )
         with torch.no_grad():
-            targets = self.horizon.outputs(self.site.weight, source.on_device())
+            if matching.targets == "dense" and pair.calls[0] is pair.dense.call:
+                found = self.horizon.outputs(self.site.target, pair.dense.on_device(), self.site.source)
+                left = {name: self.objective.twins.reduction.left(name, y) for name, y in found.items()}
+                targets = {name: y for name, y in left.items() if y is not None}
+            else:
+                targets = self.horizon.outputs(self.site.weight, pair.sparse.on_device())
         if self._metrics is None:  # of the first batch that is asked for, so that all agree
             scaling: Literal["variance", "none"] = "none" if matching.metric == "none" else "variance"
-            found = (
+            known = (
                 self.objective.sensitivity.of(self.horizon.operations) if matching.metric == "output" else {}
             )
             self._metrics = {
-                name: found[name] if name in found else Metric.plain(y, scaling)
+                name: known[name] if name in known else Metric.plain(y, scaling)
                 for name, y in targets.items()
             }
         return Reconstruction(self.horizon, pair.sparse.on_device(), targets, self._metrics)
