@@ -27,7 +27,8 @@ from snows.networks.layers import copied
 from snows.networks.trace import Trace
 from snows.pruning import prune
 from snows.results import files
-from snows.results.report import Deployment, Report
+from snows.results.deployment import Deployment
+from snows.results.report import Report
 from snows.results.storage import state, write
 from snows.results.story import demo_page
 from snows.selectors import magnitude

@@ -31,6 +31,7 @@ from snows.results.story import run_page
 from snows.selectors import alps
 from snows.solving.cg import Stop
 from snows.solving.newton import Fit, Newton
+from snows.sparsity import MaskedWeight
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,8 @@ class _Walk:
     def layer(self, index: int, name: str, choice: Choice) -> LayerReport:
         """Prune one layer, or take it from the run's folder; return its line of the report."""
         weight: Tensor = self.twins.sparse.get_submodule(name).weight  # type: ignore[assignment]
-        done = self.run.finished(index, name, weight) if self.run is not None else None
+        key, like = f"{index:04d}", {"weight": weight, "mask": torch.empty_like(weight, dtype=torch.bool)}
+        done = self.run.finished(key, name, like) if self.run is not None else None
         if done is None:
             began = time.perf_counter()
             site = self.twins.at(name)
@@ -155,11 +157,12 @@ class _Walk:
                 shape, size = tuple(weight.shape), weight.numel()
                 return LayerReport(name, shape, "dense", size, "no calibration batch reaches it")
             found = self._fit(site, choice, torch.Generator().manual_seed(self.seed * 100_003 + index))
-            done = found.masked, _row(site, choice, found, self.solver, time.perf_counter() - began)
+            row = _row(site, choice, found, self.solver, time.perf_counter() - began)
+            done = found.masked._asdict(), row
             if self.run is not None:
-                self.run.keep(index, *done)
-        masked, row = done
-        self.twins.write(name, masked)
+                self.run.keep(key, *done)
+        tensors, row = done
+        self.twins.write(name, MaskedWeight(**tensors))
         self.tell.done(row)
         return row
 

@@ -143,7 +143,8 @@ def channels_first(y: Tensor, site: Site) -> Tensor:
 
 def _ridge(gram: Tensor, cross: Tensor, start: Tensor, mask: Tensor | None) -> Tensor:
     """Solve ``w (A + λ) = C + λ w₀`` on a mask: (groups, out / groups, in), float64."""
-    shift = DAMPING * gram.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(1e-30)[:, None, None]
+    mean = gram.diagonal(dim1=-2, dim2=-1).mean(-1)
+    shift = (DAMPING * torch.where(mean > 0, mean, 1.0))[:, None, None]
     right = cross + shift * start
     if mask is not None:
         return batched_cg(gram, right, rows(mask).reshape(right.shape), damping=DAMPING)

@@ -8,8 +8,9 @@ from datetime import datetime, timezone
 
 from rich.table import Table
 
+from snows.results.deployment import Deployment
 from snows.results.page import Comparison, Figure, Folded, LayerBars, page
-from snows.results.report import Deployment, Report
+from snows.results.report import Report
 
 METHODS = ("dense", "magnitude", "magnitude + statistics", "snows")
 
