@@ -44,20 +44,22 @@ class Intercept:
     origin: tuple[Tensor, Tensor] | None = None
 
     @classmethod
-    def of(cls, twins: Twins, site: Site) -> Intercept:
+    def of(cls, twins: Twins, name: str) -> Intercept:
         """Find where a layer's intercept goes in the working copy."""
-        dense: Any = twins.dense.get_submodule(site.source)
-        left = None if site.left is None else site.left.to(site.weight.device)
+        layer: Any = twins.sparse.get_submodule(name)
+        source = twins.reduction.source(name)
+        dense: Any = twins.dense.get_submodule(source)
+        left = twins.reduction.outputs.get(source)
+        left = None if left is None else left.to(layer.weight.device)
         if dense.bias is not None:
             bias = dense.bias.detach() if left is None else dense.bias.detach().index_select(0, left)
-            return cls(site.layer, bias)
-        found = twins.trace.follower(twins.trace.layers[site.name].value, (_BatchNorm,))
-        if found is None:
-            return cls(site.layer)
-        norm: Any = twins.sparse.get_submodule(found[0])
-        if norm.running_mean is None:
-            return cls(site.layer)
-        return cls(site.layer, None, norm, statistics(twins.dense.get_submodule(found[0]), left))  # type: ignore[arg-type]
+            return cls(layer, bias)
+        found = twins.trace.follower(twins.trace.layers[name].value, (_BatchNorm,))
+        norm: Any = twins.sparse.get_submodule(found[0]) if found is not None else None
+        if found is None or norm.running_mean is None:
+            return cls(layer)
+        origin: Any = twins.dense.get_submodule(found[0])
+        return cls(layer, None, norm, statistics(origin, left))
 
     @property
     def exists(self) -> bool:
@@ -81,7 +83,7 @@ class Intercept:
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors that hold it, by name; they are the network's own."""
         if self.bias is not None:
-            return {"bias": self.layer.bias}  # type: ignore[dict-item]
+            return {"bias": self.layer.bias.detach()}  # type: ignore[union-attr]
         if self.norm is not None:
             return {"mean": self.norm.running_mean, "variance": self.norm.running_var}  # type: ignore[dict-item]
         return {}
@@ -120,6 +122,16 @@ def compensate(site: Site, seen: LayerStatistics, intercept: Intercept, weights:
                 given.add(Moments.of(channels_first(moments.output(pair.calls[1], weight), site)))
         now = (rows(weight).reshape(shape).double() @ mean[:, :, None]).squeeze(-1)
         intercept.write((level - now).flatten(), wanted, given)
+
+
+def unchanged(site: Site) -> bool:
+    """Say whether a layer sees what the dense one sees, and is whole, so that there is nothing to fit."""
+    if site.left is not None or site.weight.shape != site.target.shape:
+        return False
+    if not torch.equal(site.weight, site.target):
+        return False
+    pairs = [pair.calls for pair in site.training]
+    return all(dense is not sparse and torch.equal(dense.x, sparse.x) for dense, sparse in pairs)
 
 
 def targets(seen: LayerStatistics, weight: Tensor) -> tuple[Moments, Tensor]:

@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from snows.matching.horizon import Horizon, Outputs
 from snows.matching.metrics import Metric, OutputSensitivity
@@ -65,16 +65,19 @@ class Objective:
         twins: the networks and batches.
         matching: settings.
         seed: of the noise that measures the output sensitivity.
+        net: the network whose sensitivity that is, as it is when it is first asked for; by default the dense
+            one. For a cut network it is its own: what is gone must weigh nothing.
     """
 
-    def __init__(self, twins: Twins, matching: Matching, seed: int) -> None:
+    def __init__(self, twins: Twins, matching: Matching, seed: int, net: nn.Module | None = None) -> None:
         self.twins, self.matching, self.seed = twins, matching, seed
+        self.net = twins.dense if net is None else net
 
     @cached_property
     def sensitivity(self) -> OutputSensitivity:
         """How strongly the network's output depends on its operations, on a few dozen samples."""
         twins = self.twins
-        found = OutputSensitivity(twins.reference, twins.probe, torch.Generator().manual_seed(self.seed))
+        found = OutputSensitivity(self.net, twins.probe, torch.Generator().manual_seed(self.seed))
         if found.note:
             twins.notes.append(
                 "The output sensitivity could not be measured, so that features are weighed by their "

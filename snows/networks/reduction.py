@@ -110,7 +110,7 @@ class _Marking(Watch):
         """Note what is left of an operation's output."""
         if not taken.any():
             return
-        for dim in range(taken.ndim):
+        for dim in range(1, taken.ndim):  # the first is of samples, of which another batch has more
             line = taken.movedim(dim, 0).flatten(1).any(1)
             if not line.all() and bool((taken == line.view(-1, *[1] * (taken.ndim - dim - 1))).all()):
                 self.kept[name] = dim - taken.ndim, (~line).nonzero().flatten().cpu()

@@ -36,6 +36,7 @@ class Twins:
         calls: how often each layer is called, at most, on a batch.
         order: the layers that run, in order.
         batches: the calibration batches, on the host.
+        held: the samples to judge by; None where there are too few.
         masks: of the layers that were pruned, by name.
         edits: that were made on the working copy.
         reduction: what it has left of the dense network's features.
@@ -96,6 +97,7 @@ class Twins:
     def begin_again(self) -> None:
         """Put all batches at the beginning of both networks, for another walk."""
         training, held = hold_back(self.batches)
+        self.held = held
         self._streams = [
             Pair(*(Stream(schedule, x) for schedule in self.schedules))
             for x in (*training, *([held] if held is not None else []))
@@ -126,14 +128,6 @@ class Twins:
             schedule.whole = whole
         self.order = list(self.trace.start)
         self.calls = Counter({name: self.calls[self.reduction.source(name)] for name in self.order})
-
-    @property
-    def reference(self) -> nn.Module:
-        """The network whose output sensitivity weighs a mismatch.
-
-        It is the dense one; of a cut network its own, for what is gone must weigh nothing.
-        """
-        return self.sparse if self.edits else self.dense
 
     # ---------------------------------------------------------------- checks
 
@@ -231,13 +225,20 @@ class Twins:
         left = self.reduction.outputs.get(source)
         return Site(name, layer, layer.weight.detach().clone(), source, target.detach(), left, training, held)
 
-    def write(self, name: str, masked: MaskedWeight) -> None:
-        """Put a fitted weight in its layer of the working copy, and its mask beside it."""
+    def write(self, name: str, masked: MaskedWeight, keep: bool = True) -> None:
+        """Put a fitted weight in its layer of the working copy, and its mask beside it.
+
+        Args:
+            name: of the layer.
+            masked: weight and mask.
+            keep: the mask too; else the layer keeps the one that it has, if any.
+        """
         layer: Any = self.sparse.get_submodule(name)
         with torch.no_grad():
             layer.weight.copy_(masked.weight)
-        self.masks[name] = masked.mask.to(self.device)
-        give_mask(layer, self.masks[name])
+        if keep:
+            self.masks[name] = masked.mask.to(self.device)
+            give_mask(layer, self.masks[name])
 
     def mask_unchosen(self, chosen: Iterable[str]) -> dict[str, int]:
         """Mask the layers that came with a mask of `torch.nn.utils.prune` and are not chosen.

@@ -1,0 +1,121 @@
+"""A network made smaller before the walk: units are taken out, and what stays is fitted by least squares."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
+
+import torch
+
+from snows.choosing.goals import Only
+from snows.choosing.structure import Cut, Structured, decide_cut
+from snows.matching.compensation import Intercept, compensate, unchanged
+from snows.matching.losses import Objective
+from snows.matching.mismatch import mismatch
+from snows.matching.normalisation import recalibrate_statistics
+from snows.matching.statistics import LayerStatistics
+from snows.networks.checks import shared_weights
+from snows.networks.twins import Twins
+from snows.results.progress import Tell
+from snows.results.report import LayerReport, Report
+from snows.results.run import Run
+from snows.results.structure import StageReport
+
+Result = TypeVar("Result")
+
+
+@dataclass
+class Shaping:
+    """Make the working copy smaller, stage by stage.
+
+    A stage that does not lower the loss on the samples held back is undone.
+
+    Attributes:
+        twins: the networks, and the batches in both.
+        objective: measures what an output's mismatch weighs, for low rank.
+        run: keeps what was decided, and finished layers; None for nowhere.
+        tell: says what is done.
+        recalibrate: correct BatchNorm's statistics after each walk.
+        found: what was decided.
+        stages: what each stage left of the loss.
+        left: of BatchNorms that lost channels, by name, which are left.
+    """
+
+    twins: Twins
+    objective: Objective
+    run: Run | None
+    tell: Tell
+    recalibrate: bool
+    found: Cut = field(default_factory=Cut)
+    stages: list[StageReport] = field(default_factory=list)
+    left: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def reduce(self, goal: Structured, only: Only | None, skip: Only | None) -> None:
+        """Take out what the goal asks for, and fit what stays: the intercepts alone, then the weights too."""
+        twins, stored = self.twins, self.run.decided() if self.run is not None else None
+        if stored is None:
+            self.found = decide_cut(twins, goal, only, skip, self.objective, self.tell.doing)
+            if self.run is not None:
+                self.run.decide(self.found.described())
+        else:
+            self.found = Cut.read(stored)
+        twins.notes += self.found.notes
+        self.left = self.found.left()
+        self.staged("cut", lambda: twins.apply(self.found.edits, self.found.gone(twins.dense), self.found.sources()))
+        self.staged("means", lambda: self._sweep("means", False))
+        if goal.refit:
+            self.staged("least squares", lambda: self._sweep("least-squares", True))
+
+    def reported(self, report: Report) -> Report:
+        """Add groups and stages to a report; of a network that was not cut there are none."""
+        if not self.stages:
+            return report
+        sizes = tuple(sum(p.numel() for p in net.parameters()) for net in (self.twins.dense, self.twins.sparse))
+        return replace(report, groups=self.found.groups, stages=self.stages, macs=self.found.macs, parameters=sizes)
+
+    def staged(self, name: str, work: Callable[[], Result]) -> Result:
+        """Do a stage's work, and undo it if the loss is higher than before."""
+        self.tell.doing(name)
+        began, net = time.perf_counter(), self.twins.sparse
+        before = {key: x.clone() for key, x in net.state_dict().items()} if self.stages else {}
+        result = work()
+        loss = mismatch(self.twins)
+        least = min((x.loss for x in self.stages if x.taken), default=float("inf"))
+        taken = not self.stages or loss < least
+        if not taken:
+            net.load_state_dict(before)
+        self.stages.append(StageReport(name, loss, int(taken), time.perf_counter() - began))
+        return result
+
+    def _sweep(self, stage: str, weights: bool) -> None:
+        """Fit all layers in order, each to what is left of the dense layer's output."""
+        twins, shared = self.twins, shared_weights(self.twins.sparse)
+        twins.begin_again()
+        for index, name in enumerate(twins.order):
+            if twins.calls[name] == 1 and name not in shared:
+                self._layer(f"{stage}-{index:04d}", name, weights)
+        if self.recalibrate:
+            recalibrate_statistics(twins.sparse, twins.dense, twins.batches, self.left)
+
+    def _layer(self, key: str, name: str, weights: bool) -> None:
+        """Fit one layer, or take it from the run's folder."""
+        intercept = Intercept.of(self.twins, name)
+        if not weights and not intercept.exists:
+            return
+        own = {"weight": intercept.layer.weight.detach(), **intercept.tensors()}
+        done = self.run.finished(key, name, own) if self.run is not None else None
+        if done is not None:
+            for entry, value in done[0].items():
+                own[entry].copy_(value)
+            return
+        began = time.perf_counter()
+        self.tell.doing(f"{name}: {'least squares' if weights else 'means'}")
+        site = self.twins.at(name)
+        if site.training and not unchanged(site):
+            compensate(site, LayerStatistics.of(site, self.objective.at(site).sensitivity), intercept, weights)
+        if self.run is not None:
+            size, seconds = site.weight.numel(), time.perf_counter() - began
+            row = LayerReport(name, tuple(site.weight.shape), "fitted", size, seconds=seconds)
+            self.run.keep(key, own, row)
