@@ -17,10 +17,11 @@ from snows.choosing.shares import allocate
 from snows.choosing.widths import given_units
 from snows.matching.consumers import Measured
 from snows.matching.losses import Objective
-from snows.networks.channels import Group, groups
+from snows.networks.channels import Group
 from snows.networks.edits import Edit, described
 from snows.networks.layers import prunable
-from snows.networks.taking import Take, proved
+from snows.networks.proving import groups, proved
+from snows.networks.taking import Take
 from snows.networks.twins import Twins
 from snows.results.formats import read_edit
 from snows.results.structure import GroupReport

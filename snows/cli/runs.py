@@ -52,6 +52,7 @@ def _load_run(
 ) -> tuple[nn.Module, Tensor, Source]:
     """Load a run's pruned network, a batch of its images, both on the device, and where they come from."""
     from snows import sources
+    from snows.networks.edits import Pack
     from snows.results import files
     from snows.sources.source import SOURCE, Source
 
@@ -61,7 +62,7 @@ def _load_run(
             f"{run} is not the folder of a finished run; expected {SOURCE} and model.safetensors there, from "
             "snows prune"
         )
-    if files.is_packed(weights):
+    if files.has_edits(weights, Pack):
         raise ValueError(f"{weights} is packed; expected the pruned weights as snows prune wrote them there")
     source = Source.read(run)
     for option, given, named in (("--model", model, source.model), ("--data", data, source.data)):

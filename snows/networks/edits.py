@@ -19,6 +19,7 @@ from snows.networks.absorbed import Absorbed, Remainder
 from snows.networks.attention import OpenAttention, can_open
 from snows.networks.layers import held_elsewhere, substitute
 from snows.networks.masks import mask_of
+from snows.networks.taking import taken
 from snows.packing import Packed
 from snows.sparsity import parse_pattern
 
@@ -271,7 +272,8 @@ def edits_of(net: nn.Module) -> list[Edit]:
             folded.append(Fold(module.into, name))
         elif isinstance(module, nn.Identity) and not getattr(module, "role", ""):
             folded.append(Drop(name))
-    return [*opened, *folded, *packed]
+    cut = taken(net)
+    return [*opened, *([] if cut is None else [cut]), *folded, *packed]
 
 
 def openings(net: nn.Module) -> list[Edit]:

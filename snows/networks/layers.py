@@ -13,6 +13,11 @@ from snows.networks.batches import first_line
 
 Layer: TypeAlias = nn.Linear | nn.Conv2d
 
+# An attribute of a module that units were taken out of, in builtin types alone, so that a whole network
+# pickles without snows: by "weight:0" (tensor and dimension) the size that was and the entries that stay, by
+# "num_heads" (an attribute) the number that was and the one that is.
+LEFT = "units_left"
+
 
 def prunable(model: nn.Module) -> dict[str, Layer]:
     """Return every Linear and Conv2d (and subclass), by name."""
@@ -57,7 +62,9 @@ def held_elsewhere(net: nn.Module) -> set[int]:
 
 
 def substitute(net: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Put a module in the place of another, under all its names."""
+    """Put a module in the place of another, under all its names, with what the other had left of its units."""
+    if LEFT in old.__dict__:
+        new.__dict__[LEFT] = old.__dict__[LEFT]
     for parent in list(net.modules()):
         for key, child in parent._modules.items():
             if child is old:

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from snows.networks.batches import Batch
+from snows.results.files import encoded
 from snows.results.report import LayerReport, Report
-from snows.results.storage import digest, state, write
+from snows.results.storage import digest, write
 from snows.sparsity import MaskedWeight
 
 VERSION = 2  # 1 had no digests of layers, and did not say how many threads there were
@@ -172,7 +173,7 @@ class Run:
 
     def finish(self, net: nn.Module, masks: Mapping[str, Tensor], report: Report, page: str) -> None:
         """Write the whole network, its masks, the report and its page."""
-        write(self.folder / "model.safetensors", save(state(net)))
+        write(self.folder / "model.safetensors", encoded(net))
         write(self.folder / "masks.safetensors", save({k: v.cpu().contiguous() for k, v in masks.items()}))
         write(self.folder / "report.json", report.to_json().encode())
         write(self.folder / "report.html", page.encode())
