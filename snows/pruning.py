@@ -114,7 +114,9 @@ def prune(
     with shown(progress) as tell, autocast_off(model):
         tell.doing("checking and tracing the network")
         twins = Twins(model, batches)
-        plan = Plan({}) if isinstance(pattern, Structured) else decide(twins, pattern, select, only, skip, cap)
+        plan = (
+            Plan({}) if isinstance(pattern, Structured) else decide(twins, pattern, select, only, skip, cap)
+        )
         settings = _settings(pattern, select, solver, matching, cap, recalibrate, seed, plan)
         opened = (
             Run.open(Path(out), settings, model, twins.batches, plan.starts(), resume)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
+from torch import nn
 
 from snows.choosing.goals import Only
 from snows.choosing.structure import Cut, Structured, decide_cut
@@ -16,7 +17,10 @@ from snows.matching.losses import Objective
 from snows.matching.mismatch import mismatch
 from snows.matching.normalisation import recalibrate_statistics
 from snows.matching.statistics import LayerStatistics
-from snows.networks.checks import shared_weights
+from snows.networks import proving
+from snows.networks.channels import Group
+from snows.networks.checks import check_model, read_batch, shared_weights
+from snows.networks.copies import working_copy
 from snows.networks.twins import Twins
 from snows.results.progress import Tell
 from snows.results.report import LayerReport, Report
@@ -24,6 +28,25 @@ from snows.results.run import Run
 from snows.results.structure import StageReport
 
 Result = TypeVar("Result")
+
+
+def groups(model: nn.Module, example: Any) -> list[Group]:
+    """Find the channels, heads and neurons of a network, and which of them can be taken out.
+
+    Args:
+        model: any module in evaluation mode; left as it was.
+        example: one batch, as `prune` takes them; one sample of it is used.
+
+    Returns:
+        The groups, in the order of their layers; one whose `reason` is not empty cannot lose units.
+
+    Raises:
+        ValueError: the model cannot run the example, or is none that can be pruned.
+    """
+    check_model("groups", model)
+    batch = read_batch("groups", model, example)
+    net, _ = working_copy(model)
+    return proving.groups(net, batch.to(next(net.parameters()).device))
 
 
 @dataclass
@@ -63,7 +86,9 @@ class Shaping:
             self.found = Cut.read(stored)
         twins.notes += self.found.notes
         self.left = self.found.left()
-        self.staged("cut", lambda: twins.apply(self.found.edits, self.found.gone(twins.dense), self.found.sources()))
+        self.staged(
+            "cut", lambda: twins.apply(self.found.edits, self.found.gone(twins.dense), self.found.sources())
+        )
         self.staged("means", lambda: self._sweep("means", False))
         if goal.refit:
             self.staged("least squares", lambda: self._sweep("least-squares", True))
@@ -72,8 +97,12 @@ class Shaping:
         """Add groups and stages to a report; of a network that was not cut there are none."""
         if not self.stages:
             return report
-        sizes = tuple(sum(p.numel() for p in net.parameters()) for net in (self.twins.dense, self.twins.sparse))
-        return replace(report, groups=self.found.groups, stages=self.stages, macs=self.found.macs, parameters=sizes)
+        sizes = tuple(
+            sum(p.numel() for p in net.parameters()) for net in (self.twins.dense, self.twins.sparse)
+        )
+        return replace(
+            report, groups=self.found.groups, stages=self.stages, macs=self.found.macs, parameters=sizes
+        )
 
     def staged(self, name: str, work: Callable[[], Result]) -> Result:
         """Do a stage's work, and undo it if the loss is higher than before."""
@@ -114,7 +143,9 @@ class Shaping:
         self.tell.doing(f"{name}: {'least squares' if weights else 'means'}")
         site = self.twins.at(name)
         if site.training and not unchanged(site):
-            compensate(site, LayerStatistics.of(site, self.objective.at(site).sensitivity), intercept, weights)
+            compensate(
+                site, LayerStatistics.of(site, self.objective.at(site).sensitivity), intercept, weights
+            )
         if self.run is not None:
             size, seconds = site.weight.numel(), time.perf_counter() - began
             row = LayerReport(name, tuple(site.weight.shape), "fitted", size, seconds=seconds)

@@ -58,12 +58,7 @@ class Plan:
 
 
 def decide(
-    twins: Twins,
-    pattern: PatternChoice,
-    select: Choosing,
-    only: Only | None,
-    skip: Only | None,
-    cap: float,
+    twins: Twins, pattern: PatternChoice, select: Choosing, only: Only | None, skip: Only | None, cap: float
 ) -> Plan:
     """Decide which layers are pruned, and how.
 

@@ -72,7 +72,9 @@ class Structured:
         if self.of not in ("macs", "params", "bytes"):
             raise ValueError(f"Structured: expected of to be macs, params or bytes, got {self.of!r}")
         if isinstance(self.using, str) or not self.using or not set(self.using) <= set(ALL):
-            raise ValueError(f"Structured: expected using to name some of {', '.join(ALL)}, got {self.using!r}")
+            raise ValueError(
+                f"Structured: expected using to name some of {', '.join(ALL)}, got {self.using!r}"
+            )
         if not (type(self.multiple) is int and self.multiple >= 1 and 0 <= self.floor < 1):
             raise ValueError(
                 "Structured: expected a multiple of at least 1 and a floor from 0 to below 1, got "
@@ -105,9 +107,10 @@ class Cut:
     @classmethod
     def read(cls, content: Mapping[str, Any]) -> Cut:
         """Read what `described` wrote."""
-        nan = float("nan")
+        nan: Any = float("nan")
         rows = [
-            GroupReport(**{key: nan if x is None else x for key, x in row.items()}) for row in content["groups"]
+            GroupReport(**{key: nan if x is None else x for key, x in row.items()})
+            for row in content["groups"]
         ]
         before, after = content["macs"]
         return cls([read_edit(x) for x in content["edits"]], rows, (before, after), list(content["notes"]))
@@ -134,7 +137,7 @@ class Cut:
         return found
 
     def sources(self) -> dict[str, str]:
-        """Return by layer of the smaller network the dense one's in whose place it stands, if it has another name."""
+        """Return, of layers with another name than in the dense network, whose place they have."""
         return {}
 
 
@@ -183,14 +186,12 @@ def decide_cut(
         name: len(units) for name, units in kept.items() if name not in declined
     }
     rows = [_row(x, stays[x.name], lost.get(x.name)) for x in found]
-    macs = tuple(round(costs.total("macs", x)) for x in ({}, {x.name: stays[x.name] for x in free}))
+    before, after = (round(costs.total("macs", x)) for x in ({}, {x.name: stays[x.name] for x in free}))
     notes = [f"{x.name} stays whole: {x.reason}." for x in declined.values()]
-    return Cut([take], rows, macs, notes)
+    return Cut([take], rows, (before, after), notes)
 
 
-def _allowed(
-    group: Group, net: nn.Module, goal: Structured, only: Only | None, skip: Only | None
-) -> Group:
+def _allowed(group: Group, net: nn.Module, goal: Structured, only: Only | None, skip: Only | None) -> Group:
     """Return a group with the reason why its units are not asked for, if they are not."""
     if group.reason:
         return group

@@ -109,6 +109,7 @@ def deploy(
     import torch
 
     import snows
+    from snows.results import files
 
     path = out or run / "packed.safetensors"
     _not_its_own(run, path)
@@ -118,7 +119,7 @@ def deploy(
     )
     found = deployed.report
     show(found)
-    if all(row.reason for row in found.layers):
+    if all(row.reason for row in found.layers) and not files.has_edits(run / "model.safetensors"):
         raise ValueError(
             "deploy: no layer is packed, so there is nothing to write; --objective size packs whatever gets "
             "smaller"

@@ -19,7 +19,7 @@ from snows.networks.absorbed import Absorbed, Remainder
 from snows.networks.attention import OpenAttention, can_open
 from snows.networks.layers import held_elsewhere, substitute
 from snows.networks.masks import mask_of
-from snows.networks.taking import taken
+from snows.networks.taking import Take, taken
 from snows.packing import Packed
 from snows.sparsity import parse_pattern
 
@@ -29,6 +29,7 @@ CONVOLUTION = (
     "dilation",
     "padding_mode",
 )  # a convolution's settings, as they stand in a file
+SMALLER = (Take,)  # edits after which a network has other weights than its architecture says
 Tensors: TypeAlias = dict[str, Tensor]
 
 

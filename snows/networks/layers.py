@@ -62,7 +62,7 @@ def held_elsewhere(net: nn.Module) -> set[int]:
 
 
 def substitute(net: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Put a module in the place of another, under all its names, with what the other had left of its units."""
+    """Put a module in the place of another, under all its names; what that had left of its units is noted."""
     if LEFT in old.__dict__:
         new.__dict__[LEFT] = old.__dict__[LEFT]
     for parent in list(net.modules()):

@@ -28,7 +28,9 @@ from snows.networks.watching import Call, Watch
 TOLERANCE = 1e-5  # of an output's largest entry
 TRIES = 40  # sets of attributes that are tried for one group
 
-Features = dict[str, list[tuple[int, Tensor]]]  # by layer, the dimension of its channels and each call's output
+Features = dict[
+    str, list[tuple[int, Tensor]]
+]  # by layer, the dimension of its channels and each call's output
 
 
 def groups(net: nn.Module, batch: Batch) -> list[Group]:
@@ -97,12 +99,10 @@ class Proof:
             self.net = net
 
     def alone(self, group: Group) -> Group:
-        """Prove a group by an irregular half of its units; return it with the attributes that follow, or a reason."""
+        """Prove a group by an irregular half of its units: return it with what follows, or a reason."""
         if group.units < 2:
             return replace(group, reason="it is one unit")
-        generator = torch.Generator().manual_seed(group.units)
-        half = torch.randperm(group.units, generator=generator)[: (group.units + 1) // 2].sort().values
-        why = ""
+        half, why = _half(group.units), ""
         for follows in itertools.islice(self._attributes(group), TRIES):
             tried = replace(group, follows=follows)
             fault = self.fault([tried], {group.name: half})
@@ -136,17 +136,31 @@ class Proof:
 
     def _attributes(self, group: Group) -> Iterator[tuple[Follow, ...]]:
         """List sets of attributes that may hold the group's width, the likeliest first."""
-        sizes = {group.units} | {x.numel() for x in group.rows.values()} | {x.numel() for x in group.columns.values()}
+        sizes = (
+            {group.units}
+            | {x.numel() for x in group.rows.values()}
+            | {x.numel() for x in group.columns.values()}
+        )
         owners = [*group.rows, *group.columns, *(name.rpartition(".")[0] for name, _ in group.entries)]
         sizes |= {len(self.net.get_submodule(name).weight) for name in group.rows}  # type: ignore[arg-type]
         parents = [name.rpartition(".")[0] for name in owners]
         above = [name.rpartition(".")[0] for name in parents]
         near, *others = (
-            list(_holders(self.net, dict.fromkeys(names), sizes, group.units)) for names in (parents, owners, above)
+            list(_holders(self.net, dict.fromkeys(names), sizes, group.units))
+            for names in (parents, owners, above)
         )
         every = [*dict.fromkeys(itertools.chain(near, *others))]
         pairs = itertools.combinations(every, 2)
         yield from dict.fromkeys([(), tuple(near), *((x,) for x in every), *pairs, tuple(every)])
+
+
+def _half(units: int) -> Tensor:
+    """Draw half of the units, so that the other way round they are others."""
+    generator, mirrored = torch.Generator().manual_seed(units), True
+    while mirrored:
+        half = torch.randperm(units, generator=generator)[: (units + 1) // 2].sort().values
+        mirrored = torch.equal(half, (units - 1 - half).flip(0))
+    return half
 
 
 def _holders(net: nn.Module, names: Mapping[str, None], sizes: set[int], units: int) -> Iterator[Follow]:
@@ -166,7 +180,9 @@ def _apart(a: Tensor, b: Tensor) -> str:
     if a.shape != b.shape:
         return f"is {tuple(b.shape)} where the masked network's is {tuple(a.shape)}"
     error = difference([a], [b])
-    return f"differs from the masked network's by {error:.2g} of its largest entry" if error > TOLERANCE else ""
+    return (
+        f"differs from the masked network's by {error:.2g} of its largest entry" if error > TOLERANCE else ""
+    )
 
 
 # ---------------------------------------------------------------- the networks that are compared

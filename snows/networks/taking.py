@@ -15,6 +15,7 @@ from snows.networks.channels import Group
 from snows.networks.layers import LEFT, groups_of
 from snows.networks.masks import MASK
 
+
 @dataclass(frozen=True)
 class Selection:
     """Say which entries of some tensors stay, along one dimension each.
@@ -99,7 +100,9 @@ class Take:
                 found = _tensor(net, tensor)
                 if found is None or found.ndim <= dim or found.shape[dim] != entry.size:
                     what = "no such tensor" if found is None else f"one of {tuple(found.shape)}"
-                    raise ValueError(f"expected {tensor} to have {entry.size} entries in dimension {dim}, got {what}")
+                    raise ValueError(
+                        f"expected {tensor} to have {entry.size} entries in dimension {dim}, got {what}"
+                    )
         for name, attribute, before, _ in self.sizes:
             try:
                 value = _size(getattr(net.get_submodule(name), attribute))
@@ -204,15 +207,15 @@ def take(net: nn.Module, groups: Iterable[Group], kept: Mapping[str, Tensor]) ->
                 raise ValueError(f"{follow.module}.{follow.attribute} would have to hold two widths")
     for (tensor, dim), stay in stays.items():
         name, _, key = tensor.rpartition(".")
-        module, left = net.get_submodule(name), int(stay.sum())
+        module, number = net.get_submodule(name), int(stay.sum())
         counts = "num_groups" if isinstance(module, nn.GroupNorm) else "groups"
         count: int = getattr(module, counts, 1) if isinstance(module, nn.GroupNorm | _ConvNd) else 1
         if key == "weight" and dim == 0 and count > 1:
-            if count * left % len(stay):
+            if count * number % len(stay):
                 raise ValueError(f"{name} would not keep whole groups of its {count}")
-            sizes[name, counts] = count, count * left // len(stay)
-    entries = {x: (len(stay), tuple(stay.nonzero().flatten().tolist())) for x, stay in stays.items()}
-    return Take.of(entries, ((*where, *values) for where, values in sizes.items()))
+            sizes[name, counts] = count, count * number // len(stay)
+    left = {x: (len(stay), tuple(stay.nonzero().flatten().tolist())) for x, stay in stays.items()}
+    return Take.of(left, ((*where, *values) for where, values in sizes.items()))
 
 
 def _entries(net: nn.Module, group: Group) -> Iterator[tuple[str, int, Tensor]]:

@@ -97,8 +97,13 @@ class Deployment(Record):
     def summary(self) -> str:
         """Say in a sentence what came of it."""
         packed = sum(not x.reason for x in self.layers)
+        zeros = (
+            f"{packed} of {len(self.layers)} layers with zeros are packed"
+            if self.layers
+            else "no layer has zeros"
+        )
         return (
-            f"{packed} of {len(self.layers)} layers with zeros are packed; {self.dense_ms:.2f} ms dense, "
+            f"{zeros}; {self.dense_ms:.2f} ms {'dense' if self.layers else 'before'}, "
             f"{self.sparse_ms:.2f} ms now ({_quotient(self.dense_ms, self.sparse_ms):.2f} times as fast, "
             f"{_quotient(1e3 * self.samples, self.sparse_ms):.0f} images/s; {self.samples} at a time on "
             f"{self.device}); {self.sparse_bytes / 1e6:.2f} of {self.dense_bytes / 1e6:.2f} MB, "

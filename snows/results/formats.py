@@ -117,7 +117,7 @@ def _selection(entry: Any) -> Selection:
     size, left, tensors = entry["size"], entry["left"], entry["tensors"]
     if not isinstance(left, list) or not left or not all(type(n) is int for n in (size, *left)):
         raise ValueError(f"a selection keeps {left!r:.60} of {size!r:.20}")
-    if not (0 <= left[0] and left[-1] < size and all(a < b for a, b in zip(left, left[1:], strict=False))):
+    if left != sorted(set(left)) or left[0] < 0 or left[-1] >= size:
         raise ValueError(f"a selection keeps {left!r:.60} of {size}")
     if not isinstance(tensors, list) or not all(
         isinstance(x, list) and len(x) == 2 and isinstance(x[0], str) and x[1] in range(8) for x in tensors

@@ -59,11 +59,13 @@ def group_table(groups: Sequence[GroupReport]) -> Table:
     table.add_column("kind")
     for heading in ("units", "kept", "predicted loss"):
         table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("", overflow="fold")
+    if any(x.reason or x.error == x.error for x in groups):
+        table.add_column("", overflow="fold")
     for x in groups:
         predicted = f"{x.predicted:.3g}" if x.predicted == x.predicted else ""
         error = f"standard error {100 * x.error:.0f} %" if x.error == x.error else ""
-        add_row(table, x.name, x.kind, str(x.units), str(x.kept), predicted, x.reason or error)
+        cells = (x.name, x.kind, str(x.units), str(x.kept), predicted, x.reason or error)
+        add_row(table, *cells[: len(table.columns)])
     return table
 
 
@@ -73,7 +75,9 @@ def stage_table(stages: Sequence[StageReport]) -> Table:
     table.add_column("stage")
     for heading in ("held-back loss", "seconds"):
         table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("")
+    if not all(x.taken for x in stages):
+        table.add_column("")
     for x in stages:
-        add_row(table, x.name, f"{x.loss:.4g}", f"{x.seconds:.1f}", "" if x.taken else "not taken")
+        cells = (x.name, f"{x.loss:.4g}", f"{x.seconds:.1f}", "not taken")
+        add_row(table, *cells[: 3 + (not x.taken)])
     return table
