@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Literal, NamedTuple
 
@@ -23,14 +23,14 @@ class Term(NamedTuple):
     """Describe one weight, buffer or product, and how it shrinks.
 
     At given widths each factor is ``1 - Σ (1 - table[width])`` over its groups, which are parts of one
-    dimension; factors multiply.
+    dimension; factors multiply. A width that is not given is the last of its table.
 
     Attributes:
         name: of the parameter, the buffer or the call.
         macs: multiplications with an addition, per sample.
         params: numbers that were trained.
         bytes: in memory.
-        factors: of its dimensions; each table is float64 of (units + 1,), and 1 at the end.
+        factors: of its dimensions; each table is float64 of (units + 1,).
     """
 
     name: str
@@ -52,7 +52,9 @@ class Costs:
         self.terms, self.full = tuple(terms), dict(full)
 
     @classmethod
-    def of(cls, net: nn.Module, batch: Batch, groups: Sequence[Group]) -> Costs:
+    def of(
+        cls, net: nn.Module, batch: Batch, groups: Sequence[Group], ranks: Mapping[str, int] | None = None
+    ) -> Costs:
         """Count a network's weights, buffers and multiplications, those of attention too.
 
         Args:
@@ -60,30 +62,28 @@ class Costs:
             batch: of any number of samples; one of them is run once, and once more for each group where the
                 network multiplies activations with each other.
             groups: those that have a reason to stay do not count as widths.
+            ranks: by name of a layer that may become two thin ones, its full rank. The rank between them is a
+                width too, named as `rank_of` says; at the full rank the layer is one.
 
         Raises:
             ValueError: the network cannot run the batch.
         """
-        groups = [x for x in groups if not x.reason]
+        groups, ranks = [x for x in groups if not x.reason], ranks or {}
         one = batch.split(1)[0].to(next(net.parameters()).device)
         counts, samples = products.count(net, one), one.samples()
         parts = _parts(net, groups)
         tensors = dict(net.named_parameters()) | dict(net.named_buffers())
         trained = dict(net.named_parameters())
         weights = dict(counts.weights)
-        terms = [
-            Term(
-                name,
-                weights.pop(name, 0) / samples,
-                x.numel() if name in trained else 0,
-                x.numel() * x.element_size(),
-                tuple(
-                    {group.name: _table(group.units, share) for group, share in shares}
-                    for shares in parts.get(id(x), {}).values()
-                ),
-            )
-            for name, x in tensors.items()
-        ]
+        terms: list[Term] = []
+        for name, x in tensors.items():
+            sizes = weights.pop(name, 0) / samples, x.numel() if name in trained else 0, x.nbytes
+            dims = {
+                dim: {group.name: _table(group.units, share) for group, share in shares}
+                for dim, shares in parts.get(id(x), {}).items()
+            }
+            whole, layer = Term(name, *sizes, tuple(dims.values())), name.removesuffix(".weight")
+            terms += _thin(whole, layer, x, dims, ranks[layer]) if layer in ranks else [whole]
         terms += [Term(name, macs / samples) for name, macs in weights.items()]
         factors = defaultdict[tuple[str, int], list[Factor]](list)
         for group in groups if counts.products else ():
@@ -95,7 +95,8 @@ class Costs:
             Term(name, macs / samples, factors=tuple(factors[name, i]))
             for (name, i), macs in counts.products.items()
         ]
-        return cls(terms, {group.name: group.units for group in groups})
+        full = {group.name: group.units for group in groups} | {rank_of(x): r for x, r in ranks.items()}
+        return cls(terms, full)
 
     def total(self, of: Of, widths: Mapping[str, int] | None = None) -> float:
         """Return what the network costs at these widths; a group that is not named keeps all units."""
@@ -133,7 +134,7 @@ class Costs:
         for term in terms:
             value: Tensor | float = getattr(term, of)
             for factor in term.factors if value else ():
-                gone = [1 - x[widths[name]] for name, x in factor.items() if name in widths]
+                gone = [1 - x[widths.get(name, -1)] for name, x in factor.items()]
                 value = value * (1 - sum(gone))
             total = total + value
         return total
@@ -161,6 +162,23 @@ def _parts(net: nn.Module, groups: Sequence[Group]) -> dict[int, dict[int, list[
         for (tensor, dim), share in sizes.items():
             found[tensor][dim].append((group, share))
     return found
+
+
+def rank_of(layer: str) -> str:
+    """Name the width that is the rank of a layer."""
+    return f"rank of {layer}"
+
+
+def _thin(whole: Term, layer: str, weight: Tensor, dims: Mapping[int, Factor], full: int) -> Iterator[Term]:
+    """Describe a weight that may become two thin ones: as it is at the full rank, else the two."""
+    rank = torch.arange(full + 1, dtype=torch.float64) / full
+    rank[full] = 0
+    dense = (torch.arange(full + 1) == full).double()
+    yield whole._replace(factors=(*whole.factors, {rank_of(layer): dense}))
+    for dim, size in ((1, len(weight)), (0, weight[0].numel())):
+        sizes = (x * full / size for x in (whole.macs, whole.params, whole.bytes))
+        sides = [dims[dim]] if dim in dims else []
+        yield Term(whole.name, *sizes, (*sides, {rank_of(layer): rank}))
 
 
 def _table(units: int, share: float) -> Tensor:
