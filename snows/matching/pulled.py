@@ -15,7 +15,6 @@ from snows.networks.attention import plain_forward
 from snows.networks.batches import Batch, first_line, output_tensors
 from snows.networks.watching import Call, Watch
 
-
 Watched = TypeVar("Watched", bound=Watch)
 
 
@@ -155,5 +154,6 @@ def _runs() -> Iterator[Run]:
 
 
 def _noise(y: Tensor, generator: torch.Generator) -> Tensor:
-    signs: Tensor = torch.randint(0, 2, y.shape, generator=generator).to(y) * 2 - 1
-    return signs / (y.numel() * variance(y)) ** 0.5
+    signs = torch.randint(0, 2, y.shape, generator=generator).to(y) * 2 - 1
+    scale: float = (y.numel() * variance(y)) ** 0.5
+    return signs / scale
