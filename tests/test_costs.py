@@ -270,6 +270,26 @@ def test_a_group_that_has_a_reason_to_stay_is_no_width():
     assert costs.total("macs", {"one": 1}) == costs.total("macs")
 
 
+class Convolutions(nn.Module):
+    """Convolutions that are no layers to prune."""
+
+    def __init__(self):
+        super().__init__()
+        self.one = nn.Conv1d(4, 6, 3, stride=2, groups=2)
+        self.up = nn.ConvTranspose2d(3, 4, 3, stride=2, groups=1)
+        self.three, self.deep = nn.Conv3d(1, 2, 2), nn.ConvTranspose3d(2, 4, 2, groups=2)
+
+    def forward(self, x):
+        x = self.up(x)
+        return self.one(x.flatten(2)).mean() + self.deep(self.three(x[:, None])).mean()
+
+
+def test_other_convolutions_are_counted():
+    net, x = Convolutions().eval(), torch.randn(2, 3, 5, 4)
+    costs = Costs.of(net, Batch.of(x), [])
+    assert tuple(costs.total(of) for of in ("macs", "params", "bytes")) == counted(net, x)
+
+
 class Picky(nn.Module):
     """Refuses NaN."""
 
