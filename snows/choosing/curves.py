@@ -37,16 +37,22 @@ class Curve(NamedTuple):
         Raises:
             ValueError: there is not one score a unit, or one is negative or not finite.
         """
+        if not isinstance(scores, Tensor) or scores.shape != (group.units,):
+            got = f"shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
+            raise ValueError(_expected(group, got))
         scores = scores.detach().double().cpu()
-        if scores.shape != (group.units,) or not bool((scores >= 0).all() and scores.isfinite().all()):
-            raise ValueError(
-                f"{group.name}: expected one finite score of at least 0 for each of {group.units} units, got "
-                f"{tuple(scores.shape)} from {float(scores.min()) if scores.numel() else 0:g} to "
-                f"{float(scores.max()) if scores.numel() else 0:g}; return scores of shape (group.units,)"
-            )
+        if not bool(((scores >= 0) & scores.isfinite()).all()):
+            raise ValueError(_expected(group, f"{float(scores.min()):g} to {float(scores.max()):g}"))
         order = scores.argsort(stable=True)
         return cls(order, torch.cat([scores.new_zeros(1), scores[order].cumsum(0)]), error)
 
     def kept(self, width: int) -> Tensor:
         """Return the numbers of the units that stay when `width` of them do, in ascending order."""
         return self.order[len(self.order) - width :].sort().values
+
+
+def _expected(group: Group, got: str) -> str:
+    return (
+        f"{group.name}: expected one finite score of at least 0 for each of {group.units} units, got {got}; "
+        "return a tensor of shape (group.units,)"
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import reduce
 from itertools import cycle, islice
 from typing import Literal, TypeAlias
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from snows.choosing.compensated import compensated
 from snows.choosing.curves import Curve
 from snows.matching.consumers import Measured, readers
-from snows.matching.pulled import gate_derivatives, weight_gradients
+from snows.matching.pulled import by_sample, gate_derivatives, weight_gradients
 from snows.networks.batches import Batch
 from snows.networks.channels import Group
 from snows.networks.layers import groups_of
@@ -45,7 +46,7 @@ def curves(order: Order, measured: Measured, groups: Sequence[Group]) -> dict[st
         raise ValueError(
             f"order: expected one of {', '.join(ORDERS)} or a function of a group, got {order!r}"
         )
-    return ORDERS[order](measured, groups)
+    return ORDERS[order](measured, groups) if groups else {}
 
 
 def magnitude(measured: Measured, groups: Sequence[Group]) -> dict[str, Curve]:
@@ -65,9 +66,9 @@ def magnitude(measured: Measured, groups: Sequence[Group]) -> dict[str, Curve]:
         for name in readers(group, measured.layers):
             layer, entries = measured.layers[name], group.columns[name]
             weight = layer.weight.detach().double().cpu()
-            parts = weight.unflatten(0, (groups_of(layer), -1)).flatten(3)
+            parts = weight.view(groups_of(layer), -1, weight.shape[1], weight[0, 0].numel())
             energy += parts.square().sum((1, 3)).flatten()[entries].sum(1)
-            size += entries.shape[1] * weight.numel() // parts.shape[0] // parts.shape[2]
+            size += entries.shape[1] * parts[0, :, 0].numel()
         found[group.name] = Curve.of_scores(group, (energy / size).sqrt())
     return found
 
@@ -142,7 +143,7 @@ def fisher(
                 parts = [
                     gates[x][:, group.columns[x]].sum(-1) for x in reading[group.name] if x in gates
                 ]  # each (samples, units)
-                derivative = sum(parts[1:], parts[0]) if parts else torch.zeros(1, group.units)
+                derivative = reduce(by_sample, parts) if parts else torch.zeros(1, group.units)
                 found[group.name] = derivative.double().square().sum(0)
             yield found
 

@@ -15,11 +15,10 @@ from torch import Tensor
 
 from snows.choosing.costs import Costs, Of
 from snows.choosing.curves import Curve
-from snows.choosing.exchanges import exchanged
+from snows.choosing.exchanges import EQUAL, Division, exchanged, settled
 from snows.choosing.widths import Widths
 from snows.networks.channels import Group
 
-EQUAL = 1e-9  # of a number: what rounding leaves between two that are the same
 WORDS = {"macs": "MACs", "params": "parameters", "bytes": "bytes"}
 
 
@@ -66,9 +65,8 @@ def allocate(
 def divide(options: Sequence[Widths], costs: Costs, share: float, of: Of) -> dict[str, int]:
     """Divide a share of a cost over widths so that the predicted loss is least.
 
-    From all widths as they are, always the step with the least loss per cost saved is taken, to any narrower
-    width, so that a curve that is not convex is followed along its lower hull. What the last step saves too
-    much is given back, and exchanged between widths while that helps.
+    From all widths as they are, always the step with the least loss per cost saved is taken. What the last
+    step saves too much is given back, and exchanged between widths while that helps.
 
     Args:
         options: what may become narrower, and to what.
@@ -82,34 +80,8 @@ def divide(options: Sequence[Widths], costs: Costs, share: float, of: Of) -> dic
     Raises:
         ValueError: the share is out of range, or the least widths leave more than it.
     """
-    limit = _limit(options, costs, share, of)
-    widths = {x.name: int(x.allowed[0]) for x in options}
-    at = dict.fromkeys(widths, 0)
-    steps: dict[str, tuple[float, int]] = {}
-    total = costs.total(of, widths)
-    while total > limit:
-        for option in options:
-            if option.name not in steps:
-                steps[option.name] = _step(option, at[option.name], costs, widths, of)
-        name = min(steps, key=lambda x: steps[x][0])
-        option = next(x for x in options if x.name == name)
-        at[name] = steps[name][1]
-        widths[name] = int(option.allowed[at[name]])
-        total = costs.total(of, widths)
-        for other in costs.beside(name):
-            steps.pop(other, None)
-    return exchanged(options, costs, widths, limit, of)
-
-
-def _step(option: Widths, at: int, costs: Costs, widths: Mapping[str, int], of: Of) -> tuple[float, int]:
-    """Return the least loss per cost saved of all steps from a width, and where that step ends."""
-    to = option.allowed[at + 1 :]
-    saved = costs.saved(of, widths, option.name, to)
-    rates = torch.where(saved > 0, (option.loss[at + 1 :] - option.loss[at]) / saved, torch.inf)
-    if not len(to) or not bool(rates.isfinite().any()):
-        return math.inf, at
-    best = float(rates.min())
-    return best, at + 1 + int((rates <= best * (1 + EQUAL)).nonzero()[0])
+    whole = Division(options, costs, _limit(options, costs, share, of), of)
+    return exchanged(settled(whole)).widths
 
 
 def even(options: Sequence[Widths], costs: Costs, share: float, of: Of) -> dict[str, int]:

@@ -15,7 +15,6 @@ from snows.networks.attention import plain_forward
 from snows.networks.batches import Batch, first_line, output_tensors
 from snows.networks.watching import Call, Watch
 
-
 Watched = TypeVar("Watched", bound=Watch)
 
 
@@ -98,7 +97,8 @@ class _Gates(Watch):
 
     def layer(self, name: str, call: Call, args: Any, kwargs: Any) -> Any:
         if name in self.names:
-            x = call.x.view_as(call.x) if call.x.requires_grad else call.x.detach().requires_grad_()
+            # a copy, for the network may change its own later
+            x = call.x.clone() if call.x.requires_grad else call.x.detach().clone().requires_grad_()
             x.register_hook(partial(self.add, name, x.detach(), -3 if call.kernel else -1))
             args, kwargs = _replaced(args, kwargs, 0, "input", x)
         return self.run(call.function, args, kwargs)
@@ -111,7 +111,14 @@ class _Gates(Watch):
         product = (x * g).movedim(channel, -1)
         samples = self.samples if len(product) % self.samples == 0 else 1
         found = product.reshape(samples, -1, product.shape[-1]).sum(1)
-        self.sums[name] = self.sums.get(name, 0) + found
+        self.sums[name] = by_sample(self.sums[name], found) if name in self.sums else found
+
+
+def by_sample(one: Tensor, other: Tensor) -> Tensor:
+    """Add what is known of each sample, (samples, any), or of all samples together where one has one row."""
+    if len(one) != len(other):
+        one, other = one.sum(0, keepdim=True), other.sum(0, keepdim=True)
+    return one + other
 
 
 def _replaced(args: Any, kwargs: Any, place: int, name: str, value: Tensor) -> tuple[Any, Any]:
@@ -133,6 +140,8 @@ def _pulled(
                 with watch:
                     output = batch.through(net)
                 ends = [y for y in output_tensors(output) if y.requires_grad]
+                if not ends:
+                    raise RuntimeError("an output that depends on no layer of these by a derivative")
                 torch.autograd.backward(ends, [_noise(y.detach(), generator) for y in ends])
             return watch
         except (RuntimeError, NotImplementedError) as error:
@@ -155,5 +164,6 @@ def _runs() -> Iterator[Run]:
 
 
 def _noise(y: Tensor, generator: torch.Generator) -> Tensor:
-    signs: Tensor = torch.randint(0, 2, y.shape, generator=generator).to(y) * 2 - 1
-    return signs / (y.numel() * variance(y)) ** 0.5
+    signs = torch.randint(0, 2, y.shape, generator=generator).to(y) * 2 - 1
+    scale: float = (y.numel() * variance(y)) ** 0.5
+    return signs / scale

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +32,7 @@ class Known:
         product: of a function that multiplies matrices, its products: called with a `times` and the
             function's own arguments, it calls `times` with an equation of `torch.einsum` and two operands for
             each, and returns what the last call did; None where the function is called in a way not known.
+        multiplies: of another convolution, which of its tensors' numbers meet a slice ``weight[0]`` each.
     """
 
     counted: bool = False
@@ -39,6 +40,7 @@ class Known:
     arguments: tuple[str, ...] = ()
     absorbed: bool = False
     product: Callable[..., Tensor | None] | None = None
+    multiplies: Literal["", "input", "output"] = ""
 
 
 def _matmul(times: Times, *args: Any, **kwargs: Any) -> Tensor:
@@ -76,7 +78,8 @@ def _attention(
     return _matmul(times, _matmul(times, query, key.mT), value)
 
 
-_CONVOLUTIONS = (F.conv1d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d, F.group_norm)
+_CONVOLUTIONS = (F.conv1d, F.conv3d)
+_TRANSPOSED = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
 _LAST = (F.bilinear, F.layer_norm, F.rms_norm, F.multi_head_attention_forward)
 _PRODUCTS = (
     torch.matmul,
@@ -140,7 +143,9 @@ FUNCTIONS: dict[Function, Known] = {
     F.instance_norm: Known(channel=1),
     F.relu: Known(counted=True, absorbed=True),
     F.gelu: Known(counted=True, absorbed=True),
-    **dict.fromkeys(_CONVOLUTIONS, Known(counted=True, channel=1)),
+    F.group_norm: Known(counted=True, channel=1),
+    **dict.fromkeys(_CONVOLUTIONS, Known(counted=True, channel=1, multiplies="output")),
+    **dict.fromkeys(_TRANSPOSED, Known(counted=True, channel=1, multiplies="input")),
     **dict.fromkeys(_LAST, Known(counted=True, channel=-1)),
     **dict.fromkeys(_ACTIVATIONS, Known(counted=True)),
     F.scaled_dot_product_attention: Known(counted=True, channel=-1, product=_attention),

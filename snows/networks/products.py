@@ -22,8 +22,8 @@ class Counts(NamedTuple):
     """Hold how many multiplications with an addition one pass makes.
 
     Attributes:
-        weights: of layers, and of other parameters that a linear or a 2-D convolution is called with, by the
-            parameter's name; of tensors that are none, by the call's name.
+        weights: of layers, and of other parameters that a linear function or a convolution is called with,
+            by the parameter's name; of tensors that are none, by the call's name.
         products: of activations with each other, by the call's name and, where a function makes several
             products, their number.
     """
@@ -63,6 +63,10 @@ class _Counting(Watch):
             weight, name = bound["weight"], self.frame.operation(func)
             size = output.numel() * math.prod(weight.shape[1:])
             self.weights[self.names.get(id(weight), name)] += size
+        elif side := known(func).multiplies:
+            x, weight = (*args, *kwargs.values())[:2]
+            size = (x if side == "input" else output).numel() * weight[0].numel()
+            self.weights[self.names.get(id(weight), self.frame.operation(func))] += size
         elif product := known(func).product:
             name, sizes = self.frame.operation(func), list[int]()
 
