@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from snows.networks.batches import Batch
-from snows.networks.coding import links
-from snows.networks.layers import prunable
-from snows.networks.tainting import Source, Tainting
+from snows.networks.coding import Link, links
+from snows.networks.layers import groups_of, prunable
+from snows.networks.tainting import Tainting
 from snows.networks.ties import Axis, Ties, Unit, inputs_of, outputs_of
 
 Kind = Literal["channels", "heads", "neurons"]
@@ -97,19 +97,15 @@ def groups(net: nn.Module, batch: Batch) -> list[Group]:
         if count > 1:  # a grouped convolution loses whole groups
             for part in zip(ties.parts(rows, count), ties.parts(columns, count), strict=True):
                 ties.join((*part[0], *part[1]))
+        if tainting.read_outside(layer):
+            for axis in (rows, columns):
+                reason = f"the weight of {layer} is read outside of its calls"
+                ties.refuse(tainting.nodes.numbers[axis], reason)
         source = tainting.from_layer(layer)
         ties.link(rows, links(source.size, source.everything, source.reach))
-    for layer in tainting.groups:
-        if tainting.read_outside(layer):
-            for axis in (outputs_of(layer), inputs_of(layer)):
-                ties.refuse(
-                    tainting.nodes.numbers[axis], f"the weight of {layer} is read outside of its calls"
-                )
     live = ties.removable([outputs_of(layer) for layer in tainting.groups])
     for axes in _other_axes(tainting):
-        source = tainting.from_tensors(axes)
-        if (source.everything & live).any():
-            _tie_tensors(ties, axes, source)
+        _tie_tensors(tainting, ties, axes, live)
     layers = dict.fromkeys(tainting.groups)
     for layer, other in tainting.shared():
         layers[other] = None
@@ -135,17 +131,28 @@ def _other_axes(tainting: Tainting) -> Iterator[list[Axis]]:
         yield together[key]
 
 
-def _tie_tensors(ties: Ties, axes: list[Axis], source: Source) -> None:
-    """Tie tensors' entries to what they reach, unless some entry reaches all that they all do.
+def _tie_tensors(tainting: Tainting, ties: Ties, axes: list[Axis], live: Tensor) -> None:
+    """Tie tensors' entries to what they reach, if that is of units that may go.
 
-    Such a dimension is not that of a width: a position, for example.
+    A dimension of which some entry reaches all that they all do is not that of a width: a position, for
+    example. What no entry seems to read is asked again with outputs of layers turned round, because an
+    activation such as PReLU reads its weight where its input is negative.
     """
-    found = links(source.size, source.everything, source.reach)
-    if any(len(link.nodes) == int(source.everything.sum()) for link in found):
-        return
-    for pair in zip(*(ties.nodes.add(axis, source.size) for axis in axes), strict=True):
-        ties.join(pair)
-    ties.link(axes[0], found)
+    found: list[Link] = []
+    for sign in (1, -1):
+        source = tainting.from_tensors(axes, sign)
+        if source.everything.any() and not (source.everything & live).any():
+            return
+        more = links(source.size, source.everything, source.reach)
+        if any(len(link.nodes) == int(source.everything.sum()) for link in more):
+            return
+        found += more
+        if len({entry for link in found for entry in link.entries}) == source.size:
+            break
+    if found:
+        for same in zip(*(ties.nodes.add(axis, source.size) for axis in axes), strict=True):
+            ties.join(same)
+        ties.link(axes[0], found)
 
 
 # ---------------------------------------------------------------- units to groups
@@ -176,7 +183,7 @@ def _collected(net: nn.Module, ties: Ties, layers: list[str]) -> Iterator[Group]
             own,
             read,
             {axis: x for axis, x in stacked.items() if axis not in rows and axis not in columns},
-            reason=reason or (_alone(ties, units[0], first, read) if len(units) == 1 else ""),
+            reason=reason or (_alone(net, ties, units[0], first) if len(units) == 1 else ""),
         )
 
 
@@ -188,13 +195,14 @@ def _kind(net: nn.Module, rows: Mapping[str, Tensor], columns: Mapping[str, Tens
     return "channels" if mixed else "neurons"
 
 
-def _alone(ties: Ties, unit: Unit, first: str, columns: Mapping[str, Tensor]) -> str:
+def _alone(net: nn.Module, ties: Ties, unit: Unit, first: str) -> str:
     """Say why a unit is the only one of its group."""
     numbers = ties.nodes.numbers
     if len(unit[outputs_of(first)]) < len(numbers[outputs_of(first)]):
         return "no other unit is like it"
-    for layer, entries in columns.items():
-        if entries.shape[1] == len(numbers[inputs_of(layer)]):
+    for layer, module in prunable(net).items():  # a grouped convolution never mixes all by itself
+        axis = inputs_of(layer)
+        if groups_of(module) == 1 and axis in unit and len(unit[axis]) == len(numbers[axis]):
             return f"every unit reaches all columns of {layer}"
     return "all its units are tied together"
 

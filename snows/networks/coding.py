@@ -24,7 +24,8 @@ def links(size: int, everything: Tensor, reach: Reach) -> list[Link]:
     Entries are numbered in binary: one pass taints those whose bit is set, another those where it is clear. A
     node that sees one of the two at every bit is reached by one entry alone, whose number it spells. Nodes
     that several entries reach, as all outputs of an attention head reach all of its inputs, are resolved by
-    ranges: a range is linked as one if it reaches nothing but what its first entry's unit does.
+    ranges: a range is linked as one if it reaches nothing but what its first entry's unit does, and its last
+    entry reaches some of that. What reaches nothing amid such a range is linked too; never the reverse.
 
     Args:
         size: how many entries there are.
@@ -37,7 +38,7 @@ def links(size: int, everything: Tensor, reach: Reach) -> list[Link]:
     entries = torch.arange(size)
     if not everything.any():
         return []
-    if size == 1 or torch.equal(reach(entries[:1]), everything):
+    if all(torch.equal(reach(entries[i : i + 1]), everything) for i in sorted({0, size - 1})):
         return [Link(range(size), everything.nonzero()[:, 0])]
     alone, number = everything.clone(), torch.zeros(len(everything), dtype=torch.int64)
     for bit in range((size - 1).bit_length()):
@@ -72,11 +73,8 @@ def _ranges(size: int, shared: Tensor, reach: Reach) -> Iterator[Link]:
         for unit in touched:
             base = base | unit
         units.append(base)
-        complete = torch.equal(base, shared)
-        length = size - at if complete else min(guess, size - at)
-        while length > 1 and not complete:
-            if not (reach(torch.arange(at, at + length)) & shared & ~base).any():
-                break
+        length = size - at if torch.equal(base, shared) else min(guess, size - at)
+        while length > 1 and not _alike(at, length, base, shared, reach):
             length //= 2
         if base.any():
             yield Link(range(at, at + length), base.nonzero()[:, 0])
@@ -85,3 +83,11 @@ def _ranges(size: int, shared: Tensor, reach: Reach) -> Iterator[Link]:
         at += length
         guess = at - begin  # as long as this unit is so far
         before = base
+
+
+def _alike(at: int, length: int, base: Tensor, shared: Tensor, reach: Reach) -> bool:
+    """Say whether a range reaches nothing but a unit, and its last entry that unit."""
+    entries = torch.arange(at, at + length)
+    if base.any() and not (reach(entries[-1:]) & base).any():
+        return False
+    return torch.equal(base, shared) or not (reach(entries) & shared & ~base).any()

@@ -75,18 +75,19 @@ class Tainting:
         self._advance(layer)
         return Source(self, len(self.nodes.numbers[outputs_of(layer)]), layer, ())
 
-    def from_tensors(self, axes: Sequence[Axis]) -> Source:
+    def from_tensors(self, axes: Sequence[Axis], sign: int = 1) -> Source:
         """Prepare to taint entries of parameters or buffers, the same of each.
 
         Args:
             axes: equally long, of tensors that the network reads for the first time in the same call.
+            sign: by which outputs of layers are multiplied, 1 or -1.
         """
         first = self._readers(self.trace.tensors[axes[0][0]])[0]
         self._advance(
             max((x for x, i in self.calls.items() if i <= first), key=self.calls.__getitem__, default="")
         )
         name, dim = axes[0]
-        return Source(self, _tensor(self.net, name).shape[dim], "", axes)
+        return Source(self, _tensor(self.net, name).shape[dim], "", axes, sign)
 
     def tensor(self, name: str) -> Tensor:
         """Return a parameter or buffer."""
@@ -144,8 +145,10 @@ class Source:
         everything: the nodes that all of them reach, bool.
     """
 
-    def __init__(self, tainting: Tainting, size: int, layer: str, axes: Sequence[Axis]) -> None:
-        self._tainting, self._layer, self._axes = tainting, layer, axes
+    def __init__(
+        self, tainting: Tainting, size: int, layer: str, axes: Sequence[Axis], sign: int = 1
+    ) -> None:
+        self._tainting, self._layer, self._axes, self._sign = tainting, layer, axes, sign
         self._stream, self._last, self._searching = tainting._stream, "", True
         self.size = size
         self.everything = self.reach(torch.arange(size))
@@ -158,7 +161,7 @@ class Source:
         """
         of = self._tainting
         of.passes += 1
-        watch = _Taint(of, self._layer, entries, self._last, self._searching)
+        watch = _Taint(of, self._layer, entries, self._sign, self._last, self._searching)
         with self._stream.answering(copies=self._searching), _tainted(of.net, self._axes, entries):
             try:
                 found = output_tensors(of._run(watch))
@@ -227,10 +230,13 @@ class _Taint(Watch):
         last: the last operation that read NaN, where that is searched for; else the one to end after.
     """
 
-    def __init__(self, tainting: Tainting, layer: str, rows: Tensor, last: str, searching: bool) -> None:
+    def __init__(
+        self, tainting: Tainting, layer: str, rows: Tensor, sign: int, last: str, searching: bool
+    ) -> None:
         super().__init__(tainting.net)
         self.nodes, self.clean = tainting.nodes.numbers, tainting.clean
-        self.source, self.rows, self.last, self.searching = layer, rows, last, searching
+        self.source, self.rows, self.sign = layer, rows, sign
+        self.last, self.searching = last, searching
         self.sourced = bool(layer)
         self.reached = torch.zeros(tainting.size, dtype=torch.bool)
 
@@ -243,7 +249,7 @@ class _Taint(Watch):
         if output is None or shape != call.x.shape:  # taint changed the way through the network
             output = call.function(*_cleaned(args), **_cleaned(kwargs))
         else:
-            output = output.clone()
+            output = output * self.sign  # a copy: it may be changed in place
         if self.sourced and name == self.source:
             output.index_fill_(channel, self.rows.to(output.device), torch.nan)
         self.ended(operation, tainted)
