@@ -127,7 +127,8 @@ def by_force(net, x, monkeypatch):
             grouped |= {(name, 0, tie * part + j) for j in range(part)} if count > 1 else set()
             sets.append({(name, 0, i)} | (found - {"output"}) | grouped)
     units = closed(sets)
-    own = {id(t) for name in layers for t in net.get_submodule(name).parameters(recurse=False)}
+    called = [m for m in prunable(net).values() if oracle.names[id(m.weight)] in layers]
+    own = {id(t) for module in called for t in module.parameters(recurse=False)}
     live = [u for u in units if not u & out and not any(whole(u, n, s[0]) for n, (_, s) in layers.items())]
     live = set().union(*live)
     for tensors in (net.named_parameters(), net.named_buffers()):
@@ -281,6 +282,18 @@ class Attention(nn.Module):
         return self.head(x[:, 0])
 
 
+class Gated(nn.Module):
+    """Holds gate and value of a gated unit in one layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 12), nn.Linear(6, 2)
+
+    def forward(self, x):
+        gate, value = self.a(x).chunk(2, -1)
+        return self.b(F.silu(gate) * value)
+
+
 class Opened(nn.Module):
     """Holds PyTorch's own attention, which is opened."""
 
@@ -378,6 +391,7 @@ NETWORKS = {
     ),
     "fused attention": (lambda: Attention(True), [("qkv", "heads", 3, 12), ("fc1", "neurons", 8, 1)]),
     "separate attention": (lambda: Attention(False), [("q", "heads", 3, 4), ("fc1", "neurons", 8, 1)]),
+    "gated": (Gated, [("a", "neurons", 6, 2)]),
     "opened": (Opened, [("attention.in_proj", "heads", 2, 12)]),
     "group norm": (group_norm, [("0", "channels", 4, 2)]),
     "mixer": (mixer, []),
@@ -499,6 +513,40 @@ def test_a_network_that_refuses_nan_loses_nothing():
             return self.b(x)
 
     assert all(g.reason for g in groups(Careful().eval(), Batch((torch.randn(1, 3, 8, 8),), {})))
+
+
+def test_what_a_pass_writes_into_buffers_is_undone():
+    class Counting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = conv(3, 4), conv(4, 2)
+            self.register_buffer("mean", torch.zeros(4))
+
+        def forward(self, x):
+            x = self.a(x)
+            self.mean.lerp_(x.mean((0, 2, 3)), 0.1)
+            return self.b(x - self.mean[:, None, None])
+
+    net = Counting().eval().requires_grad_(False)
+    found = groups(net, Batch((torch.randn(1, 3, 8, 8),), {}))
+    assert not net.mean.any()
+    assert [g.reason for g in found] == ["", "its units reach the network's output"]
+    assert found[0].entries["mean", 0].tolist() == [[0], [1], [2], [3]]
+
+
+def test_biases_of_layers_that_share_a_weight_are_in_their_rows_alone():
+    net, x = made("twice")
+    group = next(g for g in groups(net, Batch((x,), {})) if "c" in g.rows)
+    assert torch.equal(group.rows["c"], group.rows["d"])
+    assert torch.equal(group.columns["e"], group.rows["d"])
+    assert group.entries == {}
+
+
+@pytest.mark.parametrize("net", [nn.Linear(3, 3), nn.Sequential(), nn.Sequential(nn.ReLU(), nn.Linear(3, 1))])
+def test_networks_of_next_to_nothing(net):
+    if not list(net.parameters()):
+        net.register_parameter("unused", nn.Parameter(torch.zeros(2)))
+    assert all(g.reason for g in groups(net.eval(), Batch((torch.randn(2, 3),), {})))
 
 
 # ---------------------------------------------------------------- the search

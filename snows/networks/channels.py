@@ -42,8 +42,8 @@ class Group:
     Attributes:
         name: of the first layer whose outputs the units are; where that layer's outputs fall into several
             groups, with a number, such as `conv1#1`.
-        kind: "heads" where a unit is several outputs of one Linear, "neurons" where it is one and no Conv2d
-            takes part, else "channels".
+        kind: "heads" where a unit is several outputs side by side of one Linear, else "neurons" where no
+            Conv2d takes part, else "channels".
         rows: by layer, which of its outputs a unit is.
         columns: by layer, which of its input channels or features a unit feeds; of all groups of a grouped
             convolution, counted through.
@@ -189,7 +189,7 @@ def _collected(net: nn.Module, ties: Ties, layers: list[str]) -> Iterator[Group]
 
 def _kind(net: nn.Module, rows: Mapping[str, Tensor], columns: Mapping[str, Tensor]) -> Kind:
     first, entries = next(iter(rows.items()))
-    if isinstance(net.get_submodule(first), nn.Linear) and entries.shape[1] > 1:
+    if isinstance(net.get_submodule(first), nn.Linear) and bool((entries.diff(dim=1) == 1).any()):
         return "heads"
     mixed = any(isinstance(net.get_submodule(layer), nn.Conv2d) for layer in (*rows, *columns))
     return "channels" if mixed else "neurons"

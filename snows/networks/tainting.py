@@ -50,7 +50,9 @@ class Tainting:
     def __init__(self, net: nn.Module, batch: Batch) -> None:
         self.net = net
         self.batch = batch.split(1)[0].to(next(net.parameters()).device)
+        self._buffers = [(x, x.clone(), x._version) for x in net.buffers()]
         self.trace = Trace.of(net, self.batch.map(torch.clone))
+        self._restore()
         self.trace.outputs = []
         self.nodes, self.passes = Nodes(), 0
         self.groups: dict[str, int] = {}
@@ -83,9 +85,8 @@ class Tainting:
             sign: by which outputs of layers are multiplied, 1 or -1.
         """
         first = self._readers(self.trace.tensors[axes[0][0]])[0]
-        self._advance(
-            max((x for x, i in self.calls.items() if i <= first), key=self.calls.__getitem__, default="")
-        )
+        before = [layer for layer, call in self.calls.items() if call <= first]
+        self._advance(before[-1] if before else "")
         name, dim = axes[0]
         return Source(self, _tensor(self.net, name).shape[dim], "", axes, sign)
 
@@ -99,7 +100,8 @@ class Tainting:
         Readers are numbers of the trace's events.
         """
         numbers = self.trace.tensors
-        seen = {numbers.get(named(layer, key)) for layer in self.groups for key in ("weight", "bias")}
+        layers = (*self.groups, *(other for _, other in self.shared()))
+        seen = {numbers.get(named(layer, key)) for layer in layers for key in ("weight", "bias")}
         for name, number in numbers.items():
             readers = self._readers(number)
             if number not in seen and readers and self.tensor(name).is_floating_point():
@@ -133,8 +135,18 @@ class Tainting:
 
     def _run(self, watch: Watch) -> Any:
         """Run the network, whose modules may answer from memory; a pass that was ended returns nothing."""
-        with torch.no_grad(), plain_forward(), sdpa_kernel(SDPBackend.MATH), watch, suppress(Finished):
-            return self.batch.map(torch.clone).through(self.net)
+        try:
+            with torch.no_grad(), plain_forward(), sdpa_kernel(SDPBackend.MATH), watch, suppress(Finished):
+                return self.batch.map(torch.clone).through(self.net)
+        finally:
+            self._restore()
+
+    def _restore(self) -> None:
+        """Undo what a pass wrote into buffers, as running means of NaN."""
+        for i, (x, data, version) in enumerate(self._buffers):
+            if x._version != version:
+                x.copy_(data)
+                self._buffers[i] = (x, data, x._version)
 
 
 class Source:
