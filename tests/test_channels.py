@@ -11,7 +11,7 @@ from torch import nn
 from snows import zoo
 from snows.networks.attention import open_attention
 from snows.networks.batches import Batch, output_tensors
-from snows.networks.channels import groups
+from snows.networks.channels import tainted_groups as groups
 from snows.networks.coding import links
 from snows.networks.layers import prunable
 

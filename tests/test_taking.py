@@ -217,9 +217,8 @@ def test_another_architecture_is_refused_by_the_first_mismatch(net, images, tmp_
     before = {key: x.shape for key, x in other.state_dict().items()}
     with pytest.raises(ValueError, match="fc1"):
         edit.apply(other)
-    assert (
-        before == {key: x.shape for key, x in other.state_dict().items()} and LEFT not in other.conv1.__dict__
-    )
+    assert before == {key: x.shape for key, x in other.state_dict().items()}
+    assert LEFT not in other.conv1.__dict__
 
 
 @pytest.mark.parametrize(

@@ -72,7 +72,7 @@ class Group:
         return next(iter(self.rows.values())).shape[1]
 
 
-def groups(net: nn.Module, batch: Batch) -> list[Group]:
+def tainted_groups(net: nn.Module, batch: Batch) -> list[Group]:
     """Find the groups of units of a network by tainting one sample, see `tainting`.
 
     What some outputs of a layer reach, inputs of later layers and entries of other tensors, goes with them.

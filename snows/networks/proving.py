@@ -18,10 +18,9 @@ from torch import Tensor, nn
 
 from snows.networks.attention import plain_forward
 from snows.networks.batches import Batch, difference, first_line, output_tensors
-from snows.networks.channels import Follow, Group
+from snows.networks.channels import Follow, Group, tainted_groups
 from snows.networks.functions import known
 from snows.networks.layers import groups_of, prunable
-from snows.networks.tainting import tainted
 from snows.networks.taking import Take, take
 from snows.networks.watching import Call, Watch
 
@@ -44,7 +43,7 @@ def groups(net: nn.Module, batch: Batch) -> list[Group]:
         The groups; of those that cannot lose units `reason` says why.
     """
     proof = Proof(net, batch)
-    return [group if group.reason else proof.alone(group) for group in tainted(net, batch)]
+    return [group if group.reason else proof.alone(group) for group in tainted_groups(net, batch)]
 
 
 def proved(
