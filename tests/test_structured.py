@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 import torch
 from models import settle
+from safetensors import safe_open
 from test_taking import Net
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -55,7 +56,9 @@ def error(net, other, batches):
 
 
 def bits(folder):
-    return (folder / "model.safetensors").read_bytes()
+    """All that is in a network's file; the order of its metadata is safetensors' own."""
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        return {key: file.get_tensor(key).numpy().tobytes() for key in file.keys()}, file.metadata()  # noqa: SIM118
 
 
 def test_half_of_the_multiplications_stay(net, batches, whole):
@@ -68,7 +71,7 @@ def test_half_of_the_multiplications_stay(net, batches, whole):
     kept = {x.name: x.kept for x in report.groups if x.kept < x.units}
     assert kept
     assert all(x.reason for x in report.groups if x.kind == "channels" and x.name == "head")
-    assert f"{after / 1e6:.3g}" in report.summary()
+    assert f"{after / 1e6:.4g} of {before / 1e6:.4g} million MACs" in report.summary()
 
 
 def test_every_stage_lowers_the_loss_or_is_not_taken(net, batches, whole):
@@ -153,7 +156,7 @@ def test_only_some_kinds_and_layers_lose_units(net, batches):
 def test_other_orders_reach_the_share(net, batches, order):
     pruned = quick(net, batches, half(order=order), solver=None)
     assert pruned.report.macs[1] <= 0.5 * pruned.report.macs[0]
-    assert any(x.error == x.error for x in pruned.report.groups) == (order == "hap")
+    assert any(x.error == x.error for x in pruned.report.groups) == (order != "magnitude")
 
 
 def test_an_order_of_ones_own_says_what_goes(net, batches):
@@ -261,7 +264,7 @@ def test_states_that_cannot_be_cut(net, batches):
         quick(copy.deepcopy(net).train(), batches, half())
     with pytest.raises(ValueError, match=r"cannot run a batch of"):
         snows.groups(net, torch.randn(1, 4, 8, 8))
-    with pytest.raises(TypeError, match="expected an nn.Module"):
+    with pytest.raises(TypeError, match=r"expected an nn.Module"):
         snows.groups("net", batches[0])
     masked = copy.deepcopy(net)
     nn.utils.prune.l1_unstructured(masked.fc1, "weight", 0.5)
