@@ -12,10 +12,12 @@ from torch import Tensor
 
 from snows.matching.horizon import Horizon, Outputs
 from snows.matching.metrics import Metric, OutputSensitivity
+from snows.networks.implants import LowRank, weight_of
 from snows.networks.layers import groups_of
 from snows.networks.stream import Stream
 from snows.networks.twins import Pair, Site, Twins
 from snows.solving.operators import half_inner
+from snows.sparsity import rows
 
 
 @dataclass(frozen=True)
@@ -110,11 +112,16 @@ class LayerLosses:
     def sensitivity(self) -> Tensor:
         """Return the output factor of the layer's curvature: (groups, out / groups, out / groups).
 
-        It is the identity where the network's output does not depend on the layer.
+        It is the identity where the network's output does not depend on the layer. The first factor of an
+        implant is seen through the second.
         """
         weight, groups = self.site.weight, groups_of(self.site.layer)
         own = self.objective.sensitivity.of([self.horizon.operations[0]])
         metric = next(iter(own.values()), Metric(1.0))
+        implant = self.objective.twins.sparse.get_submodule(self.horizon.dense)
+        if isinstance(implant, LowRank) and self.site.layer is implant[0]:
+            second = rows(weight_of(implant[1]).detach())
+            return second.T @ metric.matrix(len(second), like=second) @ second
         return metric.matrix(len(weight), groups, like=weight)
 
     @cached_property

@@ -8,7 +8,7 @@ it.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal, Protocol, TypeAlias
 
 from torch import Tensor, nn
@@ -17,7 +17,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from snows.layers import SparseConv2d, SparseLinear
 from snows.networks.absorbed import Absorbed, Remainder
 from snows.networks.attention import OpenAttention, can_open
-from snows.networks.layers import held_elsewhere, substitute
+from snows.networks.implants import Implant, LowRank, rank_of
+from snows.networks.layers import held_elsewhere, module_at, substitute
 from snows.networks.masks import mask_of
 from snows.packing import Packed
 from snows.sparsity import parse_pattern
@@ -50,23 +51,9 @@ class Edit(Protocol):
 
 
 def described(edit: Edit) -> dict[str, Any]:
-    """Describe an edit as JSON."""
-    return {"kind": edit.kind, **asdict(edit)}  # type: ignore[call-overload]
-
-
-def module_at(net: nn.Module, name: str, expected: str, allowed: tuple[type[nn.Module], ...]) -> nn.Module:
-    """Find a module for an edit.
-
-    Raises:
-        ValueError: there is none of this name, or it is of none of the allowed classes.
-    """
-    try:
-        module = net.get_submodule(name)
-    except AttributeError:
-        raise ValueError(f"there is no module {name}") from None
-    if not isinstance(module, allowed):
-        raise ValueError(f"{name} is a {type(module).__name__}, {expected}")
-    return module
+    """Describe an edit as JSON: by all that makes two edits equal."""
+    own = (x.name for x in fields(edit) if x.compare)  # type: ignore[arg-type]
+    return {"kind": edit.kind} | {name: getattr(edit, name) for name in own}
 
 
 # ---------------------------------------------------------------- opening attention
@@ -257,6 +244,7 @@ def inside(name: str, key: str) -> str:
 def edits_of(net: nn.Module) -> list[Edit]:
     """Read off a network the edits that made it, whoever made them."""
     opened: list[Edit] = []
+    implanted: list[Edit] = []
     folded: list[Edit] = []
     packed: list[Edit] = []
     activations = {
@@ -267,11 +255,13 @@ def edits_of(net: nn.Module) -> list[Edit]:
             packed.append(Pack.of(name, module, activations.get(name, "")))
         elif isinstance(module, OpenAttention):
             opened.append(Open(name))
+        elif isinstance(module, LowRank):
+            implanted.append(Implant(name, rank_of(module)))
         elif isinstance(module, Remainder) or (isinstance(module, Absorbed) and module.role == "norm"):
             folded.append(Fold(module.into, name))
         elif isinstance(module, nn.Identity) and not getattr(module, "role", ""):
             folded.append(Drop(name))
-    return [*opened, *folded, *packed]
+    return [*opened, *implanted, *folded, *packed]
 
 
 def openings(net: nn.Module) -> list[Edit]:

@@ -16,10 +16,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
-from snows.layers import SparseConv2d, SparseLinear
 from snows.networks.attention import close_attention
-from snows.networks.edits import CONVOLUTION, Pack, described, edits_of, inside, module_at
-from snows.networks.layers import copied, prunable
+from snows.networks.edits import CONVOLUTION, Pack, described, edits_of, inside
+from snows.networks.implants import Implant
+from snows.networks.layers import copied, module_at, prunable
 from snows.results.formats import VERSION, edits_in
 from snows.results.storage import digest, state, write
 
@@ -27,27 +27,26 @@ ACTIVATIONS: dict[str | None, tuple[type[nn.Module], ...]] = {"relu": (nn.ReLU,)
 
 
 def save(network: Any, path: Path | str) -> None:
-    """Write a network with packed layers to a safetensors file, whole or not at all.
+    """Write a network with packed layers or implants to a safetensors file, whole or not at all.
 
     Args:
-        network: what `deploy` returned, its network, or one with packed layers put in by hand.
+        network: what `deploy` returned, its network, or one with packed layers or implants put in by hand.
         path: of the file.
 
     Raises:
-        ValueError: there is nothing packed in the network, or the file cannot be written.
+        ValueError: there is neither in the network, or the file cannot be written.
     """
     model = network if isinstance(network, nn.Module) else getattr(network, "network", None)
     if not isinstance(model, nn.Module):
         raise TypeError(f"save: expected what deploy returned, or a network, got {type(network).__name__}")
-    if not any(isinstance(m, SparseLinear | SparseConv2d) for m in model.modules()):
+    edits = edits_of(model)
+    if not any(isinstance(edit, Pack | Implant) for edit in edits):
         raise ValueError(
-            "save: expected a model with packed layers, got none; deploy it first, or save its state_dict as "
-            "it is"
+            "save: expected a model with packed layers or implants, got none; deploy it first, or save its "
+            "state_dict as it is"
         )
     tensors = state(model)
-    text = json.dumps(
-        {"version": VERSION, "edits": [described(edit) for edit in edits_of(model)]}, sort_keys=True
-    )
+    text = json.dumps({"version": VERSION, "edits": list(map(described, edits))}, sort_keys=True)
     metadata = {"snows": text, "sha256": digest(dict(sorted(tensors.items())), text)}
     write(Path(path), to_bytes(tensors, metadata), "save")
 
@@ -61,7 +60,7 @@ def load(path: Path | str, model: nn.Module) -> nn.Module:
             weights do not matter, its device does: the result is there (on the CPU for the meta device).
 
     Returns:
-        A copy with the file's packed layers and weights, in evaluation mode.
+        A copy with the file's packed layers, implants and weights, in evaluation mode.
 
     Raises:
         ValueError: it is not such a file, it is damaged, of a newer format, or of another architecture.

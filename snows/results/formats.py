@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from snows.networks.edits import CONVOLUTION, Drop, Edit, Fold, Open, Pack
+from snows.networks.implants import Implant
 from snows.sparsity import parse_pattern
 
-VERSION = 3  # 1 had no remainders; 1 and 2 held lists of modules, and not edits
+VERSION = 4  # 1 had no remainders; 1 and 2 held lists of modules, and not edits; 3 had no implants
 
 
 def edits_in(path: Path, text: str) -> list[Edit]:
@@ -33,7 +34,7 @@ def edits_in(path: Path, text: str) -> list[Edit]:
     try:
         if type(version) is not int or version < 1:
             raise ValueError(f"version is {version!r:.60}")
-        return _read(content) if version == VERSION else _read_old(content, version)
+        return _read(content) if version >= 3 else _read_old(content, version)
     except ValueError as error:
         raise ValueError(f"load: the metadata of {path} is damaged ({error})") from error
 
@@ -43,8 +44,8 @@ def _read(content: dict[str, Any]) -> list[Edit]:
     if not isinstance(entries, list):
         raise ValueError(f"edits is {entries!r:.60}")
     edits = [_edit(i, entry) for i, entry in enumerate(entries)]
-    if not any(isinstance(edit, Pack) for edit in edits):
-        raise ValueError("no layer is packed")
+    if not any(isinstance(edit, Pack | Implant) for edit in edits):
+        raise ValueError("no layer is packed or replaced")
     return edits
 
 
@@ -69,6 +70,15 @@ def _names(kind: type[Any], *fields: str) -> Callable[[dict[str, Any]], Edit]:
         return edit
 
     return build
+
+
+def _implant(entry: dict[str, Any]) -> Implant:
+    name, rank = entry["layer"], entry["rank"]
+    if not isinstance(name, str):
+        raise ValueError(f"layer is {name!r:.60}")
+    if type(rank) is not int or not 1 <= rank < 2**31:
+        raise ValueError(f"rank of {name} is {rank!r:.60}")
+    return Implant(name, rank)
 
 
 def _pack(entry: dict[str, Any]) -> Pack:
@@ -98,6 +108,7 @@ _KINDS: dict[str, tuple[Callable[[dict[str, Any]], Edit], tuple[str, ...]]] = {
     "open": (_names(Open, "module"), ("module",)),
     "fold": (_names(Fold, "convolution", "norm"), ("convolution", "norm")),
     "drop": (_names(Drop, "module"), ("module",)),
+    "implant": (_implant, ("layer", "rank")),
     "pack": (_pack, ("layer", "pattern", "shape", "activation", "absorbs", "settings")),
 }
 
