@@ -79,6 +79,14 @@ class LayerStatistics:
         pairs = zip(self._dense, self._sparse, strict=True)
         return self._mean(moments.cross(sparse, moments.output(dense, weight)) for dense, sparse in pairs)
 
+    def target(self, weight: Tensor) -> Tensor:
+        """Return the mean of that y: (groups, out / groups)."""
+        sums = (
+            y.movedim(-1 if weight.ndim == 2 else 1, 0).flatten(1).sum(1)
+            for y in (moments.output(call, weight) for call in self._dense)
+        )
+        return self._mean(x.view(len(self.mean), -1) for x in sums)
+
     def _mean(self, sums: Iterator[Tensor]) -> Tensor:
         total = next(sums).double()
         for part in sums:
