@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from snows.matching.low_rank import Inputs, low_rank, spectrum
+from snows.matching.low_rank import InputMoments, low_rank, spectrum
 from snows.matching.statistics import LayerStatistics
 from snows.networks.implants import Implant
 from snows.networks.watching import Call
@@ -57,9 +57,9 @@ def test_no_other_factors_do_better(shape, rank):
     A, G, mean = X.T @ X / len(X), J.T @ J, X.mean(0)
     cases = {
         "own inputs": (A, X @ W.T, False),
-        "intercept": (Inputs(A, mean), X @ W.T, True),
-        "other inputs": (Inputs(A, cross=Y.T @ X / len(X)), Y, False),
-        "other inputs, intercept": (Inputs(A, mean, Y.T @ X / len(X), Y.mean(0)), Y, True),
+        "intercept": (InputMoments(A, mean), X @ W.T, True),
+        "other inputs": (InputMoments(A, cross=Y.T @ X / len(X)), Y, False),
+        "other inputs, intercept": (InputMoments(A, mean, Y.T @ X / len(X), Y.mean(0)), Y, True),
     }
     for name, (inputs, target, intercept) in cases.items():
         found = low_rank(weight, inputs, G, rank)
@@ -77,12 +77,16 @@ def test_the_spectrum_is_the_measured_loss(shape):
     weight, W, X, Y, J = data(shape)
     A, G, mean = X.T @ X / len(X), J.T @ J, X.mean(0)
     full = min(W.shape)
-    cross = Inputs(A, mean, Y.T @ X / len(X), Y.mean(0))
+    cross = InputMoments(A, mean, Y.T @ X / len(X), Y.mean(0))
     # least squares without a limit on the rank, by a column of ones
     ones = torch.cat([X, torch.ones(len(X), 1).double()], 1)
     free = torch.linalg.lstsq(ones, Y).solution
     unavoidable = float(((Y - ones @ free) @ J.T).square().sum(1).mean())
-    for inputs, target, rest in ((A, X @ W.T, 0.0), (Inputs(A, mean), X @ W.T, 0.0), (cross, Y, unavoidable)):
+    for inputs, target, rest in (
+        (A, X @ W.T, 0.0),
+        (InputMoments(A, mean), X @ W.T, 0.0),
+        (cross, Y, unavoidable),
+    ):
         found = spectrum(weight, inputs, G)
         assert found.shape == (full + 1,)
         assert found.dtype == torch.float64
@@ -92,7 +96,7 @@ def test_the_spectrum_is_the_measured_loss(shape):
             c = 0 if factors.intercept is None else factors.intercept
             measured = float(loss(product(factors), c, X, target, J)) - rest
             assert measured == pytest.approx(float(found[rank]), rel=1e-8, abs=1e-9)
-        c = 0 if not isinstance(inputs, Inputs) else target.mean(0)
+        c = 0 if not isinstance(inputs, InputMoments) else target.mean(0)
         nothing = float(loss(torch.zeros_like(W), c, X, target, J)) - rest
         assert nothing == pytest.approx(float(found[0]), rel=1e-8)
 
@@ -130,7 +134,7 @@ def test_statistics_of_a_convolution_on_two_streams():
     X = torch.cat([F.unfold(x, 3, padding=1, stride=2).transpose(1, 2).flatten(0, 1) for x in sparse])
     Y = torch.cat([F.conv2d(x, weight, stride=2, padding=1).permute(0, 2, 3, 1).flatten(0, 2) for x in dense])
     torch.testing.assert_close(statistics.target(weight)[0], Y.mean(0))
-    inputs = Inputs.of(statistics, weight, damping=1e-12)
+    inputs = InputMoments.of(statistics, weight, damping=1e-12)
     net = nn.Sequential(conv)
     bias = conv.bias.detach().clone()
     Implant("0", 2, low_rank(weight, inputs, statistics.sensitivity[0], 2)).apply(net)
@@ -140,7 +144,7 @@ def test_statistics_of_a_convolution_on_two_streams():
     brute = best(X, Y, J, 2, True)
     assert measured == pytest.approx(brute, rel=1e-6)
     # much damping draws the solution to the dense weight's own low rank
-    strong = Inputs.of(statistics, weight, damping=1e9)
+    strong = InputMoments.of(statistics, weight, damping=1e9)
     U, S, V = torch.linalg.svd(J @ weight.flatten(1), full_matrices=False)
     found = J @ product(low_rank(weight, strong, J.T @ J, 2))
     wanted = ((U[:, :2] * S[:2]) @ V[:2]).view(9, 3, 3, 3).permute(0, 2, 3, 1).flatten(1)
@@ -149,7 +153,7 @@ def test_statistics_of_a_convolution_on_two_streams():
 
 def test_the_factors_have_the_weights_dtype():
     weight, _, X, _, J = data((5, 7))
-    inputs = Inputs((X.T @ X / len(X)).float(), X.mean(0).float())
+    inputs = InputMoments((X.T @ X / len(X)).float(), X.mean(0).float())
     assert [x.dtype for x in low_rank(weight.float(), inputs, (J.T @ J).float(), 2)] == [torch.float32] * 3
 
 
@@ -165,11 +169,11 @@ def test_matrices_that_do_not_fit():
         (W, G, G, r"a Gram matrix of \(7, 7\) finite numbers, got \(5, 5\)"),
         (W, A, A, r"a sensitivity of \(5, 5\) finite numbers, got \(7, 7\)"),
         (W, A * torch.nan, G, "a Gram matrix of .* got NaN"),
-        (W, Inputs(A, torch.zeros(5)), G, r"a mean of \(7,\)"),
-        (W, Inputs(A, cross=W.T), G, r"a cross moment of \(5, 7\)"),
-        (W, Inputs(A, torch.zeros(7), W, torch.zeros(7)), G, r"a target of \(5,\)"),
-        (W, Inputs(A, torch.zeros(7), W), G, "the target's mean"),
-        (W, Inputs(torch.ones(7, 7), cross=W), G, "positive definite"),
+        (W, InputMoments(A, torch.zeros(5)), G, r"a mean of \(7,\)"),
+        (W, InputMoments(A, cross=W.T), G, r"a cross moment of \(5, 7\)"),
+        (W, InputMoments(A, torch.zeros(7), W, torch.zeros(7)), G, r"a target of \(5,\)"),
+        (W, InputMoments(A, torch.zeros(7), W), G, "the target's mean"),
+        (W, InputMoments(torch.ones(7, 7), cross=W), G, "positive definite"),
     ]
     for weight, inputs, sensitivity, words in cases:
         with pytest.raises(ValueError, match=f"^low_rank: expected {words}|{words}"):

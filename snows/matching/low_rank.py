@@ -21,7 +21,7 @@ from snows.sparsity import rows
 ROUNDING = 1e-12  # of a moment matrix's largest eigenvalue: smaller ones are zero but for rounding
 
 
-class Inputs(NamedTuple):
+class InputMoments(NamedTuple):
     """Hold the moments of a layer's inputs, in the row view.
 
     Attributes:
@@ -38,7 +38,7 @@ class Inputs(NamedTuple):
     target: Tensor | None = None
 
     @classmethod
-    def of(cls, statistics: LayerStatistics, weight: Tensor, damping: float = 0.01) -> Inputs:
+    def of(cls, statistics: LayerStatistics, weight: Tensor, damping: float = 0.01) -> InputMoments:
         """Take what the dense layer returns on the dense stream as what to return on the pruned stream.
 
         Args:
@@ -52,7 +52,7 @@ class Inputs(NamedTuple):
         return cls(gram, statistics.mean[0], cross, statistics.target(weight)[0])
 
 
-def low_rank(weight: Tensor, inputs: Tensor | Inputs, sensitivity: Tensor, rank: int) -> Factored:
+def low_rank(weight: Tensor, inputs: Tensor | InputMoments, sensitivity: Tensor, rank: int) -> Factored:
     """Find the two factors of this rank whose product loses least.
 
     Args:
@@ -85,7 +85,7 @@ def low_rank(weight: Tensor, inputs: Tensor | Inputs, sensitivity: Tensor, rank:
     return shaped(first, second, weight)._replace(intercept=intercept)
 
 
-def spectrum(weight: Tensor, inputs: Tensor | Inputs, sensitivity: Tensor) -> Tensor:
+def spectrum(weight: Tensor, inputs: Tensor | InputMoments, sensitivity: Tensor) -> Tensor:
     """Compute the loss of the best factors for every rank.
 
     Args:
@@ -110,9 +110,9 @@ class _Problem:
         target: mean of what should be returned, where there is a mean.
     """
 
-    def __init__(self, weight: Tensor, inputs: Tensor | Inputs, sensitivity: Tensor) -> None:
+    def __init__(self, weight: Tensor, inputs: Tensor | InputMoments, sensitivity: Tensor) -> None:
         W = rows(weight).double()
-        moments = inputs if isinstance(inputs, Inputs) else Inputs(inputs)
+        moments = inputs if isinstance(inputs, InputMoments) else InputMoments(inputs)
         _check(W, moments, sensitivity)
         A, self.mean, cross, target = (None if x is None else x.double() for x in moments)
         G = sensitivity.double()
@@ -157,7 +157,7 @@ def _cholesky(matrix: Tensor) -> Tensor:
     return factor
 
 
-def _check(W: Tensor, moments: Inputs, sensitivity: Tensor) -> None:
+def _check(W: Tensor, moments: InputMoments, sensitivity: Tensor) -> None:
     out, width = W.shape
     shapes = {
         "a Gram matrix": (moments.gram, (width, width)),
