@@ -20,8 +20,7 @@ from snows.networks.attention import OpenAttention, can_open
 from snows.networks.implants import Implant, LowRank, rank_of
 from snows.networks.layers import held_elsewhere, module_at, substitute
 from snows.networks.masks import mask_of
-from snows.packing import Packed
-from snows.sparsity import parse_pattern
+from snows.packing import Packed, packable
 
 CONVOLUTION = (
     "stride",
@@ -158,7 +157,7 @@ class Pack:
 
     Attributes:
         layer: its name.
-        pattern: of its weight, as `parse_pattern` reads it; empty to look for it in the mask.
+        pattern: of its weight, as `packable` reads it; empty to look for it in the mask.
         shape: of its weight.
         activation: that it computes too, or None.
         absorbs: the module of that activation, whose place is left empty; empty for none.
@@ -192,7 +191,7 @@ class Pack:
         kind: Any = SparseLinear if len(self.shape) == 2 else SparseConv2d
         packed = kind.from_dense(
             layer,
-            parse_pattern(self.pattern) if self.pattern else None,
+            packable(self.pattern) if self.pattern else None,
             mask_of(layer, self.layer),
             self.activation,
         )
@@ -205,7 +204,7 @@ class Pack:
         )
         if values is None or codes is None:
             raise ValueError(f"{self.layer}: expected values and codes, got none")
-        packed = Packed(values, codes, parse_pattern(self.pattern), tuple(self.shape))
+        packed = Packed(values, codes, packable(self.pattern), tuple(self.shape))
         kind: Any = SparseLinear if len(self.shape) == 2 else SparseConv2d
         try:
             new: SparseLinear | SparseConv2d = kind(

@@ -9,7 +9,7 @@ from typing import Any
 
 from snows.networks.edits import CONVOLUTION, Drop, Edit, Fold, Open, Pack
 from snows.networks.implants import Implant
-from snows.sparsity import parse_pattern
+from snows.packing import packable
 
 VERSION = 4  # 1 had no remainders; 1 and 2 held lists of modules, and not edits; 3 had no implants
 
@@ -145,7 +145,7 @@ def _unsound(entry: Any) -> str:
     if not whole(shape, 1, 2) and not whole(shape, 1, 4):
         return "shape"
     try:
-        parse_pattern(entry["pattern"])
+        packable(entry["pattern"])
     except (KeyError, ValueError, TypeError, AttributeError):
         return "pattern"
     if "activation" not in entry or entry["activation"] not in (None, "relu", "gelu"):
