@@ -12,8 +12,8 @@ from torch import nn
 
 from snows.choosing.goals import Only
 from snows.choosing.structure import Cut, Structured, decide_cut
-from snows.matching.compensation import Intercept, compensate, unchanged
-from snows.matching.losses import Objective
+from snows.matching.compensation import Intercept, compensate, compensate_thin, unchanged
+from snows.matching.losses import LayerLosses, Objective
 from snows.matching.mismatch import mismatch
 from snows.matching.normalisation import recalibrate_statistics
 from snows.matching.statistics import LayerStatistics
@@ -21,6 +21,8 @@ from snows.networks import proving
 from snows.networks.channels import Group
 from snows.networks.checks import check_model, read_batch, shared_weights
 from snows.networks.copies import working_copy
+from snows.networks.implants import LowRank, dense_name
+from snows.networks.sites import Site
 from snows.networks.twins import Twins
 from snows.results.progress import Tell
 from snows.results.report import LayerReport, Report
@@ -130,10 +132,14 @@ class Shaping:
 
     def _layer(self, key: str, name: str, weights: bool) -> None:
         """Fit one layer, or take it from the run's folder."""
-        intercept = Intercept.of(self.twins, name)
-        if not weights and not intercept.exists:
+        twins, implant = self.twins, self._implant(name)
+        first = implant is not None and name == f"{dense_name(twins.sparse, name)}.0"
+        intercept = Intercept.of(twins, f"{dense_name(twins.sparse, name)}.1" if first else name)
+        if not (weights or intercept.exists) or (first and not weights):
             return
         own = {"weight": intercept.layer.weight.detach(), **intercept.tensors()}
+        if implant is not None and first:
+            own = {key: x.detach() for key, x in implant.named_parameters() if "weight" in key}
         done = self.run.finished(key, name, own) if self.run is not None else None
         if done is not None:
             for entry, value in done[0].items():
@@ -141,12 +147,27 @@ class Shaping:
             return
         began = time.perf_counter()
         self.tell.doing(f"{name}: {'least squares' if weights else 'means'}")
-        site = self.twins.at(name)
+        site = twins.at(name)
         if site.training and not unchanged(site):
-            compensate(
-                site, LayerStatistics.of(site, self.objective.at(site).sensitivity), intercept, weights
-            )
+            losses = self.objective.at(site)
+            seen = LayerStatistics.of(site, losses.sensitivity)
+            if first:
+                assert implant is not None
+                compensate_thin(site, seen, implant, _metric(site, losses), intercept.exists)
+            else:
+                compensate(site, seen, intercept, weights and implant is None)
         if self.run is not None:
             size, seconds = site.weight.numel(), time.perf_counter() - began
             row = LayerReport(name, tuple(site.weight.shape), "fitted", size, seconds=seconds)
             self.run.keep(key, own, row)
+
+    def _implant(self, name: str) -> LowRank | None:
+        """Return the implant that a layer is a factor of."""
+        found = self.twins.sparse.get_submodule(dense_name(self.twins.sparse, name))
+        return found if isinstance(found, LowRank) else None
+
+
+def _metric(site: Site, losses: LayerLosses) -> torch.Tensor:
+    """Return the output sensitivity of what is left of a dense layer's output, (out, out)."""
+    found = losses.metric().matrix(len(site.target), like=site.target)[0]
+    return found if site.left is None else found[site.left][:, site.left]

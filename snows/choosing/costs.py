@@ -176,9 +176,9 @@ def _thin(whole: Term, layer: str, weight: Tensor, dims: Mapping[int, Factor], f
     dense = (torch.arange(full + 1) == full).double()
     yield whole._replace(factors=(*whole.factors, {rank_of(layer): dense}))
     for dim, size in ((1, len(weight)), (0, weight[0].numel())):
-        sizes = (x * full / size for x in (whole.macs, whole.params, whole.bytes))
+        macs, params, nbytes = (x * full / size for x in (whole.macs, whole.params, whole.bytes))
         sides = [dims[dim]] if dim in dims else []
-        yield Term(whole.name, *sizes, (*sides, {rank_of(layer): rank}))
+        yield Term(whole.name, macs, params, nbytes, (*sides, {rank_of(layer): rank}))
 
 
 def _table(units: int, share: float) -> Tensor:

@@ -31,8 +31,9 @@ def allocate(
     multiple: int = 8,
     floor: float = 0.1,
     uniform: bool = False,
+    others: Sequence[Widths] = (),
 ) -> dict[str, int]:
-    """Decide how many units of each group stay.
+    """Decide how many units of each group stay, and other widths such as ranks.
 
     Args:
         groups: of the network; one that has a reason to stay whole, or no curve, keeps all units.
@@ -44,8 +45,10 @@ def allocate(
         floor: the least share of a group's units that stays.
         uniform: keep the same share of every group, as near as its multiples allow, whatever the curves say.
 
+        others: widths of other things that `costs` knows.
+
     Returns:
-        By group, the units that stay.
+        By group, the units that stay; by name of another width, that.
 
     Raises:
         ValueError: a setting is out of range, or the floors leave more than the share.
@@ -58,6 +61,7 @@ def allocate(
     options = [
         Widths.of(x, curves[x.name], multiple, floor) for x in groups if not x.reason and x.name in curves
     ]
+    options += others
     whole = {x.name: x.units for x in groups}
     return whole | (even(options, costs, share, of) if uniform else divide(options, costs, share, of))
 

@@ -9,16 +9,18 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from snows.choosing.costs import Costs, Of
+from snows.choosing.costs import Costs, Of, rank_of
 from snows.choosing.curves import Curve
 from snows.choosing.goals import Only, PatternChoice
 from snows.choosing.orders import Order, curves
+from snows.choosing.ranks import implants, ranks_of, spectra
 from snows.choosing.shares import allocate
 from snows.choosing.widths import given_units
 from snows.matching.consumers import Measured
 from snows.matching.losses import Objective
 from snows.networks.channels import Group
 from snows.networks.edits import Edit, described
+from snows.networks.implants import Implant
 from snows.networks.layers import prunable
 from snows.networks.proving import groups, proved
 from snows.networks.taking import Take
@@ -138,7 +140,8 @@ class Cut:
 
     def sources(self) -> dict[str, str]:
         """Return, of layers with another name than in the dense network, whose place they have."""
-        return {}
+        thin = [edit.layer for edit in self.edits if isinstance(edit, Implant)]
+        return {f"{layer}.{part}": layer for layer in thin for part in (0, 1)}
 
 
 def decide_cut(
@@ -166,29 +169,53 @@ def decide_cut(
     doing("looking for units that can be taken out")
     found = [_allowed(x, net, goal, only, skip) for x in groups(net, example)]
     free = [x for x in found if not x.reason]
-    if not free:
+    exact = isinstance(goal.share, Mapping)
+    losses = {} if exact or "low-rank" not in goal.using else spectra(twins, objective, only, skip, doing)
+    if not free and not losses:
         said = "; ".join(f"{x.name}: {x.reason}" for x in found[:4])
         raise ValueError(f"prune: no unit can be taken out ({said or 'the model has no Linear or Conv2d'})")
     doing("deciding what goes")
-    costs = Costs.of(net, example, free)
+    full = {name: len(loss) - 1 for name, loss in losses.items()}
+    costs = Costs.of(net, example, free, full)
     lost: dict[str, Curve] = {}
+    ranks: dict[str, int] = {}
     if isinstance(goal.share, Mapping):
         kept = given_units(found, goal.share)
     else:
-        measured = Measured(twins.dense, twins.batches, objective.sensitivity)
-        lost = curves(goal.order, measured, free)
-        widths = allocate(free, lost, costs, goal.share, goal.of, goal.multiple, goal.floor, goal.uniform)
-        kept = {name: lost[name].kept(width) for name, width in widths.items()}
+        if free:
+            lost = curves(goal.order, Measured(twins.dense, twins.batches, objective.sensitivity), free)
+        options = (
+            ranks_of(rank_of(name), loss, net.get_submodule(name).weight, goal.multiple)  # type: ignore[arg-type]
+            for name, loss in losses.items()
+        )
+        others = [x for x in options if x is not None]
+        widths = allocate(
+            free, lost, costs, goal.share, goal.of, goal.multiple, goal.floor, goal.uniform, others
+        )
+        kept = {x.name: lost[x.name].kept(widths[x.name]) for x in free}
+        ranks = {x: widths.get(rank_of(x), full[x]) for x in full}
     kept = {x.name: kept[x.name] for x in free if x.name in kept and len(kept[x.name]) < x.units}
-    take, declined = proved(net, example, free, kept)
+    edits: list[Edit] = []
+    declined: dict[str, Group] = {}
+    if kept:
+        take, declined = proved(net, example, free, kept)
+        edits.append(take)
+    thin, notes = implants(net, example, edits, {x: rank for x, rank in ranks.items() if rank < full[x]})
+    edits += thin
+    ranks = full | {x.layer: x.rank for x in thin}
     found = [declined.get(x.name, x) for x in found]
     stays = {x.name: x.units for x in found} | {
         name: len(units) for name, units in kept.items() if name not in declined
     }
     rows = [_row(x, stays[x.name], lost.get(x.name)) for x in found]
-    before, after = (round(costs.total("macs", x)) for x in ({}, {x.name: stays[x.name] for x in free}))
-    notes = [f"{x.name} stays whole: {x.reason}." for x in declined.values()]
-    return Cut([take], rows, (before, after), notes)
+    rows += [
+        GroupReport(name, "low rank", full[name], rank, float(losses[name][rank]))
+        for name, rank in ranks.items()
+    ]
+    widths = {x.name: stays[x.name] for x in free} | {rank_of(x): rank for x, rank in ranks.items()}
+    before, after = (round(costs.total("macs", x)) for x in ({}, widths))
+    notes += [f"{x.name} stays whole: {x.reason}." for x in declined.values()]
+    return Cut(edits, rows, (before, after), notes)
 
 
 def _allowed(group: Group, net: nn.Module, goal: Structured, only: Only | None, skip: Only | None) -> Group:

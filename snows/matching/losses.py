@@ -12,11 +12,13 @@ from torch import Tensor, nn
 
 from snows.matching.horizon import Horizon, Outputs
 from snows.matching.metrics import Metric, OutputSensitivity
+from snows.networks.implants import LowRank, weight_of
 from snows.networks.layers import groups_of
 from snows.networks.sites import Pair, Site
 from snows.networks.stream import Stream
 from snows.networks.twins import Twins
 from snows.solving.operators import half_inner
+from snows.sparsity import rows
 
 
 @dataclass(frozen=True)
@@ -114,12 +116,20 @@ class LayerLosses:
     def sensitivity(self) -> Tensor:
         """Return the output factor of the layer's curvature: (groups, out / groups, out / groups).
 
-        It is the identity where the network's output does not depend on the layer.
+        It is the identity where the network's output does not depend on the layer. The first factor of an
+        implant is seen through the second.
         """
-        weight, groups = self.site.weight, groups_of(self.site.layer)
-        own = self.objective.sensitivity.of([self.horizon.operations[0]])
-        metric = next(iter(own.values()), Metric(1.0))
+        weight, groups, metric = self.site.weight, groups_of(self.site.layer), self.metric()
+        implant = self.objective.twins.sparse.get_submodule(self.horizon.dense)
+        if isinstance(implant, LowRank) and self.site.layer is implant[0]:
+            second = rows(weight_of(implant[1]).detach())
+            return second.T @ metric.matrix(len(second), like=second) @ second
         return metric.matrix(len(weight), groups, like=weight)
+
+    def metric(self) -> Metric:
+        """Return how a mismatch of the layer's own output, or its implant's, weighs in the network's."""
+        own = self.objective.sensitivity.of([self.horizon.operations[0]])
+        return next(iter(own.values()), Metric(1.0))
 
     @cached_property
     def held(self) -> Reconstruction:
@@ -131,7 +141,7 @@ class LayerLosses:
         matching = self.objective.matching
         with torch.no_grad():
             if matching.targets == "dense" and pair.calls[0] is pair.dense.call:
-                found = self.horizon.outputs(self.site.target, pair.dense.on_device(), self.site.source)
+                found = self.horizon.outputs(self.site.target, pair.dense.on_device())
                 left = {name: self.objective.twins.reduction.left(name, y) for name, y in found.items()}
                 targets = {name: y for name, y in left.items() if y is not None}
             else:

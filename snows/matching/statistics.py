@@ -106,6 +106,11 @@ class LayerStatistics:
                 else y.index_select(1 if dense.kernel else -1, self._left.to(y.device))
             )
 
+    def target(self, weight: Tensor) -> Tensor:
+        """Return the mean of that y: (groups, out / groups)."""
+        sums = (y.movedim(-1 if weight.ndim == 2 else 1, 0).flatten(1).sum(1) for y in self.wanted(weight))
+        return self._mean(x.view(len(self.mean), -1) for x in sums)
+
     def _mean(self, sums: Iterator[Tensor]) -> Tensor:
         total = next(sums).double()
         for part in sums:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -37,6 +38,11 @@ def working_copy(model: nn.Module) -> tuple[nn.Module, list[Carried]]:
             if module.__dict__.get(key) is True:
                 module.__dict__[key] = False
     return net, carried
+
+
+def sharing(net: nn.Module) -> nn.Module:
+    """Copy a network's modules, and none of its tensors."""
+    return copy.deepcopy(net, {id(x): x for x in (*net.parameters(), *net.buffers())})
 
 
 def as_it_came(

@@ -61,6 +61,21 @@ def held_elsewhere(net: nn.Module) -> set[int]:
     return found
 
 
+def module_at(net: nn.Module, name: str, expected: str, allowed: tuple[type[nn.Module], ...]) -> nn.Module:
+    """Find a module of one of several classes.
+
+    Raises:
+        ValueError: there is none of this name, or it is of none of the allowed classes.
+    """
+    try:
+        module = net.get_submodule(name)
+    except AttributeError:
+        raise ValueError(f"there is no module {name}") from None
+    if not isinstance(module, allowed):
+        raise ValueError(f"{name} is a {type(module).__name__}, {expected}")
+    return module
+
+
 def substitute(net: nn.Module, old: nn.Module, new: nn.Module) -> None:
     """Put a module in the place of another, under all its names; what that had left of its units is noted."""
     if LEFT in old.__dict__:

@@ -7,7 +7,6 @@ layer's output is compared, as well as what the network returns.
 
 from __future__ import annotations
 
-import copy
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from snows.networks.attention import plain_forward
 from snows.networks.batches import Batch, difference, first_line, output_tensors
 from snows.networks.channels import Follow, Group, tainted_groups
+from snows.networks.copies import sharing
 from snows.networks.functions import known
 from snows.networks.layers import groups_of, prunable
 from snows.networks.taking import Take, take
@@ -114,7 +114,7 @@ class Proof:
         """Say how a cut network differs from the masked one; empty if it does not."""
         try:
             cut = take(self.net, chosen, kept)
-            slim = _shared(self.net)
+            slim = sharing(self.net)
             cut.apply(slim)
             got, returned = _run(slim, self.batch)
         except Exception as error:
@@ -209,14 +209,9 @@ def _run(net: nn.Module, batch: Batch) -> tuple[Features, list[Tensor]]:
     return watch.found, returned
 
 
-def _shared(net: nn.Module) -> nn.Module:
-    """Copy a network's modules, and none of its tensors."""
-    return copy.deepcopy(net, {id(x): x for x in (*net.parameters(), *net.buffers())})
-
-
 def _masked(net: nn.Module, chosen: Sequence[Group], kept: Mapping[str, Tensor]) -> nn.Module:
     """Return the network in which nothing reads the units that go."""
-    masked = _shared(net)
+    masked = sharing(net)
     for group in chosen:
         goes = torch.ones(group.units, dtype=torch.bool).index_fill(0, kept[group.name], False)
         for name, columns in group.columns.items():
@@ -229,7 +224,7 @@ def _masked(net: nn.Module, chosen: Sequence[Group], kept: Mapping[str, Tensor])
 
 def _randomised(net: nn.Module) -> nn.Module:
     """Copy a network, with random parameters and statistics."""
-    other = _shared(net)
+    other = sharing(net)
     generator = torch.Generator().manual_seed(0)
     layers = {id(x.weight) for x in prunable(other).values()}
 

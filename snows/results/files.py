@@ -17,8 +17,8 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from snows.networks.attention import close_attention
-from snows.networks.edits import CONVOLUTION, SMALLER, Edit, Pack, described, edits_of, inside, module_at
-from snows.networks.layers import copied, prunable
+from snows.networks.edits import CONVOLUTION, SMALLER, Edit, Pack, described, edits_of, inside
+from snows.networks.layers import copied, module_at, prunable
 from snows.results.formats import VERSION, edits_in
 from snows.results.storage import digest, state, write
 
@@ -27,7 +27,7 @@ ACTIVATIONS: dict[str | None, tuple[type[nn.Module], ...]] = {"relu": (nn.ReLU,)
 
 
 def save(network: Any, path: Path | str) -> None:
-    """Write a network with packed layers, or one that units were taken out of, whole or not at all.
+    """Write a network with packed layers, or one that was made smaller, whole or not at all.
 
     Args:
         network: what `prune` or `deploy` returned, its network, or one with packed layers put in by hand.
@@ -42,8 +42,8 @@ def save(network: Any, path: Path | str) -> None:
         raise TypeError(f"save: expected what deploy returned, or a network, got {type(network).__name__}")
     if not any(isinstance(edit, MAKES) for edit in edits_of(model)):
         raise ValueError(
-            "save: expected a model with packed layers, or one that units were taken out of, got none; "
-            "deploy it first, or save its state_dict as it is"
+            "save: expected a model with packed layers, or one that was made smaller, got none; deploy "
+            "it first, or save its state_dict as it is"
         )
     write(Path(path), encoded(model), "save")
 

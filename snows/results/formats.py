@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from snows.networks.edits import CONVOLUTION, Drop, Edit, Fold, Open, Pack
+from snows.networks.implants import Implant
 from snows.networks.taking import Selection, Take
-from snows.sparsity import parse_pattern
+from snows.packing import packable
 
 VERSION = 4  # 1 had no remainders; 1 and 2 held lists of modules, and not edits; 3 had packed layers alone
 
@@ -44,8 +45,8 @@ def _read(content: dict[str, Any]) -> list[Edit]:
     if not isinstance(entries, list):
         raise ValueError(f"edits is {entries!r:.60}")
     edits = [read_edit(entry) for entry in entries]
-    if not any(isinstance(edit, Pack | Take) for edit in edits):
-        raise ValueError("no layer is packed or smaller")
+    if not any(isinstance(edit, Pack | Take | Implant) for edit in edits):
+        raise ValueError("no layer is packed, smaller or replaced")
     return edits
 
 
@@ -75,6 +76,15 @@ def _names(kind: type[Any], *fields: str) -> Callable[[dict[str, Any]], Edit]:
         return edit
 
     return build
+
+
+def _implant(entry: dict[str, Any]) -> Implant:
+    name, rank = entry["layer"], entry["rank"]
+    if not isinstance(name, str):
+        raise ValueError(f"layer is {name!r:.60}")
+    if type(rank) is not int or not 1 <= rank < 2**31:
+        raise ValueError(f"rank of {name} is {rank!r:.60}")
+    return Implant(name, rank)
 
 
 def _pack(entry: dict[str, Any]) -> Pack:
@@ -131,6 +141,7 @@ _KINDS: dict[str, tuple[Callable[[dict[str, Any]], Edit], tuple[str, ...]]] = {
     "fold": (_names(Fold, "convolution", "norm"), ("convolution", "norm")),
     "drop": (_names(Drop, "module"), ("module",)),
     "take": (_take, ("selections", "sizes")),
+    "implant": (_implant, ("layer", "rank")),
     "pack": (_pack, ("layer", "pattern", "shape", "activation", "absorbs", "settings")),
 }
 
@@ -167,7 +178,7 @@ def _unsound(entry: Any) -> str:
     if not whole(shape, 1, 2) and not whole(shape, 1, 4):
         return "shape"
     try:
-        parse_pattern(entry["pattern"])
+        packable(entry["pattern"])
     except (KeyError, ValueError, TypeError, AttributeError):
         return "pattern"
     if "activation" not in entry or entry["activation"] not in (None, "relu", "gelu"):
