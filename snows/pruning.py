@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from snows.choosing.asked import settings
 from snows.choosing.goals import Choosing, Only, PatternChoice, Selection, check_goal, selected
 from snows.choosing.plan import Choice, Plan, checked, decide, refitted
 from snows.choosing.structure import Structured
@@ -117,9 +117,9 @@ def prune(
         plan = (
             Plan({}) if isinstance(pattern, Structured) else decide(twins, pattern, select, only, skip, cap)
         )
-        settings = _settings(pattern, select, solver, matching, cap, recalibrate, seed, plan)
+        asked = settings(pattern, select, solver, matching, cap, recalibrate, seed, plan)
         opened = (
-            Run.open(Path(out), settings, model, twins.batches, plan.starts(), resume)
+            Run.open(Path(out), asked, model, twins.batches, plan.starts(), resume)
             if out is not None
             else nullcontext()
         )
@@ -137,7 +137,7 @@ def prune(
             else:
                 rows = walk.through(plan, recalibrate, shaping.left)
             network = twins.closed()
-            report = shaping.reported(_report(twins, plan, rows, settings, run))
+            report = shaping.reported(_report(twins, plan, rows, asked, run))
             if run is not None:
                 run.finish(network, twins.masks, report, run_page(report))
     return Pruned(network, report, twins.masks, twins.edits)
@@ -252,7 +252,7 @@ def _row(site: Site, choice: Choice, found: Fit, solver: Newton | None, seconds:
 
 
 def _report(
-    twins: Twins, plan: Plan, rows: list[LayerReport], settings: dict[str, Any], run: Run | None
+    twins: Twins, plan: Plan, rows: list[LayerReport], asked: dict[str, Any], run: Run | None
 ) -> Report:
     """Put the layers' lines together, with what a reader should know of the whole."""
     fitted = {row.name: row for row in rows}
@@ -273,45 +273,7 @@ def _report(
             "bits of its numbers may differ from those of a run that was not interrupted."
         )
     size = sum(p.numel() for p in twins.model.parameters())
-    return Report([fitted.get(row.name, row) for row in plan.rows], size, settings, notes)
-
-
-# ---------------------------------------------------------------- settings
-
-
-def _settings(
-    pattern: Any,
-    select: Any,
-    solver: Any,
-    matching: Matching,
-    cap: float,
-    recalibrate: bool,
-    seed: int,
-    plan: Plan,
-) -> dict[str, Any]:
-    """Write down what was asked; a run that was interrupted goes on with the same alone."""
-    several = isinstance(pattern, Mapping) or (callable(pattern) and not isinstance(pattern, Structured))
-    return {
-        "pattern": plan.patterns if several else str(pattern),
-        "select": _name(select),
-        "solver": str(solver),
-        **asdict(matching),
-        "cap": cap,
-        "recalibrate": recalibrate,
-        "seed": seed,
-        "layers": list(plan.patterns),
-    }
-
-
-def _name(select: Any) -> str:
-    if isinstance(select, partial):
-        settings = ", ".join(f"{k}={_name(v) if callable(v) else v!r}" for k, v in select.keywords.items())
-        return f"{_name(select.func)}({settings})"
-    if isinstance(select, Mapping | nn.Module):
-        return "masks"
-    name: str = getattr(select, "__name__", type(select).__name__)
-    code = getattr(select, "__code__", None) if name == "<lambda>" else None  # which has no name of its own
-    return name if code is None else f"<lambda {zlib.crc32(code.co_code + repr(code.co_consts).encode()):x}>"
+    return Report([fitted.get(row.name, row) for row in plan.rows], size, asked, notes)
 
 
 def _check_settings(solver: Any, matching: Any, out: Any, resume: Any, seed: Any) -> None:

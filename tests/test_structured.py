@@ -20,7 +20,8 @@ from snows.networks.edits import edits_of
 from snows.results.run import Run
 
 quick = partial(snows.prune, progress=False, matching=Matching(2), solver=Newton(max_iterations=3))
-half = partial(Structured, 0.5, multiple=2)
+UNITS = ("channels", "heads", "neurons")
+half = partial(Structured, 0.5, multiple=2, using=UNITS)
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +54,20 @@ def error(net, other, batches):
     with torch.no_grad():
         a, b = (torch.cat([m(x) for x in batches]) for m in (net, other))
     return float((a - b).square().mean() / a.var())
+
+
+def stop_after(monkeypatch, layers):
+    """Interrupt a run after so many layers, of all stages together."""
+    keep, count = Run.keep, 0
+
+    def stopping(run, *args):
+        nonlocal count
+        if count == layers:
+            raise KeyboardInterrupt
+        count += 1
+        keep(run, *args)
+
+    monkeypatch.setattr(Run, "keep", stopping)
 
 
 def bits(folder):
@@ -99,19 +114,10 @@ def test_the_runs_file_loads_into_the_dense_architecture(batches, whole):
 def test_a_run_that_stops_in_any_stage_ends_with_the_same_bits(
     net, batches, whole, tmp_path, monkeypatch, after
 ):
-    keep, count = Run.keep, 0
-
-    def stopping(run, *args):
-        nonlocal count
-        if count == after:
-            raise KeyboardInterrupt
-        count += 1
-        keep(run, *args)
-
-    monkeypatch.setattr(Run, "keep", stopping)
+    stop_after(monkeypatch, after)
     with pytest.raises(KeyboardInterrupt):
         quick(net, batches, half(), out=tmp_path)
-    monkeypatch.setattr(Run, "keep", keep)
+    monkeypatch.undo()
     assert (tmp_path / "plan.json").exists()
     assert not (tmp_path / "model.safetensors").exists()
     monkeypatch.setattr("snows.shaping.decide_cut", None)  # nothing is decided again
@@ -146,9 +152,9 @@ def test_only_some_kinds_and_layers_lose_units(net, batches):
     goal = Structured(0.9, using=("neurons",), multiple=2)
     report = quick(net, batches, goal, solver=None).report
     assert {x.name for x in report.groups if x.kept < x.units} == {"fc1"}
-    report = quick(net, batches, Structured(0.8, multiple=2), solver=None, skip="fc1").report
+    report = quick(net, batches, Structured(0.8, multiple=2, using=UNITS), solver=None, skip="fc1").report
     assert {x.name for x in report.groups if x.kept < x.units} <= {"conv1", "attention.qkv"}
-    report = quick(net, batches, Structured(0.9, multiple=2), solver=None, only=["fc*"]).report
+    report = quick(net, batches, Structured(0.9, multiple=2, using=UNITS), solver=None, only=["fc*"]).report
     assert {x.name for x in report.groups if x.kept < x.units} == {"fc1"}
 
 
@@ -206,6 +212,54 @@ def test_a_cut_network_is_pruned_and_deployed_like_any_other(batches, whole, tmp
     assert torch.equal(snows.load(tmp_path / "again.safetensors", Net())(batches[0]), again(batches[0]))
 
 
+@pytest.fixture(scope="module")
+def thin(net, batches, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("thin")
+    return quick(net, batches, Structured(0.6, multiple=2, using=("low-rank", "neurons")), out=folder), folder
+
+
+def test_low_rank_and_removal_share_one_budget(net, batches, thin, tmp_path):
+    (small, report), folder = thin
+    assert report.macs == (macs(net, batches[0]), macs(small, batches[0]))
+    assert report.macs[1] <= 0.6 * report.macs[0]
+    ranks = {x.name: (x.kept, x.units) for x in report.groups if x.kind == "low rank" and x.kept < x.units}
+    assert ranks
+    for name, (rank, full) in ranks.items():
+        first, second = small.get_submodule(name)
+        assert len(first.weight) == second.weight.shape[1] == rank < full
+    loaded = snows.load(folder / "model.safetensors", Net())
+    assert torch.equal(loaded(batches[0]), small(batches[0]))
+    taken = [x.loss for x in report.stages if x.taken]
+    assert taken == sorted(taken, reverse=True)
+    assert len(taken) >= 3
+    exported = torch.export.export(small, (batches[0],))
+    torch.testing.assert_close(exported.module()(batches[0]), small(batches[0]))
+    sparse, _ = quick(small, batches, NM(1, 2))
+    assert any((m.weight == 0).float().mean() == 0.5 for m in sparse.modules() if isinstance(m, nn.Linear))
+    again, _ = quick(net, batches, Structured(0.6, multiple=2, using=("low-rank", "neurons")))
+    assert torch.equal(again(batches[0]), small(batches[0]))
+
+
+def test_low_rank_is_fitted_better_than_truncated(net, batches):
+    goal = Structured(0.7, multiple=2, using=("low-rank",))
+    bare, _ = quick(net, batches, Structured(0.7, multiple=2, using=("low-rank",), refit=False), solver=None)
+    fitted, _ = quick(net, batches, goal, solver=None)
+    assert error(net, fitted, batches) < 0.5 * error(net, bare, batches)
+
+
+@pytest.mark.parametrize("after", [3, 12, 20])
+def test_a_run_with_low_rank_that_stops_ends_with_the_same_bits(
+    net, batches, thin, tmp_path, monkeypatch, after
+):
+    stop_after(monkeypatch, after)
+    goal = Structured(0.6, multiple=2, using=("low-rank", "neurons"))
+    with pytest.raises(KeyboardInterrupt):
+        quick(net, batches, goal, out=tmp_path)
+    monkeypatch.undo()
+    quick(net, batches, goal, out=tmp_path, resume=True)
+    assert bits(tmp_path) == bits(thin[1])
+
+
 def test_deploy_takes_a_smaller_network_without_zeros(batches, whole):
     (small, _), _ = whole
     fast, report = snows.deploy(small, batches[0][:16], progress=False)
@@ -248,7 +302,7 @@ def test_settings_out_of_range(goal, message):
 
 def test_a_share_that_floors_make_impossible_says_what_is_possible(net, batches):
     with pytest.raises(ValueError, match=r"\d+(\.\d+)? %") as caught:
-        quick(net, batches, Structured(0.05, multiple=2, floor=0.5))
+        quick(net, batches, Structured(0.05, multiple=2, floor=0.5, using=UNITS))
     least = float(re.search(r"(\d+(\.\d+)?) %", str(caught.value)).group(1))
     assert least > 5
 

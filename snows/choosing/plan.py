@@ -127,7 +127,7 @@ MANY_ZEROS = 0.1  # of a trained layer's weights: more were put there
 
 
 def _zeros(twins: Twins, name: str) -> float:
-    weight = prunable(twins.dense)[name].weight
+    weight = prunable(twins.dense)[twins.reduction.source(name)].weight
     return float((weight == 0).double().mean())
 
 

@@ -171,7 +171,12 @@ def decide_cut(
     free = [x for x in found if not x.reason]
     exact = isinstance(goal.share, Mapping)
     losses = {} if exact or "low-rank" not in goal.using else spectra(twins, objective, only, skip, doing)
-    if not free and not losses:
+    options = (
+        ranks_of(rank_of(name), loss, net.get_submodule(name).weight, goal.multiple)  # type: ignore[arg-type]
+        for name, loss in losses.items()
+    )
+    others = [x for x in options if x is not None]
+    if not free and not others:
         said = "; ".join(f"{x.name}: {x.reason}" for x in found[:4])
         raise ValueError(f"prune: no unit can be taken out ({said or 'the model has no Linear or Conv2d'})")
     doing("deciding what goes")
@@ -184,11 +189,6 @@ def decide_cut(
     else:
         if free:
             lost = curves(goal.order, Measured(twins.dense, twins.batches, objective.sensitivity), free)
-        options = (
-            ranks_of(rank_of(name), loss, net.get_submodule(name).weight, goal.multiple)  # type: ignore[arg-type]
-            for name, loss in losses.items()
-        )
-        others = [x for x in options if x is not None]
         widths = allocate(
             free, lost, costs, goal.share, goal.of, goal.multiple, goal.floor, goal.uniform, others
         )

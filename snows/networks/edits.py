@@ -8,7 +8,7 @@ it.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, ClassVar, Literal, Protocol, TypeAlias
 
 from torch import Tensor, nn
@@ -53,8 +53,8 @@ class Edit(Protocol):
 
 def described(edit: Edit) -> dict[str, Any]:
     """Describe an edit as JSON: by all that makes two edits equal."""
-    own = (x.name for x in fields(edit) if x.compare)  # type: ignore[arg-type]
-    return {"kind": edit.kind} | {name: getattr(edit, name) for name in own}
+    content = asdict(edit)  # type: ignore[call-overload]
+    return {"kind": edit.kind} | {x.name: content[x.name] for x in fields(edit) if x.compare}  # type: ignore[arg-type]
 
 
 # ---------------------------------------------------------------- opening attention

@@ -1,0 +1,50 @@
+"""What was asked of `prune`, written down: a run that was interrupted goes on with the same alone."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from snows.choosing.plan import Plan
+from snows.choosing.structure import Structured
+from snows.matching.losses import Matching
+
+
+def settings(
+    pattern: Any,
+    select: Any,
+    solver: Any,
+    matching: Matching,
+    cap: float,
+    recalibrate: bool,
+    seed: int,
+    plan: Plan,
+) -> dict[str, Any]:
+    """Write down what was asked; a run that was interrupted goes on with the same alone."""
+    several = isinstance(pattern, Mapping) or (callable(pattern) and not isinstance(pattern, Structured))
+    return {
+        "pattern": plan.patterns if several else str(pattern),
+        "select": _name(select),
+        "solver": str(solver),
+        **asdict(matching),
+        "cap": cap,
+        "recalibrate": recalibrate,
+        "seed": seed,
+        "layers": list(plan.patterns),
+    }
+
+
+def _name(select: Any) -> str:
+    if isinstance(select, partial):
+        settings = ", ".join(f"{k}={_name(v) if callable(v) else v!r}" for k, v in select.keywords.items())
+        return f"{_name(select.func)}({settings})"
+    if isinstance(select, Mapping | nn.Module):
+        return "masks"
+    name: str = getattr(select, "__name__", type(select).__name__)
+    code = getattr(select, "__code__", None) if name == "<lambda>" else None  # which has no name of its own
+    return name if code is None else f"<lambda {zlib.crc32(code.co_code + repr(code.co_consts).encode()):x}>"
