@@ -262,7 +262,7 @@ def _report(
         for row in rows
         if row.stop == Stop.NOT_FINITE.value
     ]
-    if idle := [row.name for row in rows if row.before == 0]:
+    if idle := [row.name for row in rows if row.before == 0 and row.pattern != "fitted"]:
         notes.append(
             f"{len(idle)} of the pruned layers, {idle[0]} for one, do not change what is matched after "
             "them, so that nothing was fitted there; are their branches switched off by a zero scale?"
