@@ -695,6 +695,7 @@ def test_demo_judges_what_it_leaves(packs, monkeypatch, tmp_path):
         cases=(("resnet20", snows.NM(1, 4)),),
         batches=zoo.calibration(32, 8),
         stopwatch=Told(),
+        compiled=False,
     )
     printed = console.file.getvalue()
     assert "on the first 96 test images" in printed
