@@ -15,6 +15,8 @@ from snows.networks.watching import Call
 from snows.solving.preconditioners import Factors
 from snows.sparsity import MaskedWeight, Pattern
 
+DAMPING = 0.01  # of the mean variance of a layer's inputs, the ridge of a least-squares fit
+
 
 class LayerStatistics:
     """Hold second moments of a layer's inputs over the calibration batches, per group of a convolution.
