@@ -214,6 +214,17 @@ def test_a_pattern_comes_after_the_cut(net, batches):
     assert pruned.report.macs[1] <= 0.5 * pruned.report.macs[0]
 
 
+@pytest.mark.parametrize("using", [UNITS, ("low-rank", "neurons")])
+def test_a_budget_is_spent_over_the_weights_of_the_smaller_network(net, batches, using):
+    goal = Structured(0.6, multiple=2, using=using, then=snows.Unstructured(0.5))
+    pruned = quick(net, batches, goal, solver=None)
+    rows = [x for x in pruned.report.layers if not x.reason]
+    size, kept = sum(x.size for x in rows), sum(x.kept for x in rows)
+    assert size == sum(mask.numel() for mask in pruned.masks.values())
+    assert abs(kept - size / 2) <= 1
+    assert any("." in x.name and x.name[-1] in "01" for x in rows) == ("low-rank" in using)
+
+
 def test_a_pattern_that_the_new_widths_do_not_divide_leaves_the_layer_dense(net, batches):
     goal = Structured({"fc1": torch.arange(7)}, then=NM(2, 4))
     report = quick(net, batches, goal).report

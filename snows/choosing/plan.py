@@ -88,7 +88,7 @@ def decide(
         )
     plan.patterns = {name: str(x) for name, x in chosen.items()}
     if isinstance(pattern, Unstructured) and not starts:
-        layers = prunable(twins.dense)
+        layers = prunable(twins.sparse)
         budget = spend({name: layers[name] for name in chosen}, pattern, cap)
         plan.rows = [
             x if x.reason or x.name in budget else replace(x, pattern="dense", kept=x.size, reason=SPARED)
