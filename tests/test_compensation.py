@@ -11,6 +11,7 @@ from snows.matching.compensation import Intercept, compensate, unchanged
 from snows.matching.mismatch import mismatch
 from snows.matching.statistics import DAMPING, LayerStatistics
 from snows.networks.batches import Batch
+from snows.networks.implants import Implant
 from snows.networks.reduction import Reduction
 from snows.networks.twins import Twins
 
@@ -151,6 +152,23 @@ def test_intercepts_alone_restore_the_mean(batches):
     training = torch.cat(batches[:-1])
     wanted = net.b(F.relu(net.norm(net.a(training)))).mean((0, 2, 3))
     found = twins.sparse.b(F.relu(twins.sparse.norm(twins.sparse.a(training)))).mean((0, 2, 3))
+    torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize(("kernel", "stride", "padding"), [(3, 2, 1), (3, 1, 0), (1, 2, 0)])
+def test_the_second_factor_of_an_implant_is_fitted_to_the_dense_layers_output(
+    batches, kernel, stride, padding
+):
+    torch.manual_seed(3)
+    net = (
+        nn.Sequential(nn.Conv2d(3, 6, kernel, stride, padding), nn.ReLU(), nn.Conv2d(6, 2, 1)).double().eval()
+    )
+    twins = Twins(net, batches)
+    twins.apply([Implant("0", 2)], {}, {"0.0": "0", "0.1": "0"})
+    site = twins.at("0.1")
+    compensate(site, LayerStatistics.of(site, lambda: None), Intercept.of(twins, "0.1"), weights=False)
+    training = torch.cat(batches[:-1])
+    wanted, found = (x[0](training).mean((0, 2, 3)) for x in (net, twins.sparse))
     torch.testing.assert_close(found, wanted)
 
 
