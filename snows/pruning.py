@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from snows.choosing.asked import settings
-from snows.choosing.goals import Choosing, Only, PatternChoice, Selection, check_goal, selected
+from snows.choosing.goals import Choosing, LayerChoice, Only, PatternChoice, check_goal, selected
 from snows.choosing.plan import Choice, Plan, checked, decide, refitted
 from snows.choosing.structure import Structured
 from snows.matching.fitting import fit
@@ -68,8 +68,8 @@ def prune(
     solver: Newton | None = Newton(),
     matching: Matching = Matching(),
     cap: float = 0.95,
-    only: Selection | None = None,
-    skip: Selection | None = None,
+    only: LayerChoice | None = None,
+    skip: LayerChoice | None = None,
     recalibrate: bool = True,
     out: Path | str | None = None,
     resume: bool = False,

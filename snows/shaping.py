@@ -10,8 +10,9 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from snows.choosing.cuts import Cut
 from snows.choosing.goals import Only
-from snows.choosing.structure import Cut, Structured, decide_cut
+from snows.choosing.structure import Structured, decide_cut
 from snows.matching.compensation import Intercept, compensate, compensate_thin, unchanged
 from snows.matching.losses import LayerLosses, Objective
 from snows.matching.mismatch import mismatch
@@ -63,9 +64,8 @@ class Shaping:
         run: keeps what was decided, and finished layers; None for nowhere.
         tell: says what is done.
         recalibrate: correct BatchNorm's statistics after each walk.
-        found: what was decided.
+        cut: what was decided.
         stages: what each stage left of the loss.
-        left: of BatchNorms that lost channels, by name, which are left.
     """
 
     twins: Twins
@@ -73,24 +73,26 @@ class Shaping:
     run: Run | None
     tell: Tell
     recalibrate: bool
-    found: Cut = field(default_factory=Cut)
+    cut: Cut = field(default_factory=Cut)
     stages: list[StageReport] = field(default_factory=list)
-    left: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def left(self) -> dict[str, torch.Tensor]:
+        """Of BatchNorms that lost channels, by name, which are left."""
+        return self.cut.left_of_norms()
 
     def reduce(self, goal: Structured, only: Only | None, skip: Only | None) -> None:
         """Take out what the goal asks for, and fit what stays: the intercepts alone, then the weights too."""
         twins, stored = self.twins, self.run.decided() if self.run is not None else None
         if stored is None:
-            self.found = decide_cut(twins, goal, only, skip, self.objective, self.tell.doing)
+            self.cut = decide_cut(twins, goal, only, skip, self.objective, self.tell.doing)
             if self.run is not None:
-                self.run.decide(self.found.described())
+                self.run.decide(self.cut.described())
         else:
-            self.found = Cut.read(stored)
-        twins.notes += self.found.notes
-        self.left = self.found.left()
-        self.staged(
-            "cut", lambda: twins.apply(self.found.edits, self.found.gone(twins.dense), self.found.sources())
-        )
+            self.cut = Cut.read(stored)
+        twins.notes += self.cut.notes
+        left, sources = self.cut.left_of_layers(twins.dense), self.cut.sources()
+        self.staged("cut", lambda: twins.apply(self.cut.edits, left, sources))
         self.staged("means", lambda: self._sweep("means", False))
         if goal.refit:
             self.staged("least squares", lambda: self._sweep("least-squares", True))
@@ -103,7 +105,7 @@ class Shaping:
             sum(p.numel() for p in net.parameters()) for net in (self.twins.dense, self.twins.sparse)
         )
         return replace(
-            report, groups=self.found.groups, stages=self.stages, macs=self.found.macs, parameters=sizes
+            report, groups=self.cut.groups, stages=self.stages, macs=self.cut.macs, parameters=sizes
         )
 
     def staged(self, name: str, work: Callable[[], Result]) -> Result:
@@ -132,14 +134,15 @@ class Shaping:
 
     def _layer(self, key: str, name: str, weights: bool) -> None:
         """Fit one layer, or take it from the run's folder."""
-        twins, implant = self.twins, self._implant(name)
-        first = implant is not None and name == f"{dense_name(twins.sparse, name)}.0"
-        intercept = Intercept.of(twins, f"{dense_name(twins.sparse, name)}.1" if first else name)
-        if not (weights or intercept.exists) or (first and not weights):
+        twins, dense = self.twins, dense_name(self.twins.sparse, name)
+        implant = twins.sparse.get_submodule(dense) if name in twins.reduction.sources else None  # a new one
+        both = implant if isinstance(implant, LowRank) and name == f"{dense}.0" else None  # fitted together
+        intercept = Intercept.of(twins, name if both is None else f"{dense}.1")
+        if not (weights or intercept.exists) or (both is not None and not weights):
             return
         own = {"weight": intercept.layer.weight.detach(), **intercept.tensors()}
-        if implant is not None and first:
-            own = {key: x.detach() for key, x in implant.named_parameters() if "weight" in key}
+        if both is not None:
+            own = {key: x.detach() for key, x in both.named_parameters() if "weight" in key}
         done = self.run.finished(key, name, own) if self.run is not None else None
         if done is not None:
             for entry, value in done[0].items():
@@ -151,20 +154,14 @@ class Shaping:
         if site.training and not unchanged(site):
             losses = self.objective.at(site)
             seen = LayerStatistics.of(site, losses.sensitivity)
-            if first:
-                assert implant is not None
-                compensate_thin(site, seen, implant, _metric(site, losses), intercept.exists)
+            if both is not None:
+                compensate_thin(seen, both, _metric(site, losses), intercept.exists)
             else:
                 compensate(site, seen, intercept, weights and implant is None)
         if self.run is not None:
             size, seconds = site.weight.numel(), time.perf_counter() - began
             row = LayerReport(name, tuple(site.weight.shape), "fitted", size, seconds=seconds)
             self.run.keep(key, own, row)
-
-    def _implant(self, name: str) -> LowRank | None:
-        """Return the implant that a layer is a factor of."""
-        found = self.twins.sparse.get_submodule(dense_name(self.twins.sparse, name))
-        return found if isinstance(found, LowRank) else None
 
 
 def _metric(site: Site, losses: LayerLosses) -> torch.Tensor:

@@ -7,10 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from snows.matching.compensation import DAMPING, Intercept, compensate, unchanged
+from snows.matching.compensation import Intercept, compensate, unchanged
 from snows.matching.mismatch import mismatch
-from snows.matching.statistics import LayerStatistics
+from snows.matching.statistics import DAMPING, LayerStatistics
 from snows.networks.batches import Batch
+from snows.networks.implants import Implant
 from snows.networks.reduction import Reduction
 from snows.networks.twins import Twins
 
@@ -51,7 +52,7 @@ def cut(net):
 
 def twins_of(net, batches):
     twins = Twins(net, batches)
-    twins.apply([Cutting(cut)], {"a": torch.tensor([1, 4])}, {})
+    twins.apply([Cutting(cut)], {"a": KEPT}, {})
     return twins
 
 
@@ -73,8 +74,7 @@ def made(bias=True):
 
 def test_what_is_left_of_the_dense_features(batches):
     net = made()
-    reduction = Reduction.of(net, {"a": torch.tensor([1, 4])}, Batch.of(batches[0]), {})
-    assert reduction.outputs["a"].tolist() == KEPT.tolist()
+    reduction = Reduction.of(net, {"a": KEPT}, Batch.of(batches[0]), {})
     assert {name: (dim, kept.tolist()) for name, (dim, kept) in reduction.kept.items()} == {
         "a:conv2d": (-3, KEPT.tolist()),
         ":relu": (-3, KEPT.tolist()),
@@ -102,13 +102,12 @@ class Heads(nn.Module):
 
 @pytest.mark.parametrize("folded", [False, True])
 def test_heads_that_are_gone(folded):
-    gone = torch.cat([torch.arange(3, 6) + 6 * part for part in range(3)])
+    left = torch.cat([torch.arange(3) + 6 * part for part in range(3)])
     x = torch.randn(2, 5, 4)
-    found = Reduction.of(Heads(folded).eval(), {"qkv": gone}, Batch.of(x), {})
-    assert found.outputs["qkv"].tolist() == [0, 1, 2, 6, 7, 8, 12, 13, 14]
+    found = Reduction.of(Heads(folded).eval(), {"qkv": left}, Batch.of(x), {})
     dim, kept = found.kept["qkv:linear"]
     assert dim == -1
-    assert kept.tolist() == found.outputs["qkv"].tolist()
+    assert kept.tolist() == [0, 1, 2, 6, 7, 8, 12, 13, 14]
     if folded:  # heads lie among the samples, whose number is another in every batch
         assert found.lost == {":softmax"}
     else:
@@ -153,6 +152,23 @@ def test_intercepts_alone_restore_the_mean(batches):
     training = torch.cat(batches[:-1])
     wanted = net.b(F.relu(net.norm(net.a(training)))).mean((0, 2, 3))
     found = twins.sparse.b(F.relu(twins.sparse.norm(twins.sparse.a(training)))).mean((0, 2, 3))
+    torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize(("kernel", "stride", "padding"), [(3, 2, 1), (3, 1, 0), (1, 2, 0)])
+def test_the_second_factor_of_an_implant_is_fitted_to_the_dense_layers_output(
+    batches, kernel, stride, padding
+):
+    torch.manual_seed(3)
+    net = (
+        nn.Sequential(nn.Conv2d(3, 6, kernel, stride, padding), nn.ReLU(), nn.Conv2d(6, 2, 1)).double().eval()
+    )
+    twins = Twins(net, batches)
+    twins.apply([Implant("0", 2)], {}, {"0.0": "0", "0.1": "0"})
+    site = twins.at("0.1")
+    compensate(site, LayerStatistics.of(site, lambda: None), Intercept.of(twins, "0.1"), weights=False)
+    training = torch.cat(batches[:-1])
+    wanted, found = (x[0](training).mean((0, 2, 3)) for x in (net, twins.sparse))
     torch.testing.assert_close(found, wanted)
 
 

@@ -176,7 +176,7 @@ def test_matrices_that_do_not_fit():
         (W, InputMoments(torch.ones(7, 7), cross=W), G, "positive definite"),
     ]
     for weight, inputs, sensitivity, words in cases:
-        with pytest.raises(ValueError, match=f"^low_rank: expected {words}|{words}"):
+        with pytest.raises(ValueError, match=f"^low_rank: expected .*{words}"):
             low_rank(weight, inputs, sensitivity, 2)
         with pytest.raises(ValueError, match=words):
             spectrum(weight, inputs, sensitivity)

@@ -293,6 +293,15 @@ def test_noise_is_drawn_until_the_error_is_small():
     assert torch.equal(rough.cost, hap(measured, [group], error=0.2, most=256)["a"].cost)  # one seed
 
 
+@pytest.mark.parametrize("order", ["hap", "fisher"])
+def test_the_seed_says_which_noise_is_drawn(order):
+    net, x, group = small()
+    measured = Measured(net, [Batch.of(x)])
+    one, other, again = (curves(order, measured, [group], seed)["a"].cost for seed in (0, 1, 1))
+    assert torch.equal(other, again)
+    assert not torch.equal(one, other)
+
+
 class InPlace(nn.Module):
     """Changes in place what a layer has read."""
 

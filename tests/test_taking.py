@@ -3,6 +3,7 @@
 import copy
 import io
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -150,9 +151,12 @@ def test_a_wrong_group_is_declined_and_the_rest_is_cut(net, images):
 
 
 def test_a_layer_scale_of_a_millionth_hides_nothing(net, images):
-    wrong = Group("attention.qkv", "heads", HEADS.rows, {"attention.proj": numbers(4, 6).flip(0)})
-    reason = Proof(net, Batch.of(images)).alone(wrong).reason
-    assert "attention.proj differs" in reason or "does not run" in reason
+    proof = Proof(net, Batch.of(images))
+    wrong = replace(proof.alone(HEADS), columns={"attention.proj": numbers(4, 6).flip(0)})
+    assert "attention.proj differs" in proof.fault([wrong], KEPT)
+    assert not proof.fault([proof.alone(HEADS)], KEPT)
+    late = replace(proof.alone(NEURONS), columns={"fc2": numbers(20).flip(0)})
+    assert "fc2 differs" in proof.fault([late], KEPT)
 
 
 def test_a_cut_network_is_an_ordinary_one(net, images):

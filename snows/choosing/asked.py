@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from functools import partial
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from snows.choosing.plan import Plan
 from snows.choosing.structure import Structured
@@ -26,9 +26,13 @@ def settings(
     plan: Plan,
 ) -> dict[str, Any]:
     """Write down what was asked; a run that was interrupted goes on with the same alone."""
-    several = isinstance(pattern, Mapping) or (callable(pattern) and not isinstance(pattern, Structured))
+    several = isinstance(pattern, Mapping) or callable(pattern)
     return {
-        "pattern": plan.patterns if several else str(pattern),
+        "pattern": plan.patterns
+        if several
+        else _goal(pattern)
+        if isinstance(pattern, Structured)
+        else str(pattern),
         "select": _name(select),
         "solver": str(solver),
         **asdict(matching),
@@ -37,6 +41,19 @@ def settings(
         "seed": seed,
         "layers": list(plan.patterns),
     }
+
+
+def _goal(goal: Structured) -> str:
+    """Write down a structured goal; the same in every process, and whole however long it is."""
+    return f"Structured({', '.join(f'{x.name}={_value(getattr(goal, x.name))}' for x in fields(goal))})"
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{key!r}: {_value(x)}' for key, x in value.items())}}}"
+    if isinstance(value, Tensor):
+        return repr(value.tolist())
+    return _name(value) if callable(value) else repr(value)
 
 
 def _name(select: Any) -> str:

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from snows.choosing.curves import Curve
 from snows.matching.consumers import Consumer, Measured
+from snows.matching.statistics import DAMPING
 from snows.networks.channels import Group
 
-DAMPING = 0.01  # of the mean variance of a layer's inputs, the ridge of the fit that follows
 SINGLE = 512  # units of a group up to which one goes at a time
 STEP = 32  # of more units, what divides those that are left into those that go together
 

@@ -63,7 +63,7 @@ class Costs:
                 network multiplies activations with each other.
             groups: those that have a reason to stay do not count as widths.
             ranks: by name of a layer that may become two thin ones, its full rank. The rank between them is a
-                width too, named as `rank_of` says; at the full rank the layer is one.
+                width too, named as `rank_width` says; at the full rank the layer is one.
 
         Raises:
             ValueError: the network cannot run the batch.
@@ -95,7 +95,7 @@ class Costs:
             Term(name, macs / samples, factors=tuple(factors[name, i]))
             for (name, i), macs in counts.products.items()
         ]
-        full = {group.name: group.units for group in groups} | {rank_of(x): r for x, r in ranks.items()}
+        full = {group.name: group.units for group in groups} | {rank_width(x): r for x, r in ranks.items()}
         return cls(terms, full)
 
     def total(self, of: Of, widths: Mapping[str, int] | None = None) -> float:
@@ -164,7 +164,7 @@ def _parts(net: nn.Module, groups: Sequence[Group]) -> dict[int, dict[int, list[
     return found
 
 
-def rank_of(layer: str) -> str:
+def rank_width(layer: str) -> str:
     """Name the width that is the rank of a layer."""
     return f"rank of {layer}"
 
@@ -174,11 +174,11 @@ def _thin(whole: Term, layer: str, weight: Tensor, dims: Mapping[int, Factor], f
     rank = torch.arange(full + 1, dtype=torch.float64) / full
     rank[full] = 0
     dense = (torch.arange(full + 1) == full).double()
-    yield whole._replace(factors=(*whole.factors, {rank_of(layer): dense}))
+    yield whole._replace(factors=(*whole.factors, {rank_width(layer): dense}))
     for dim, size in ((1, len(weight)), (0, weight[0].numel())):
         macs, params, nbytes = (x * full / size for x in (whole.macs, whole.params, whole.bytes))
         sides = [dims[dim]] if dim in dims else []
-        yield Term(whole.name, macs, params, nbytes, (*sides, {rank_of(layer): rank}))
+        yield Term(whole.name, macs, params, nbytes, (*sides, {rank_width(layer): rank}))
 
 
 def _table(units: int, share: float) -> Tensor:

@@ -19,10 +19,10 @@ from snows.sparsity import MaskedWeight, Pattern
 PatternChoice: TypeAlias = Pattern | Mapping[str, Pattern] | Callable[[str, nn.Module], Pattern | None] | None
 Choosing: TypeAlias = Selector | Mapping[str, Tensor] | nn.Module
 Only: TypeAlias = Callable[[str, nn.Module], bool]
-Selection: TypeAlias = Only | str | Sequence[str]
+LayerChoice: TypeAlias = Only | str | Sequence[str]
 
 
-def selected(argument: str, asked: Selection | None) -> Only | None:
+def selected(argument: str, asked: LayerChoice | None) -> Only | None:
     """Make a function of name and module out of names with `*`.
 
     Args:
@@ -40,6 +40,18 @@ def selected(argument: str, asked: Selection | None) -> Only | None:
             f"prune: expected {argument} to be a function or names such as 'blocks.*', got {asked!r}"
         )
     return lambda name, module: any(fnmatchcase(name, x) for x in names)
+
+
+def excluded(name: str, module: nn.Module, only: Only | None, skip: Only | None) -> bool:
+    """Say whether a layer is to be left alone.
+
+    Args:
+        name: of the layer.
+        module: the layer.
+        only: which layers to prune; None for all.
+        skip: which of those to leave alone; None for none.
+    """
+    return (only is not None and not only(name, module)) or (skip is not None and skip(name, module))
 
 
 def check_goal(pattern: Any, select: Any, cap: Any, needed: bool = True) -> None:

@@ -24,13 +24,14 @@ ERROR = 0.1  # median relative standard error of the scores, at which no more no
 FEWEST, MOST = 4, 64  # passes with noise
 
 
-def curves(order: Order, measured: Measured, groups: Sequence[Group]) -> dict[str, Curve]:
+def curves(order: Order, measured: Measured, groups: Sequence[Group], seed: int = 0) -> dict[str, Curve]:
     """Order the units of every group that has units to take out.
 
     Args:
         order: by name, or a function of a group that returns a score for each unit, of which the higher stay.
         measured: of the dense network.
         groups: of the network.
+        seed: of the noise that some orders draw.
 
     Returns:
         By group.
@@ -46,7 +47,8 @@ def curves(order: Order, measured: Measured, groups: Sequence[Group]) -> dict[st
         raise ValueError(
             f"order: expected one of {', '.join(ORDERS)} or a function of a group, got {order!r}"
         )
-    return ORDERS[order](measured, groups) if groups else {}
+    noise = {"seed": seed} if order in NOISY else {}
+    return ORDERS[order](measured, groups, **noise) if groups else {}
 
 
 def magnitude(measured: Measured, groups: Sequence[Group]) -> dict[str, Curve]:
@@ -151,7 +153,8 @@ def fisher(
     return {x.name: Curve.of_scores(x, means[x.name], errors[x.name]) for x in groups}
 
 
-ORDERS: dict[str, Callable[[Measured, Sequence[Group]], dict[str, Curve]]] = {
+NOISY = ("hap", "fisher")
+ORDERS: dict[str, Callable[..., dict[str, Curve]]] = {
     "compensated": compensated,
     "hap": hap,
     "fisher": fisher,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from snows.choosing.budgets import spend
-from snows.choosing.goals import Choosing, Given, Only, PatternChoice, given
+from snows.choosing.goals import Choosing, Given, Only, PatternChoice, excluded, given
 from snows.matching.statistics import Selector
 from snows.networks.checks import how_computed, shared_weights
 from snows.networks.layers import prunable
@@ -88,7 +88,7 @@ def decide(
         )
     plan.patterns = {name: str(x) for name, x in chosen.items()}
     if isinstance(pattern, Unstructured) and not starts:
-        layers = prunable(twins.dense)
+        layers = prunable(twins.sparse)
         budget = spend({name: layers[name] for name in chosen}, pattern, cap)
         plan.rows = [
             x if x.reason or x.name in budget else replace(x, pattern="dense", kept=x.size, reason=SPARED)
@@ -179,9 +179,7 @@ class _Deciding:
             ValueError: it is asked for, and cannot be pruned.
         """
         module, wanted = self.layers[name], self.wanted(name)
-        if self.only is not None and not self.only(name, module):
-            return "excluded"
-        if self.skip is not None and self.skip(name, module):
+        if excluded(name, module, self.only, self.skip):
             return "excluded"
         if self.starts and name not in self.starts:
             return NO_MASK

@@ -7,18 +7,17 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from snows.choosing.goals import Only
+from snows.choosing.costs import rank_width
+from snows.choosing.goals import Only, excluded
 from snows.choosing.widths import Widths
 from snows.matching.losses import Objective
 from snows.matching.low_rank import InputMoments, spectrum
-from snows.matching.statistics import LayerStatistics, damped
+from snows.matching.statistics import DAMPING, LayerStatistics, damped
 from snows.networks.batches import Batch, first_line
 from snows.networks.copies import sharing
 from snows.networks.edits import Edit
 from snows.networks.implants import Implant, full_rank, why_not
 from snows.networks.twins import Twins
-
-DAMPING = 0.01  # of the mean variance of a layer's inputs
 
 
 def spectra(
@@ -39,8 +38,9 @@ def spectra(
     found = {}
     for name in twins.order:
         layer = twins.sparse.get_submodule(name)
-        excluded = (only is not None and not only(name, layer)) or (skip is not None and skip(name, layer))
-        if excluded or twins.calls[name] != 1 or why_not(twins.sparse, twins.trace, name):
+        if excluded(name, layer, only, skip) or twins.calls[name] != 1:
+            continue
+        if why_not(twins.sparse, twins.trace, name):
             continue
         doing(f"{name}: what each rank costs")
         site = twins.at(name)
@@ -54,11 +54,11 @@ def spectra(
     return found
 
 
-def ranks_of(width: str, loss: Tensor, weight: Tensor, multiple: int) -> Widths | None:
+def allowed_ranks(layer: str, loss: Tensor, weight: Tensor, multiple: int) -> Widths | None:
     """List the ranks that a layer may have: the full one, or multiples that make two layers cheaper than one.
 
     Args:
-        width: the name that `Costs` knows the rank by.
+        layer: its name.
         loss: of each rank.
         weight: of the layer.
         multiple: of the rank.
@@ -70,7 +70,7 @@ def ranks_of(width: str, loss: Tensor, weight: Tensor, multiple: int) -> Widths 
     even = -(-rows * columns // (rows + columns))  # from here on two layers cost as much as one
     ranks = [x for x in range(even - 1, 0, -1) if x % multiple == 0]
     allowed = torch.tensor([full, *ranks])
-    return Widths(width, allowed, loss[allowed]) if ranks else None
+    return Widths(rank_width(layer), allowed, loss[allowed]) if ranks else None
 
 
 def worthwhile(net: nn.Module, ranks: Mapping[str, int]) -> dict[str, int]:

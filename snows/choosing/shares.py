@@ -44,7 +44,6 @@ def allocate(
         multiple: of outputs of a group's first layer that stay, unless all do.
         floor: the least share of a group's units that stays.
         uniform: keep the same share of every group, as near as its multiples allow, whatever the curves say.
-
         others: widths of other things that `costs` knows.
 
     Returns:

@@ -3,29 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
-from snows.choosing.costs import Costs, Of, rank_of
+from snows.choosing.costs import Costs, Of, rank_width
 from snows.choosing.curves import Curve
-from snows.choosing.goals import Only, PatternChoice
-from snows.choosing.orders import Order, curves
-from snows.choosing.ranks import implants, ranks_of, spectra
+from snows.choosing.cuts import Cut
+from snows.choosing.goals import Only, PatternChoice, excluded
+from snows.choosing.orders import ORDERS, Order, curves
+from snows.choosing.ranks import allowed_ranks, implants, spectra
 from snows.choosing.shares import allocate
-from snows.choosing.widths import given_units
+from snows.choosing.widths import Widths, given_units
 from snows.matching.consumers import Measured
 from snows.matching.losses import Objective
+from snows.networks import proving
+from snows.networks.batches import Batch
 from snows.networks.channels import Group
-from snows.networks.edits import Edit, described
+from snows.networks.edits import Edit
 from snows.networks.implants import Implant
-from snows.networks.layers import prunable
-from snows.networks.proving import groups, proved
-from snows.networks.taking import Take
 from snows.networks.twins import Twins
-from snows.results.formats import read_edit
 from snows.results.structure import GroupReport
 
 Using = Literal["channels", "heads", "neurons", "low-rank"]
@@ -77,6 +75,11 @@ class Structured:
             raise ValueError(
                 f"Structured: expected using to name some of {', '.join(ALL)}, got {self.using!r}"
             )
+        if self.order not in ORDERS if isinstance(self.order, str) else not callable(self.order):
+            raise ValueError(
+                f"Structured: expected order to be {', '.join(ORDERS)} or a function of a group, got "
+                f"{self.order!r}"
+            )
         if not (type(self.multiple) is int and self.multiple >= 1 and 0 <= self.floor < 1):
             raise ValueError(
                 "Structured: expected a multiple of at least 1 and a floor from 0 to below 1, got "
@@ -84,64 +87,42 @@ class Structured:
             )
 
 
-@dataclass(frozen=True)
-class Cut:
-    """Hold what is taken out of a network, as it is kept on disk before anything is fitted.
+class _Removable(NamedTuple):
+    """Hold what may be taken out of a network.
 
     Attributes:
-        edits: that take it out, in order.
-        groups: a line of the report for each group.
-        macs: multiplications of one sample, before and after.
-        notes: sentences that a reader should see.
+        groups: all of the network; those that have to stay whole say why.
+        spectra: by layer that may get low rank, the loss at each rank, float64 (full rank + 1,).
+        ranks: of those layers for which two thin ones can be cheaper, the ranks that they may have.
     """
 
-    edits: list[Edit] = field(default_factory=list)
-    groups: list[GroupReport] = field(default_factory=list)
-    macs: tuple[int, int] = (0, 0)
-    notes: list[str] = field(default_factory=list)
+    groups: list[Group]
+    spectra: dict[str, Tensor]
+    ranks: list[Widths]
 
-    def described(self) -> dict[str, Any]:
-        """Describe it as JSON."""
-        rows = [{key: None if x != x else x for key, x in asdict(row).items()} for row in self.groups]
-        edits = [described(edit) for edit in self.edits]
-        return {"edits": edits, "groups": rows, "macs": list(self.macs), "notes": self.notes}
+    @property
+    def free(self) -> list[Group]:
+        """The groups that can lose units."""
+        return [x for x in self.groups if not x.reason]
 
-    @classmethod
-    def read(cls, content: Mapping[str, Any]) -> Cut:
-        """Read what `described` wrote."""
-        nan: Any = float("nan")
-        rows = [
-            GroupReport(**{key: nan if x is None else x for key, x in row.items()})
-            for row in content["groups"]
-        ]
-        before, after = content["macs"]
-        return cls([read_edit(x) for x in content["edits"]], rows, (before, after), list(content["notes"]))
+    @property
+    def full(self) -> dict[str, int]:
+        """By layer that may get low rank, its full rank."""
+        return {name: len(loss) - 1 for name, loss in self.spectra.items()}
 
-    def left(self) -> dict[str, Tensor]:
-        """Return of BatchNorms that lost channels, by name, which are left."""
-        found = {}
-        for edit in self.edits:
-            for (name, dim), kept in edit.kept.items() if isinstance(edit, Take) else ():
-                module, _, key = name.rpartition(".")
-                if key == "running_mean" and dim == 0:
-                    found[module] = kept
-        return found
 
-    def gone(self, dense: nn.Module) -> dict[str, Tensor]:
-        """Return by layer of the dense network which of its outputs are taken out."""
-        found = {}
-        for edit in self.edits:
-            for (name, dim), kept in edit.kept.items() if isinstance(edit, Take) else ():
-                module, _, key = name.rpartition(".")
-                if key == "weight" and dim == 0 and module in (layers := prunable(dense)):
-                    stays = torch.zeros(len(layers[module].weight), dtype=torch.bool)
-                    found[module] = (~stays.index_fill(0, kept, True)).nonzero().flatten()
-        return found
+class _Choice(NamedTuple):
+    """Hold what was chosen to stay.
 
-    def sources(self) -> dict[str, str]:
-        """Return, of layers with another name than in the dense network, whose place they have."""
-        thin = [edit.layer for edit in self.edits if isinstance(edit, Implant)]
-        return {f"{layer}.{part}": layer for layer in thin for part in (0, 1)}
+    Attributes:
+        kept: by group that loses units, the numbers of those that stay, int64.
+        ranks: by layer that may get low rank, its rank.
+        curves: by group, what its units were ordered by; empty where they were given.
+    """
+
+    kept: dict[str, Tensor]
+    ranks: dict[str, int]
+    curves: dict[str, Curve]
 
 
 def decide_cut(
@@ -167,55 +148,85 @@ def decide_cut(
     """
     net, example = twins.sparse, twins.batches[0].split(1)[0].to(twins.device)
     doing("looking for units that can be taken out")
-    found = [_allowed(x, net, goal, only, skip) for x in groups(net, example)]
-    free = [x for x in found if not x.reason]
-    exact = isinstance(goal.share, Mapping)
-    losses = {} if exact or "low-rank" not in goal.using else spectra(twins, objective, only, skip, doing)
-    options = (
-        ranks_of(rank_of(name), loss, net.get_submodule(name).weight, goal.multiple)  # type: ignore[arg-type]
-        for name, loss in losses.items()
-    )
-    others = [x for x in options if x is not None]
-    if not free and not others:
-        said = "; ".join(f"{x.name}: {x.reason}" for x in found[:4])
-        raise ValueError(f"prune: no unit can be taken out ({said or 'the model has no Linear or Conv2d'})")
+    groups = [_allowed(x, net, goal, only, skip) for x in proving.groups(net, example)]
+    losses: dict[str, Tensor] = {}
+    if "low-rank" in goal.using and not isinstance(goal.share, Mapping):
+        losses = spectra(twins, objective, only, skip, doing)
+    removable = _removable(net, groups, losses, goal.multiple)
     doing("deciding what goes")
-    full = {name: len(loss) - 1 for name, loss in losses.items()}
-    costs = Costs.of(net, example, free, full)
+    costs = Costs.of(net, example, removable.free, removable.full)
+    choice = _chosen(twins, goal, objective, removable, costs)
+    edits, whole, notes = _edits(net, example, removable, choice)
+    ranks = removable.full | {x.layer: x.rank for x in edits if isinstance(x, Implant)}
+    units = {x.name: x.units for x in groups}
+    units |= {name: len(kept) for name, kept in choice.kept.items() if name not in whole}
+    rows = [_row(whole.get(x.name, x), units[x.name], choice.curves.get(x.name)) for x in groups] + [
+        GroupReport(name, "low rank", removable.full[name], rank, float(removable.spectra[name][rank]))
+        for name, rank in ranks.items()
+    ]
+    widths = units | {rank_width(name): rank for name, rank in ranks.items()}
+    macs = round(costs.total("macs")), round(costs.total("macs", widths))
+    return Cut(edits, rows, macs, notes)
+
+
+def _removable(net: nn.Module, groups: list[Group], losses: dict[str, Tensor], multiple: int) -> _Removable:
+    """Put together what may be taken out.
+
+    Raises:
+        ValueError: nothing may.
+    """
+    weights: dict[str, Tensor] = {name: net.get_submodule(name).weight for name in losses}  # type: ignore[misc]
+    ranks = [allowed_ranks(name, loss, weights[name], multiple) for name, loss in losses.items()]
+    found = _Removable(groups, losses, [x for x in ranks if x is not None])
+    if not found.free and not found.ranks:
+        said = "; ".join(f"{x.name}: {x.reason}" for x in groups[:4])
+        raise ValueError(f"prune: no unit can be taken out ({said or 'the model has no Linear or Conv2d'})")
+    return found
+
+
+def _chosen(
+    twins: Twins, goal: Structured, objective: Objective, removable: _Removable, costs: Costs
+) -> _Choice:
+    """Choose which units and ranks stay: those that were given, or what the share of the cost asks for.
+
+    Raises:
+        ValueError: given units are none of the network, or so small a share is not possible.
+    """
+    free, full = removable.free, removable.full
     lost: dict[str, Curve] = {}
     ranks: dict[str, int] = {}
     if isinstance(goal.share, Mapping):
-        kept = given_units(found, goal.share)
+        kept = given_units(removable.groups, goal.share)
     else:
         if free:
-            lost = curves(goal.order, Measured(twins.dense, twins.batches, objective.sensitivity), free)
+            measured = Measured(twins.dense, twins.batches, objective.sensitivity)
+            lost = curves(goal.order, measured, free, objective.seed)
         widths = allocate(
-            free, lost, costs, goal.share, goal.of, goal.multiple, goal.floor, goal.uniform, others
+            free, lost, costs, goal.share, goal.of, goal.multiple, goal.floor, goal.uniform, removable.ranks
         )
         kept = {x.name: lost[x.name].kept(widths[x.name]) for x in free}
-        ranks = {x: widths.get(rank_of(x), full[x]) for x in full}
-    kept = {x.name: kept[x.name] for x in free if x.name in kept and len(kept[x.name]) < x.units}
+        ranks = {name: widths.get(rank_width(name), most) for name, most in full.items()}
+    fewer = {x.name: kept[x.name] for x in free if x.name in kept and len(kept[x.name]) < x.units}
+    return _Choice(fewer, ranks, lost)
+
+
+def _edits(
+    net: nn.Module, example: Batch, removable: _Removable, choice: _Choice
+) -> tuple[list[Edit], dict[str, Group], list[str]]:
+    """Make the edits that leave what was chosen to stay.
+
+    Returns:
+        The edits; by name, groups that stay whole all the same, with the reason; sentences on what stays.
+    """
     edits: list[Edit] = []
-    declined: dict[str, Group] = {}
-    if kept:
-        take, declined = proved(net, example, free, kept)
+    whole: dict[str, Group] = {}
+    if choice.kept:
+        take, whole = proving.proved(net, example, removable.free, choice.kept)
         edits.append(take)
-    thin, notes = implants(net, example, edits, {x: rank for x, rank in ranks.items() if rank < full[x]})
-    edits += thin
-    ranks = full | {x.layer: x.rank for x in thin}
-    found = [declined.get(x.name, x) for x in found]
-    stays = {x.name: x.units for x in found} | {
-        name: len(units) for name, units in kept.items() if name not in declined
-    }
-    rows = [_row(x, stays[x.name], lost.get(x.name)) for x in found]
-    rows += [
-        GroupReport(name, "low rank", full[name], rank, float(losses[name][rank]))
-        for name, rank in ranks.items()
-    ]
-    widths = {x.name: stays[x.name] for x in free} | {rank_of(x): rank for x, rank in ranks.items()}
-    before, after = (round(costs.total("macs", x)) for x in ({}, widths))
-    notes += [f"{x.name} stays whole: {x.reason}." for x in declined.values()]
-    return Cut(edits, rows, (before, after), notes)
+    lower = {name: rank for name, rank in choice.ranks.items() if rank < removable.full[name]}
+    thin, notes = implants(net, example, edits, lower)
+    notes += [f"{x.name} stays whole: {x.reason}." for x in whole.values()]
+    return [*edits, *thin], whole, notes
 
 
 def _allowed(group: Group, net: nn.Module, goal: Structured, only: Only | None, skip: Only | None) -> Group:
@@ -224,10 +235,8 @@ def _allowed(group: Group, net: nn.Module, goal: Structured, only: Only | None, 
         return group
     if group.kind not in goal.using:
         return replace(group, reason="excluded")
-    for name in group.rows:
-        module = net.get_submodule(name)
-        if (only is not None and not only(name, module)) or (skip is not None and skip(name, module)):
-            return replace(group, reason="excluded")
+    if any(excluded(name, net.get_submodule(name), only, skip) for name in group.rows):
+        return replace(group, reason="excluded")
     return group
 
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from snows.results.deployment import Deployment
-from snows.results.report import Report
+    from snows.results.report import Report
 
 SCORES, DEPLOYED = "scores.json", "deployment.json"
 

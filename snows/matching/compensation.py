@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from snows.matching import moments
 from snows.matching.low_rank import InputMoments, low_rank
 from snows.matching.normalisation import Moments, move_statistics, statistics
-from snows.matching.statistics import LayerStatistics, damped
+from snows.matching.statistics import DAMPING, LayerStatistics, damped
 from snows.networks.implants import LowRank, rank_of
 from snows.networks.layers import groups_of
 from snows.networks.masks import kept_mask
@@ -25,8 +25,6 @@ from snows.networks.sites import Site
 from snows.networks.twins import Twins
 from snows.solving.cg import batched_cg
 from snows.sparsity import rows, unrows
-
-DAMPING = 0.01  # of the mean variance of a layer's inputs; the start is what the damping draws to
 
 
 @dataclass(frozen=True)
@@ -126,23 +124,20 @@ def compensate(site: Site, seen: LayerStatistics, intercept: Intercept, weights:
         intercept.write((level - now).flatten(), wanted, given)
 
 
-def compensate_thin(
-    site: Site, seen: LayerStatistics, implant: LowRank, sensitivity: Tensor, centred: bool
-) -> None:
+def compensate_thin(seen: LayerStatistics, implant: LowRank, sensitivity: Tensor, centred: bool) -> None:
     """Fit both factors of an implant to what is left of the dense layer's output, in place.
 
     The product is the best of its rank for the second moment of the inputs and the output sensitivity, see
     `low_rank`; the intercept is left to `compensate` of the second factor.
 
     Args:
-        site: the first factor.
-        seen: statistics of its inputs.
+        seen: statistics of the first factor's inputs.
         implant: both factors.
         sensitivity: of the implant's outputs, (out, out).
         centred: fit with an intercept.
     """
     weight = implant.weight.detach()
-    inputs = InputMoments.of(seen, weight, DAMPING)
+    inputs = InputMoments.of(seen, weight)
     found = low_rank(weight, inputs if centred else inputs._replace(mean=None), sensitivity, rank_of(implant))
     with torch.no_grad():
         implant[0].weight.copy_(found.first)  # type: ignore[operator]

@@ -17,7 +17,7 @@ from snows.networks.batches import Batch
 from snows.networks.channels import Group
 from snows.networks.functions import known
 from snows.networks.layers import Layer, groups_of, prunable
-from snows.networks.watching import Call, Watch
+from snows.networks.watching import Call, Frame, Watch
 from snows.sparsity import rows
 
 MEMORY = 2**31  # bytes of second moments that one pass over the batches gathers
@@ -188,7 +188,7 @@ class _Gathering(Watch):
 
     def begin(self) -> None:
         """Name operations as in the first pass."""
-        self.frames = [self.frames[0].__class__()]
+        self.frames = [Frame()]
 
     def layer(self, name: str, call: Call, args: Any, kwargs: Any) -> Any:
         operation = self.frame.operation(call.function)
@@ -199,6 +199,6 @@ class _Gathering(Watch):
         return call.function(*args, **kwargs)
 
     def other(self, func: Any, args: Any, kwargs: Any) -> Any:
-        if known(func).arguments:  # the names of layers' calls count it
+        if known(func).arguments:  # it counts in the names of layers' calls
             self.frame.operation(func)
         return func(*args, **kwargs)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from snows.matching.statistics import LayerStatistics, damped
+from snows.matching.statistics import DAMPING, LayerStatistics, damped
 from snows.networks.implants import Factored, full_rank, shaped
 from snows.sparsity import rows
 
@@ -38,7 +38,7 @@ class InputMoments(NamedTuple):
     target: Tensor | None = None
 
     @classmethod
-    def of(cls, statistics: LayerStatistics, weight: Tensor, damping: float = 0.01) -> InputMoments:
+    def of(cls, statistics: LayerStatistics, weight: Tensor, damping: float = DAMPING) -> InputMoments:
         """Take what the dense layer returns on the dense stream as what to return on the pruned stream.
 
         Args:

@@ -15,6 +15,8 @@ from snows.networks.watching import Call
 from snows.solving.preconditioners import Factors
 from snows.sparsity import MaskedWeight, Pattern
 
+DAMPING = 0.01  # of the mean variance of a layer's inputs, the ridge of a least-squares fit
+
 
 class LayerStatistics:
     """Hold second moments of a layer's inputs over the calibration batches, per group of a convolution.
@@ -94,9 +96,15 @@ class LayerStatistics:
         )
 
     def wanted(self, weight: Tensor) -> Iterator[Tensor]:
-        """Give what the layer should return without its bias, one tensor a batch, as in `cross`."""
+        """Give what the layer should return without its bias, one tensor a batch, as in `cross`.
+
+        The dense network has no output of an implant's first factor alone: it is what the factor makes of
+        the dense stream's row.
+        """
+        kept = self._target if self._left is None else self._left
+        factor = kept is not None and len(weight) != len(kept)
         for dense, sparse in zip(self._dense, self.calls, strict=True):
-            if self._target is None or dense is sparse:
+            if self._target is None or factor or dense is sparse:
                 yield moments.output(dense, weight)
                 continue
             y = moments.output(dense, self._target)

@@ -71,6 +71,17 @@ class Group:
         """How many outputs of its first layer one unit is: 1, or the width of a head."""
         return next(iter(self.rows.values())).shape[1]
 
+    def without(self, kept: Tensor) -> Tensor:
+        """Say which units go if these stay.
+
+        Args:
+            kept: int64 numbers of units.
+
+        Returns:
+            bool, (units,).
+        """
+        return torch.ones(self.units, dtype=torch.bool).index_fill(0, kept, False)
+
 
 def tainted_groups(net: nn.Module, batch: Batch) -> list[Group]:
     """Find the groups of units of a network by tainting one sample, see `tainting`.

@@ -213,7 +213,7 @@ def _masked(net: nn.Module, chosen: Sequence[Group], kept: Mapping[str, Tensor])
     """Return the network in which nothing reads the units that go."""
     masked = sharing(net)
     for group in chosen:
-        goes = torch.ones(group.units, dtype=torch.bool).index_fill(0, kept[group.name], False)
+        goes = group.without(kept[group.name])
         for name, columns in group.columns.items():
             layer: Any = masked.get_submodule(name)
             if groups_of(layer) == 1:

@@ -36,24 +36,20 @@ class Reduction:
 
     @classmethod
     def of(
-        cls, dense: nn.Module, gone: Mapping[str, Tensor], batch: Batch, sources: Mapping[str, str]
+        cls, dense: nn.Module, left: Mapping[str, Tensor], batch: Batch, sources: Mapping[str, str]
     ) -> Reduction:
         """Find out by one pass of the dense network in which all that is gone is NaN.
 
         Args:
             dense: the network.
-            gone: by layer, which of its outputs are taken out.
+            left: by layer that was cut, which of its outputs are left: int64.
             batch: on the network's device.
             sources: as the attribute.
         """
-        watch = _Marking(dense, gone)
+        watch = _Marking(dense, left)
         with torch.no_grad(), plain_forward(), sdpa_kernel(SDPBackend.MATH), watch:
             batch.through(dense)
-        outputs = {}
-        for name, units in gone.items():
-            stays = torch.ones(len(dense.get_submodule(name).weight), dtype=torch.bool)  # type: ignore[arg-type]
-            outputs[name] = stays.index_fill(0, units, False).nonzero().flatten()
-        return cls(outputs, watch.kept, frozenset(watch.lost), dict(sources))
+        return cls(dict(left), watch.kept, frozenset(watch.lost), dict(sources))
 
     def left(self, name: str, y: Tensor) -> Tensor | None:
         """Return what is left of an operation's output in the dense network.
@@ -73,14 +69,14 @@ class Reduction:
 
 
 class _Marking(Watch):
-    """Set outputs of layers to NaN, and see which slices of which operations are NaN then.
+    """Set outputs of layers that are gone to NaN, and see which slices of which operations are NaN then.
 
     A layer that is no grouped convolution reads what is gone as zero, as the cut network reads nothing.
     """
 
-    def __init__(self, net: nn.Module, gone: Mapping[str, Tensor]) -> None:
+    def __init__(self, net: nn.Module, left: Mapping[str, Tensor]) -> None:
         super().__init__(net)
-        self.gone = gone
+        self.left = left
         self.kept: dict[str, tuple[int, Tensor]] = {}
         self.lost: set[str] = set()
 
@@ -88,19 +84,20 @@ class _Marking(Watch):
         if call.settings.get("groups", 1) == 1:
             clean = call.x.nan_to_num(nan=0.0)
             args, kwargs = tree_map(lambda x: clean if x is call.x else x, (args, kwargs))
-        return self.named(call.function, args, kwargs, self.gone.get(name))
+        return self.named(call.function, args, kwargs, self.left.get(name))
 
     def other(self, func: Any, args: Any, kwargs: Any) -> Any:
         return self.named(func, args, kwargs, None)
 
-    def named(self, func: Any, args: Any, kwargs: Any, gone: Tensor | None) -> Any:
+    def named(self, func: Any, args: Any, kwargs: Any, left: Tensor | None) -> Any:
         """Call a function, and note which slices of its output are NaN."""
         entry = known(func)
         name = self.frame.operation(func) if entry.counted else ""
         out = func(*args, **kwargs)
-        if gone is not None:
+        if left is not None:
             assert entry.channel is not None
-            out = out.index_fill(entry.channel % out.ndim, gone.to(out.device), torch.nan)
+            dim, left = entry.channel % out.ndim, left.to(out.device)
+            out = torch.full_like(out, torch.nan).index_copy(dim, left, out.index_select(dim, left))
         first = out[0] if isinstance(out, tuple) else out
         if name and isinstance(first, Tensor) and first.is_floating_point():
             self.note(name, first.isnan())

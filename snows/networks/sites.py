@@ -28,7 +28,20 @@ class Pair(NamedTuple):
         dense, sparse = self.dense.call, self.sparse.call
         assert dense is not None
         assert sparse is not None
-        return (dense if _positions(dense) == _positions(sparse) else sparse), sparse
+        return (dense if _alike(dense, sparse) else sparse), sparse
+
+
+def _alike(dense: Call, sparse: Call) -> bool:
+    """Say whether both calls answer for the same positions.
+
+    A factor of an implant may step over its input otherwise than the dense layer does: then only the number
+    of samples can be compared.
+    """
+    steps = ("stride", "padding", "dilation")
+    one, other = ((call.kernel, *(call.settings.get(x) for x in steps)) for call in (dense, sparse))
+    if one != other:
+        return len(dense.x) == len(sparse.x)
+    return _positions(dense) == _positions(sparse)
 
 
 def _positions(call: Call) -> torch.Size:

@@ -196,7 +196,7 @@ def take(net: nn.Module, groups: Iterable[Group], kept: Mapping[str, Tensor]) ->
     for group in groups:
         if group.name not in kept:
             continue
-        goes = torch.ones(group.units, dtype=torch.bool).index_fill(0, kept[group.name], False)
+        goes = group.without(kept[group.name])
         for key, dim, entries in _entries(net, group):
             found: Any = _tensor(net, key)
             stay = stays.setdefault((key, dim), torch.ones(found.shape[dim], dtype=torch.bool))
@@ -209,7 +209,7 @@ def take(net: nn.Module, groups: Iterable[Group], kept: Mapping[str, Tensor]) ->
         name, _, key = tensor.rpartition(".")
         module, number = net.get_submodule(name), int(stay.sum())
         counts = "num_groups" if isinstance(module, nn.GroupNorm) else "groups"
-        count: int = getattr(module, counts, 1) if isinstance(module, nn.GroupNorm | _ConvNd) else 1
+        count: int = getattr(module, counts) if isinstance(module, nn.GroupNorm | _ConvNd) else 1
         if key == "weight" and dim == 0 and count > 1:
             if count * number % len(stay):
                 raise ValueError(f"{name} would not keep whole groups of its {count}")

@@ -104,12 +104,12 @@ class Twins:
         ]
         self._held = len(training) if held is not None else 0
 
-    def apply(self, edits: Sequence[Edit], gone: Mapping[str, Tensor], sources: Mapping[str, str]) -> None:
+    def apply(self, edits: Sequence[Edit], left: Mapping[str, Tensor], sources: Mapping[str, str]) -> None:
         """Change the working copy, and find out what it has left of the dense network's features.
 
         Args:
             edits: in order.
-            gone: by layer of the dense network, which of its outputs they take out.
+            left: by layer of the dense network that they cut, which of its outputs they leave: int64.
             sources: by layer of the changed network, the dense network's layer in whose place it stands,
                 where that has another name.
         """
@@ -121,7 +121,7 @@ class Twins:
         for edit in edits:
             edit.apply(self.sparse)
         self.edits += edits
-        self.reduction = Reduction.of(self.dense, gone, self._first().split(1)[0], sources)
+        self.reduction = Reduction.of(self.dense, left, self._first().split(1)[0], sources)
         whole = self.schedules[1].whole
         self._trace()
         for schedule in self.schedules:
