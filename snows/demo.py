@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from snows import build, memory, zoo
 from snows.choosing.compiling import frozen
+from snows.choosing.cuts import Cut
 from snows.choosing.measuring import Stopwatch
 from snows.choosing.packing import nbytes
-from snows.choosing.structure import ALL, Cut, Structured
+from snows.choosing.structure import ALL, Structured
 from snows.deployment import Deployed, deploy
 from snows.evaluation import Scores, evaluate, logits_of
 from snows.matching.normalisation import recalibrate_statistics
@@ -258,7 +259,7 @@ def _by_magnitude(name: str, dense: nn.Module, goal: Goal, batches: Sequence[Ten
         given = prune(dense, batches, goal, select=magnitude, solver=None, recalibrate=False, progress=False)
         net = given.network
         if given.edits:  # as it is cut, without the intercepts that are fitted to it
-            net, left = copied(dense), Cut(given.edits).left()
+            net, left = copied(dense), Cut(given.edits).left_of_norms()
             for edit in given.edits:
                 edit.apply(net)
     first = second = judge.scores(name, judge.fast(net)).top1
