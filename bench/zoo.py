@@ -2,7 +2,9 @@
 
     python bench/zoo.py --network resnet20 --patterns 2:4,1:4,0.8,0.9 --out bench/results/cpu/zoo-resnet20.json
     python bench/zoo.py --network vit --patterns 2:4 --split validation --vary horizon=0,3,5,10,end passes=2
+    python bench/zoo.py --network resnet20 --patterns "0.5 macs" --out bench/results/cpu/structured-resnet20.json
 
+A pattern "0.5 macs" asks for half of the multiplications: whole units taken out, or low rank, or both.
 Every method's BatchNorm statistics are corrected alike. `--vary` adds the default with one setting of `snows.prune`, of
 `snows.Newton`, or `samples` or `batch`, at each value. `--split validation` measures on the 5,000 images kept out of
 training and calibration, read from `--data` as `examples/train_zoo.py` reads them.
@@ -36,6 +38,18 @@ METHODS = {
     "snows on SparseGPT's masks": dict(select=partial(snows.least_squares, select=snows.sparsegpt)),
     "snows": {},
 }
+UNITS = ("channels", "heads", "neurons")
+SMALLER = {  # settings of `snows.Structured`, and others
+    "snows, removal": (dict(using=UNITS), {}),
+    "snows, removal, without Newton": (dict(using=UNITS), dict(solver=None)),
+    "snows, low rank": (dict(using=("low-rank",)), {}),
+    "snows": ({}, {}),
+    "Fisher's order": (dict(using=UNITS, order="fisher"), {}),
+    "magnitude's order": (dict(using=UNITS, order="magnitude"), {}),
+    "HAP's order": (dict(using=UNITS, order="hap"), {}),
+    "HAP's order, statistics alone": (dict(using=UNITS, order="hap", refit=False), dict(solver=None)),
+    "magnitude, the same share everywhere": (dict(using=UNITS, order="magnitude", uniform=True), {}),
+}
 
 
 def variants(vary):
@@ -49,6 +63,17 @@ def variants(vary):
             home = next((key for key, kind in homes.items() if name in (f.name for f in fields(kind))), None)
             chosen[f"{name} = {text}"] = {home: homes[home](**{name: value})} if home else {name: value}
     return chosen
+
+
+def goals(text):
+    """Method -> goal and settings of `snows.prune`, for a pattern or a share of the multiplications."""
+    share, _, cost = text.partition(" ")
+    if not cost:
+        return {name: (snows.parse_pattern(text), dict(settings)) for name, settings in METHODS.items()}
+    return {
+        name: (snows.Structured(float(share), cost, **goal), dict(settings))
+        for name, (goal, settings) in SMALLER.items()
+    }
 
 
 def images_of(split, data):
@@ -66,7 +91,7 @@ def main():
     )
     parser.add_argument("--network", default="resnet20")
     parser.add_argument("--patterns", default="2:4,1:4,0.8,0.9")
-    parser.add_argument("--methods", default=",".join(METHODS))
+    parser.add_argument("--methods", default="", help="with semicolons between; by default all")
     parser.add_argument("--vary", nargs="+", default=[])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--samples", type=int, default=SAMPLES)
@@ -90,20 +115,18 @@ def main():
         "threads": args.threads,
         "rows": [],
     }
-    methods = {name: METHODS[name] for name in args.methods.split(",")} | variants(args.vary)
     for pattern in args.patterns.split(","):
-        for method, settings in methods.items():
+        known = goals(pattern)
+        wanted = [x.strip() for x in args.methods.split(";")] if args.methods else list(known)
+        methods = {name: known[name] for name in wanted if name in known}
+        methods |= {name: (known["snows"][0], settings) for name, settings in variants(args.vary).items()}
+        for method, (goal, settings) in methods.items():
             settings = dict(settings)
             samples, batch = settings.pop("samples", args.samples), settings.pop("batch", BATCH)
             for seed in range(args.seeds):
                 began = time.perf_counter()
-                sparse, _ = snows.prune(
-                    dense,
-                    calibration(samples, batch, seed),
-                    snows.parse_pattern(pattern),
-                    seed=seed,
-                    progress=False,
-                    **settings,
+                sparse, report = snows.prune(
+                    dense, calibration(samples, batch, seed), goal, seed=seed, progress=False, **settings
                 )
                 seconds = time.perf_counter() - began
                 sparse.to(memory_format=torch.channels_last)
@@ -117,6 +140,9 @@ def main():
                     "divergence": scores.divergence,
                     "seconds": round(seconds, 1),
                 }
+                if report.macs:
+                    row["MACs"] = round(100 * report.macs[1] / report.macs[0], 1)
+                    row["parameters"] = round(100 * report.parameters[1] / report.parameters[0], 1)
                 print(row, flush=True)
                 result["rows"].append(row)
                 if args.out:

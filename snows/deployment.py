@@ -16,7 +16,7 @@ from snows.networks.batches import difference, outputs
 from snows.networks.checks import autocast_off
 from snows.networks.edits import Edit, Fold, Pack
 from snows.networks.subject import Subject
-from snows.results.report import Deployment
+from snows.results.deployment import Deployment
 
 
 @dataclass(frozen=True)

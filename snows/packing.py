@@ -35,7 +35,7 @@ from torch import Tensor
 from snows import ops
 from snows.reference import masks
 from snows.reference.packed import code_bits
-from snows.sparsity import NM, Unstructured, rows
+from snows.sparsity import NM, Unstructured, parse_pattern, rows
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 WIDEST = 32  # entries in a group
@@ -93,6 +93,18 @@ def pack(weight: Tensor, mask: Tensor | None, pattern: NM | Unstructured) -> Pac
 def unpack(packed: Packed) -> Tensor:
     """Return the weight, exactly: stored values bit for bit, +0.0 elsewhere."""
     return ops.unpack(packed.values, packed.codes, packed.shape, *packed.group)
+
+
+def packable(text: str) -> NM | Unstructured:
+    """Read a pattern that a weight can be packed by.
+
+    Raises:
+        ValueError: it is none, or none of these.
+    """
+    pattern = parse_pattern(text)
+    if not isinstance(pattern, NM | Unstructured):
+        raise ValueError(f"packable: expected N:M or a sparsity, got {pattern}; pack by what its mask obeys")
+    return pattern
 
 
 def find_pattern(weight: Tensor, mask: Tensor | None = None) -> NM | Unstructured:

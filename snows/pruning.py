@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,21 +14,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from snows.choosing.goals import Choosing, Only, PatternChoice, check_goal
-from snows.choosing.plan import Choice, Plan, checked, decide
+from snows.choosing.asked import settings
+from snows.choosing.goals import Choosing, LayerChoice, Only, PatternChoice, check_goal, selected
+from snows.choosing.plan import Choice, Plan, checked, decide, refitted
+from snows.choosing.structure import Structured
 from snows.matching.fitting import fit
 from snows.matching.losses import Matching, Objective
 from snows.matching.normalisation import recalibrate_statistics
 from snows.matching.statistics import LayerStatistics
 from snows.networks.checks import autocast_off
-from snows.networks.twins import Site, Twins
+from snows.networks.edits import Edit
+from snows.networks.masks import kept_mask
+from snows.networks.sites import Site
+from snows.networks.twins import Twins
 from snows.results.progress import Tell, shown
 from snows.results.report import LayerReport, Report
 from snows.results.run import Run
 from snows.results.story import run_page
 from snows.selectors import alps
+from snows.shaping import Shaping
 from snows.solving.cg import Stop
 from snows.solving.newton import Fit, Newton
+from snows.sparsity import MaskedWeight
 
 
 @dataclass(frozen=True)
@@ -37,15 +43,17 @@ class Pruned:
     """Hold what `prune` made; unpacks into network and report.
 
     Attributes:
-        network: the pruned copy, of the same class and with the same `state_dict` keys; beside each pruned
-            layer's weight lies its mask, see `snows.mask_of`.
+        network: the pruned copy, of the same class and with the same `state_dict` keys (but for layers of
+            low rank); beside each pruned layer's weight lies its mask, see `snows.mask_of`.
         report: what happened, layer by layer.
         masks: by layer, bool, True where a weight is kept.
+        edits: that made the network smaller, in order; empty where weights were only masked.
     """
 
     network: nn.Module
     report: Report
     masks: dict[str, Tensor]
+    edits: list[Edit] = field(default_factory=list)
 
     def __iter__(self) -> Iterator[Any]:
         return iter((self.network, self.report))
@@ -54,13 +62,14 @@ class Pruned:
 def prune(
     model: nn.Module,
     batches: Iterable[Any],
-    pattern: PatternChoice,
+    pattern: PatternChoice | Structured,
     *,
     select: Choosing | Pruned = alps,
     solver: Newton | None = Newton(),
     matching: Matching = Matching(),
     cap: float = 0.95,
-    only: Only | None = None,
+    only: LayerChoice | None = None,
+    skip: LayerChoice | None = None,
     recalibrate: bool = True,
     out: Path | str | None = None,
     resume: bool = False,
@@ -76,13 +85,15 @@ def prune(
             with fewer than four) is held back: each layer keeps the weight that is best there.
         pattern: for all layers, by layer name, or a function of name and module that may return None for
             dense. An `Unstructured` given alone is one exact budget over the prunable weights. None with
-            masks from elsewhere.
+            masks from elsewhere. A `Structured` takes whole units out, so that the network gets smaller.
         select: a rule, masks by layer name (bool, weight.shape), or a network that is already pruned, also as
             what `prune` returned. By default ALPS: a mask by ADMM and least squares on it.
         solver: Newton's settings; None keeps what `select` gives.
         matching: which features of the dense network are matched, and how a mismatch is measured.
         cap: the largest share a layer may lose under an `Unstructured` budget.
-        only: which layers to prune; by default all that run but the first and the last.
+        only: which layers to prune, by a function of name and module or by names with `*`; by default all
+            that run but the first and the last.
+        skip: which of those to leave alone, said in the same way.
         recalibrate: correct the statistics of BatchNorm at the end by how far pruning moved them.
         out: a folder; every finished layer is saved there at once.
         resume: go on with the run in `out`.
@@ -96,31 +107,55 @@ def prune(
         ValueError: an argument does not fit; the sentence says which, and what to do.
     """
     select = select.network if isinstance(select, Pruned) else select
-    check_goal(pattern, select, cap)
+    goal = pattern if isinstance(pattern, Structured) else None
+    check_goal(pattern if goal is None else goal.then, select, cap, goal is None)
     _check_settings(solver, matching, out, resume, seed)
+    only, skip = selected("only", only), selected("skip", skip)
     with shown(progress) as tell, autocast_off(model):
         tell.doing("checking and tracing the network")
         twins = Twins(model, batches)
-        plan = decide(twins, pattern, select, only, cap)
-        tell.layers(len(plan.choices))
-        objective = Objective(twins, matching, seed)
-        settings = _settings(pattern, select, solver, matching, cap, recalibrate, seed, plan)
+        plan = (
+            Plan({}) if isinstance(pattern, Structured) else decide(twins, pattern, select, only, skip, cap)
+        )
+        asked = settings(pattern, select, solver, matching, cap, recalibrate, seed, plan)
         opened = (
-            Run.open(Path(out), settings, model, twins.batches, plan.starts(), resume)
+            Run.open(Path(out), asked, model, twins.batches, plan.starts(), resume)
             if out is not None
             else nullcontext()
         )
         with opened as run:
+            shaping = Shaping(twins, Objective(twins, matching, seed), run, tell, recalibrate)
+            if goal is not None:
+                shaping.reduce(goal, only, skip)
+                plan = _plan_then(twins, goal, select, only, skip, cap, solver)
+            objective = Objective(twins, matching, seed, None if goal is None else twins.sparse)
+            if goal is not None and solver is not None and matching.metric == "output":
+                _ = objective.sensitivity  # of the network before the walk, also where a run goes on in it
             walk = _Walk(twins, objective, solver, run, seed, tell)
-            rows = [walk.layer(i, name, choice) for i, (name, choice) in enumerate(plan.choices.items())]
-            if recalibrate:
-                tell.doing("correcting BatchNorm's statistics")
-                recalibrate_statistics(twins.sparse, twins.dense, twins.batches)
+            if goal is not None and goal.then is None and plan.choices:
+                rows = shaping.staged("Newton", lambda: walk.through(plan, recalibrate, shaping.left))
+            else:
+                rows = walk.through(plan, recalibrate, shaping.left)
             network = twins.closed()
-            report = _report(twins, plan, rows, settings, run)
+            report = shaping.reported(_report(twins, plan, rows, asked, run))
             if run is not None:
                 run.finish(network, twins.masks, report, run_page(report))
-    return Pruned(network, report, twins.masks)
+    return Pruned(network, report, twins.masks, twins.edits)
+
+
+def _plan_then(
+    twins: Twins,
+    goal: Structured,
+    select: Choosing,
+    only: Only | None,
+    skip: Only | None,
+    cap: float,
+    solver: Newton | None,
+) -> Plan:
+    """Decide what becomes of the layers of a cut network: the pattern that was asked for, or a new fit."""
+    if goal.then is not None:
+        return decide(twins, goal.then, select, only, skip, cap)
+    return refitted(twins) if solver is not None else Plan({})
 
 
 @dataclass(frozen=True)
@@ -143,10 +178,27 @@ class _Walk:
     seed: int
     tell: Tell
 
+    def through(self, plan: Plan, recalibrate: bool, left: Mapping[str, Tensor]) -> list[LayerReport]:
+        """Prune all layers of a plan, and return their lines of the report.
+
+        Args:
+            plan: what was decided.
+            recalibrate: correct BatchNorm's statistics at the end.
+            left: of BatchNorms that lost channels, by name, which are left.
+        """
+        self.tell.layers(len(plan.choices))
+        self.twins.begin_again()
+        rows = [self.layer(i, name, choice) for i, (name, choice) in enumerate(plan.choices.items())]
+        if recalibrate:
+            self.tell.doing("correcting BatchNorm's statistics")
+            recalibrate_statistics(self.twins.sparse, self.twins.dense, self.twins.batches, left)
+        return rows
+
     def layer(self, index: int, name: str, choice: Choice) -> LayerReport:
         """Prune one layer, or take it from the run's folder; return its line of the report."""
         weight: Tensor = self.twins.sparse.get_submodule(name).weight  # type: ignore[assignment]
-        done = self.run.finished(index, name, weight) if self.run is not None else None
+        key, like = f"{index:04d}", {"weight": weight, "mask": torch.empty_like(weight, dtype=torch.bool)}
+        done = self.run.finished(key, name, like) if self.run is not None else None
         if done is None:
             began = time.perf_counter()
             site = self.twins.at(name)
@@ -154,11 +206,12 @@ class _Walk:
                 shape, size = tuple(weight.shape), weight.numel()
                 return LayerReport(name, shape, "dense", size, "no calibration batch reaches it")
             found = self._fit(site, choice, torch.Generator().manual_seed(self.seed * 100_003 + index))
-            done = found.masked, _row(site, choice, found, self.solver, time.perf_counter() - began)
+            row = _row(site, choice, found, self.solver, time.perf_counter() - began)
+            done = found.masked._asdict(), row
             if self.run is not None:
-                self.run.keep(index, *done)
-        masked, row = done
-        self.twins.write(name, masked)
+                self.run.keep(key, *done)
+        tensors, row = done
+        self.twins.write(name, MaskedWeight(**tensors), keep=choice.select is not None)
         self.tell.done(row)
         return row
 
@@ -167,8 +220,12 @@ class _Walk:
         self.tell.doing(f"{site.name}: statistics and mask")
         losses = self.objective.at(site)
         statistics = LayerStatistics.of(site, losses.sensitivity)
-        found = choice.select(site.weight, statistics, choice.pattern)
-        start = checked(choice.select, site.name, found, site.weight, choice.pattern)
+        if choice.select is None:
+            mask = kept_mask(site.layer)
+            start = MaskedWeight(site.weight, torch.ones_like(site.weight).bool() if mask is None else mask)
+        else:
+            found = choice.select(site.weight, statistics, choice.pattern)
+            start = checked(choice.select, site.name, found, site.weight, choice.pattern)
         if self.solver is None:
             return Fit(start, [], math.nan, math.nan)
         return fit(self.solver, losses, statistics, start, generator, partial(self.tell.step, site.name))
@@ -183,7 +240,7 @@ def _row(site: Site, choice: Choice, found: Fit, solver: Newton | None, seconds:
     return LayerReport(
         name=site.name,
         shape=tuple(site.weight.shape),
-        pattern=str(choice.pattern) if choice.pattern else "mask",
+        pattern=str(choice.pattern or ("mask" if choice.select is not None else "fitted")),
         kept=int(found.masked.mask.sum()),
         before=found.before,
         after=found.after,
@@ -195,7 +252,7 @@ def _row(site: Site, choice: Choice, found: Fit, solver: Newton | None, seconds:
 
 
 def _report(
-    twins: Twins, plan: Plan, rows: list[LayerReport], settings: dict[str, Any], run: Run | None
+    twins: Twins, plan: Plan, rows: list[LayerReport], asked: dict[str, Any], run: Run | None
 ) -> Report:
     """Put the layers' lines together, with what a reader should know of the whole."""
     fitted = {row.name: row for row in rows}
@@ -205,7 +262,7 @@ def _report(
         for row in rows
         if row.stop == Stop.NOT_FINITE.value
     ]
-    if idle := [row.name for row in rows if row.before == 0]:
+    if idle := [row.name for row in rows if row.before == 0 and row.pattern != "fitted"]:
         notes.append(
             f"{len(idle)} of the pruned layers, {idle[0]} for one, do not change what is matched after "
             "them, so that nothing was fitted there; are their branches switched off by a zero scale?"
@@ -216,45 +273,7 @@ def _report(
             "bits of its numbers may differ from those of a run that was not interrupted."
         )
     size = sum(p.numel() for p in twins.model.parameters())
-    return Report([fitted.get(row.name, row) for row in plan.rows], size, settings, notes)
-
-
-# ---------------------------------------------------------------- settings
-
-
-def _settings(
-    pattern: Any,
-    select: Any,
-    solver: Any,
-    matching: Matching,
-    cap: float,
-    recalibrate: bool,
-    seed: int,
-    plan: Plan,
-) -> dict[str, Any]:
-    """Write down what was asked; a run that was interrupted goes on with the same alone."""
-    several = isinstance(pattern, Mapping) or callable(pattern)
-    return {
-        "pattern": plan.patterns if several else str(pattern),
-        "select": _name(select),
-        "solver": str(solver),
-        **asdict(matching),
-        "cap": cap,
-        "recalibrate": recalibrate,
-        "seed": seed,
-        "layers": list(plan.patterns),
-    }
-
-
-def _name(select: Any) -> str:
-    if isinstance(select, partial):
-        settings = ", ".join(f"{k}={_name(v) if callable(v) else v!r}" for k, v in select.keywords.items())
-        return f"{_name(select.func)}({settings})"
-    if isinstance(select, Mapping | nn.Module):
-        return "masks"
-    name: str = getattr(select, "__name__", type(select).__name__)
-    code = getattr(select, "__code__", None) if name == "<lambda>" else None  # which has no name of its own
-    return name if code is None else f"<lambda {zlib.crc32(code.co_code + repr(code.co_consts).encode()):x}>"
+    return Report([fitted.get(row.name, row) for row in plan.rows], size, asked, notes)
 
 
 def _check_settings(solver: Any, matching: Any, out: Any, resume: Any, seed: Any) -> None:

@@ -174,11 +174,65 @@ class Unstructured:
         return (above | (ties & (ties.cumsum(0) <= wanted))).view(scores.shape)
 
 
-def parse_pattern(text: str) -> NM | Unstructured:
-    """Read a pattern: "2:4" is `NM(2, 4)`, "0.7" and "70%" are `Unstructured(0.7)`.
+@dataclass(frozen=True)
+class Taps:
+    """Keep either all taps of an output channel's kernels, or the centre tap alone (HAP, Yu et al. 2022).
+
+    It is for comparison: taking channels out was measured to lose no more for the same cost. SparseGPT, which
+    decides column by column, cannot choose by it.
+
+    Attributes:
+        share: of the output channels, to the nearest, that keep the centre alone: those with the least scores
+            off the centre.
 
     Raises:
-        ValueError: `text` is neither.
+        ValueError: not 0 < share < 1.
+    """
+
+    share: float
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.share, int | float) and 0 < self.share < 1):
+            raise ValueError(f"Taps: expected a share between 0 and 1, got {self.share!r}")
+
+    def __str__(self) -> str:
+        return f"taps:{self.share:g}"
+
+    @property
+    def density(self) -> float:
+        """The share of weights that stay of a 3 x 3 kernel."""
+        return 1 - self.share * 8 / 9
+
+    @property
+    def group(self) -> None:
+        """None: all channels are decided together."""
+        return None
+
+    def fits(self, shape: torch.Size) -> str:
+        """Say why a weight of this shape cannot follow the pattern; empty if it can."""
+        if len(shape) != 4 or shape[2] * shape[3] == 1:
+            return "it is no convolution of more than one tap"
+        odd = shape[2] % 2 and shape[3] % 2
+        return "" if odd else f"a kernel of {shape[2]} x {shape[3]} has no centre"
+
+    def mask(self, scores: Tensor) -> Tensor:
+        """Keep all of the channels with the highest scores off the centre; bool, scores.shape."""
+        if reason := self.fits(scores.shape):
+            raise ValueError(f"Taps: expected a kernel with a centre, got {tuple(scores.shape)}: {reason}")
+        refuse_nan(scores)
+        mask = torch.zeros_like(scores, dtype=torch.bool)
+        mask[:, :, scores.shape[2] // 2, scores.shape[3] // 2] = True
+        around = scores.masked_fill(mask, 0).flatten(1).sum(1)
+        order = around.argsort(descending=True, stable=True)  # of equal ones the first stay
+        mask[order[: len(scores) - round(self.share * len(scores))]] = True
+        return mask
+
+
+def parse_pattern(text: str) -> NM | Unstructured | Taps:
+    """Read a pattern: "2:4" is `NM(2, 4)`, "0.7" and "70%" are `Unstructured(0.7)`, "taps:0.5" `Taps(0.5)`.
+
+    Raises:
+        ValueError: `text` is none of these.
 
     Example:
         >>> parse_pattern("1:4"), str(parse_pattern("0.7"))
@@ -189,6 +243,8 @@ def parse_pattern(text: str) -> NM | Unstructured:
         return NM(int(match[1]), int(match[2]))
     if match := re.fullmatch(r"(\d*\.?\d+(?:[eE]-?\d+)?)(%?)", text):
         return Unstructured(float(match[1]) / (100 if match[2] else 1))
+    if match := re.fullmatch(r"taps:(\d*\.?\d+)", text):
+        return Taps(float(match[1]))
     raise ValueError(
         f'parse_pattern: expected N:M like "2:4" or a sparsity like "0.7" or "70%", got {text!r}'
     )

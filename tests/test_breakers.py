@@ -16,7 +16,8 @@ import snows
 from snows import NM
 from snows.layers import SparseConv2d, SparseLinear
 from snows.networks.twins import Twins
-from snows.results.report import DeployedLayer, Deployment, Report
+from snows.results.deployment import DeployedLayer, Deployment
+from snows.results.report import Report
 
 quiet = partial(snows.prune, progress=False, select=snows.magnitude)
 

@@ -358,9 +358,11 @@ def test_deploy_bench_export_and_eval_of_a_run(monkeypatch, capsys, pruned, pict
     assert code == 0, text
     assert [batch["samples"] for batch in json.loads(figures.read_text())["batches"]] == [1, 3]
 
-    onnx, dense = tmp_path / "x.onnx", tmp_path / "dense.safetensors"
-    code, text = run(monkeypatch, capsys, "export", pruned, "--onnx", onnx, "--dense", dense, "--trust")
+    onnx, program, dense = (tmp_path / name for name in ("x.onnx", "x.pt2", "dense.safetensors"))
+    files = ["--onnx", onnx, "--torch", program, "--dense", dense]
+    code, text = run(monkeypatch, capsys, "export", pruned, *files, "--trust")
     assert code == 0, text
+    assert "for any number of images at a time" in text
     assert all(torch.equal(v, weights[k]) for k, v in load_file(dense).items())
     import onnxruntime
 
@@ -369,6 +371,7 @@ def test_deploy_bench_export_and_eval_of_a_run(monkeypatch, capsys, pruned, pict
     x = torch.randn(5, 3, 32, 32)  # another number of images than it was exported with
     with torch.no_grad():
         want = net(x)
+    torch.testing.assert_close(torch.export.load(program).module()(x), want, rtol=1e-4, atol=1e-5)
     session = onnxruntime.InferenceSession(str(onnx))
     torch.testing.assert_close(
         torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]),
@@ -394,8 +397,10 @@ def test_what_deploy_bench_and_export_refuse(monkeypatch, capsys, pruned, tmp_pa
         (["bench", pruned, "--out", pruned / "run.json"], "is a file of the run itself"),
         (["export", pruned, "--dense", pruned / "." / "model.safetensors"], "is a file of the run itself"),
         (["bench", pruned, "--batch-sizes", "1,two"], "--batch-sizes: expected numbers"),
-        (["export", pruned], "got neither"),
+        (["export", pruned], "got none of them"),
         (["export", pruned, "--onnx", tmp_path / "no" / "x.onnx", "--trust"], "could not be written"),
+        (["export", pruned, "--torch", tmp_path / "no" / "x.pt2", "--trust"], "could not be written"),
+        (["export", pruned, "--torch", pruned / "model.safetensors"], "is a file of the run itself"),
     ):
         code, text = run(monkeypatch, capsys, *arguments)
         assert code == 2, text
@@ -690,6 +695,7 @@ def test_demo_judges_what_it_leaves(packs, monkeypatch, tmp_path):
         cases=(("resnet20", snows.NM(1, 4)),),
         batches=zoo.calibration(32, 8),
         stopwatch=Told(),
+        compiled=False,
     )
     printed = console.file.getvalue()
     assert "on the first 96 test images" in printed

@@ -20,7 +20,7 @@ from snows.networks.attention import OpenAttention
 from snows.networks.batches import Batch, difference, outputs
 from snows.networks.edits import Fold
 from snows.networks.folding import proved
-from snows.results.report import Deployment
+from snows.results.deployment import Deployment
 
 
 def same(net, deployed, x):

@@ -198,7 +198,13 @@ def test_the_guide_runs_as_it_stands(tmp_path, monkeypatch, one_thread):
     names = {}
     for block in blocks((ROOT / "docs/guide.md").read_text()):
         exec(block, names)
-    assert {x.name for x in tmp_path.iterdir()} == {"model.safetensors", "model.onnx", "runs"}
+    assert {x.name for x in tmp_path.iterdir()} == {
+        "model.safetensors",
+        "model.onnx",
+        "model.pt2",
+        "runs",
+        "smaller.safetensors",
+    }
     assert int(names["pruned"].masks["0.1.0"].sum()) == 32 * 16 * 9 // 2
 
 

@@ -17,6 +17,7 @@ from torch import nn
 import snows
 from snows.layers import SparseConv2d, SparseLinear
 from snows.packing import Packed
+from snows.results.formats import VERSION
 
 
 @pytest.fixture
@@ -132,7 +133,7 @@ def test_the_file_is_plain_safetensors_of_the_packed_size(chain):
             "settings": settings | {"padding": [0, 0]},
         },
     ]
-    assert content["version"] == 3
+    assert content["version"] == VERSION
 
 
 def test_a_file_of_another_network_is_refused_by_name(chain):
@@ -188,7 +189,11 @@ def test_metadata_and_tensors_that_disagree_are_refused(chain):
     content = path.read_bytes()
     first = lambda m: next(x for x in m["edits"] if x.get("layer") == "first")
     cases = [
-        (lambda m: m.update(version=4), None, "has format 4, this snows reads up to 3"),
+        (
+            lambda m: m.update(version=VERSION + 1),
+            None,
+            f"has format {VERSION + 1}, this snows reads up to {VERSION}",
+        ),
         (
             lambda m: first(m).update(pattern="1:4"),
             None,

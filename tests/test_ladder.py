@@ -20,7 +20,7 @@ FLOORS = {
     "matching": {"matching"},
     "selectors": {"selectors"},
     "choosing": {"choosing"},
-    "verbs": {"pruning", "deployment"},
+    "verbs": {"pruning", "shaping", "deployment"},
     "shell": {"evaluation", "sources", "zoo", "memory", "demo", "cli", "__main__"},
 }
 LINES = {".py": 300, ".cpp": 400, ".h": 400, ".cu": 400, ".cuh": 400}
@@ -165,16 +165,19 @@ def test_the_ladder_refuses_what_it_is_for(package):
 def test_the_public_names():
     assert sorted(snows.__all__) == [
         "Deployed",
+        "Group",
         "Matching",
         "NM",
         "Newton",
         "Pruned",
         "SparseConv2d",
         "SparseLinear",
+        "Structured",
         "Unstructured",
         "alps",
         "deploy",
         "evaluate",
+        "groups",
         "least_squares",
         "load",
         "magnitude",

@@ -3,9 +3,11 @@
 import pytest
 import torch
 from models import Mapped, settle
+from test_implants import CASES, implanted
 from torch import nn
 
 import snows
+from snows.networks.batches import Batch
 from snows.results.onnx import export_onnx
 
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -90,3 +92,19 @@ def test_a_packed_network_is_refused_by_the_layer_s_name(tmp_path):
         ValueError, match="expected a network without packed layers, but 0 is one; ONNX has no operation"
     ):
         export_onnx(net, torch.randn(2, 8), tmp_path / "x.onnx")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_thin_network_computes_the_same(tmp_path, case):
+    make, ranks, batch = CASES[case]
+    net, x = implanted(make(), ranks), batch()
+    assert export_onnx(net, x, tmp_path / "x.onnx") < 1e-5
+    session = onnxruntime.InferenceSession(str(tmp_path / "x.onnx"))
+    image = Batch.of(x).map(lambda t: torch.randn(5, *t.shape[1:]))
+    found = session.run(
+        None, {i.name: t.numpy() for i, t in zip(session.get_inputs(), image.tensors(), strict=True)}
+    )
+    with torch.no_grad():
+        wanted = image.through(net)
+    for a, b in zip(found, wanted.values() if isinstance(wanted, dict) else [wanted], strict=True):
+        torch.testing.assert_close(torch.from_numpy(a), b, rtol=1e-3, atol=1e-4)

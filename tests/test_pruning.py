@@ -20,7 +20,7 @@ from snows.evaluation import evaluate, logits_of
 from snows.matching.horizon import Horizon
 from snows.matching.normalisation import recalibrate_statistics
 from snows.networks.batches import Batch
-from snows.networks.twins import hold_back
+from snows.networks.copies import hold_back
 from snows.sparsity import rows
 from snows.zoo import calibration
 

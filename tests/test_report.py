@@ -11,7 +11,8 @@ from torch import nn
 
 import snows
 from snows.choosing.measuring import Race, Stopwatch
-from snows.results.report import DeployedLayer, Deployment, LayerReport, Report
+from snows.results.deployment import DeployedLayer, Deployment
+from snows.results.report import LayerReport, Report
 from snows.results.story import run_page
 
 NAMES = ("[/red]", "a[relu]", "[bold]x[/bold]", r"back\[slash")

@@ -1,10 +1,13 @@
 import pytest
 import torch
+from models import Chain, settle, small
 from oracles import best_nm
 
+import snows
 from snows import NM, Unstructured, ops, parse_pattern, reference
 from snows.choosing.budgets import allocate
-from snows.sparsity import rows, unrows
+from snows.packing import packable
+from snows.sparsity import Taps, rows, unrows
 
 
 @pytest.mark.parametrize(
@@ -103,3 +106,66 @@ def test_allocate_without_a_cap_is_one_global_threshold():
 def test_allocate_refuses_an_impossible_budget():
     with pytest.raises(ValueError, match="lower the sparsity or raise the cap"):
         allocate({"a": torch.rand(100)}, 0.96, cap=0.95)
+
+
+# ---------------------------------------------------------------- centre taps
+
+
+@pytest.mark.parametrize(
+    ("shape", "share"), [((8, 3, 3, 3), 0.5), ((5, 2, 5, 3), 0.3), ((4, 1, 1, 3), 0.9), ((7, 2, 3, 3), 0.01)]
+)
+def test_channels_with_the_least_around_the_centre_keep_it_alone(shape, share):
+    scores = torch.rand(shape)
+    mask = Taps(share).mask(scores)
+    out, _, height, width = shape
+    around = [
+        sum(
+            float(scores[o, :, i, j].sum())
+            for i in range(height)
+            for j in range(width)
+            if (i, j) != (height // 2, width // 2)
+        )
+        for o in range(out)
+    ]
+    least = sorted(range(out), key=around.__getitem__)[: round(share * out)]
+    for o in range(out):
+        wanted = torch.full(shape[1:], o not in least)
+        wanted[:, height // 2, width // 2] = True
+        assert torch.equal(mask[o], wanted)
+    assert not Taps(share).fits(torch.Size(shape))
+    assert torch.equal(Taps(share).mask(mask.float()), mask)  # a mask allows itself
+
+
+def test_taps_of_equal_scores_and_their_text():
+    mask = Taps(0.5).mask(torch.ones(4, 2, 3, 3))
+    assert mask.flatten(1).sum(1).tolist() == [18, 18, 2, 2]  # the first stay
+    assert mask.float().mean().item() == pytest.approx(Taps(0.5).density)
+    assert parse_pattern("taps:0.25") == Taps(0.25)
+    assert parse_pattern(str(Taps(0.3))) == Taps(0.3)
+    for share in (0, 1, -1, "0.5"):
+        with pytest.raises(ValueError, match="Taps: expected a share between 0 and 1"):
+            Taps(share)
+    for shape, reason in (
+        ((4, 4), "no convolution"),
+        ((4, 4, 1, 1), "no convolution"),
+        ((4, 4, 2, 3), "no centre"),
+    ):
+        assert reason in Taps(0.5).fits(torch.Size(shape))
+        with pytest.raises(ValueError, match=reason):
+            Taps(0.5).mask(torch.ones(shape))
+    with pytest.raises(ValueError, match="NaN"):
+        Taps(0.5).mask(torch.full((4, 4, 3, 3), torch.nan))
+    with pytest.raises(ValueError, match=r"packable: expected N:M or a sparsity, got taps:0\.5"):
+        packable("taps:0.5")
+
+
+def test_a_network_is_pruned_to_taps_and_packed_as_what_they_obey():
+    net, x = settle(Chain()), torch.randn(8, 4, 7, 5)
+    pruned = snows.prune(net, [x], Taps(0.5), progress=False)
+    weight = pruned.network.first.weight
+    alone = [o for o in range(8) if not weight[o].flatten(1)[:, [0, 1, 2, 3, 5, 6, 7, 8]].any()]
+    assert len(alone) == 4
+    assert weight[alone][:, :, 1, 1].all()
+    assert torch.equal(pruned.network.second.weight, net.second.weight)  # 1 x 1: nothing around its centre
+    deployed = small(pruned.network, x)
+    torch.testing.assert_close(deployed.network(x), pruned.network(x), rtol=1e-4, atol=1e-5)

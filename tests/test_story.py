@@ -5,7 +5,8 @@ import json
 import pytest
 from test_cli import pictures, run, tiny  # noqa: F401
 
-from snows.results.report import Deployment, Report
+from snows.results.deployment import Deployment
+from snows.results.report import Report
 from snows.results.story import METHODS, demo_page, run_page
 
 

@@ -14,9 +14,10 @@ from snows import NM, Matching, Newton, mask_of
 from snows.matching.losses import Objective
 from snows.networks.attention import plain_forward
 from snows.networks.batches import Batch
+from snows.networks.copies import hold_back
 from snows.networks.masks import MASK
 from snows.networks.stream import Stream
-from snows.networks.twins import Twins, hold_back
+from snows.networks.twins import Twins
 
 quiet = partial(snows.prune, progress=False)
 

@@ -20,7 +20,7 @@ from snows.networks.batches import difference, outputs
 from snows.networks.edits import Edit, Open
 from snows.networks.layers import copied
 from snows.networks.subject import Subject
-from snows.results.report import DeployedLayer
+from snows.results.deployment import DeployedLayer
 
 # A layer is packed if it is so many times as fast alone. The second is tried if the first makes a slower
 # network.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from fnmatch import fnmatchcase
 from typing import Any, TypeAlias
 
 import torch
@@ -18,10 +19,49 @@ from snows.sparsity import MaskedWeight, Pattern
 PatternChoice: TypeAlias = Pattern | Mapping[str, Pattern] | Callable[[str, nn.Module], Pattern | None] | None
 Choosing: TypeAlias = Selector | Mapping[str, Tensor] | nn.Module
 Only: TypeAlias = Callable[[str, nn.Module], bool]
+LayerChoice: TypeAlias = Only | str | Sequence[str]
 
 
-def check_goal(pattern: Any, select: Any, cap: Any) -> None:
+def selected(argument: str, asked: LayerChoice | None) -> Only | None:
+    """Make a function of name and module out of names with `*`.
+
+    Args:
+        argument: whose value it is, for the error.
+        asked: such names, a function already, or None.
+
+    Raises:
+        TypeError: it is none of these.
+    """
+    if asked is None or callable(asked):
+        return asked
+    names = (asked,) if isinstance(asked, str) else tuple(asked)
+    if not all(isinstance(x, str) for x in names):
+        raise TypeError(
+            f"prune: expected {argument} to be a function or names such as 'blocks.*', got {asked!r}"
+        )
+    return lambda name, module: any(fnmatchcase(name, x) for x in names)
+
+
+def excluded(name: str, module: nn.Module, only: Only | None, skip: Only | None) -> bool:
+    """Say whether a layer is to be left alone.
+
+    Args:
+        name: of the layer.
+        module: the layer.
+        only: which layers to prune; None for all.
+        skip: which of those to leave alone; None for none.
+    """
+    return (only is not None and not only(name, module)) or (skip is not None and skip(name, module))
+
+
+def check_goal(pattern: Any, select: Any, cap: Any, needed: bool = True) -> None:
     """Refuse what is no goal, before any work is done.
+
+    Args:
+        pattern: what `prune` was given, or what a structured goal asks for afterwards.
+        select: a rule, masks or a network.
+        cap: largest share that a layer may lose.
+        needed: whether there must be a pattern or masks.
 
     Raises:
         TypeError: `pattern` or `select` is of none of the classes that `prune` takes.
@@ -38,7 +78,7 @@ def check_goal(pattern: Any, select: Any, cap: Any) -> None:
                 "prune: expected select to be a rule, masks by layer name, or a pruned network, got "
                 f"{type(select).__name__}"
             )
-        if pattern is None:
+        if pattern is None and needed:
             raise ValueError(
                 "prune: expected a pattern such as NM(2, 4) or Unstructured(0.7), got None without masks"
             )

@@ -16,7 +16,7 @@ from snows.networks.layers import Layer, groups_of
 from snows.networks.masks import mask_of
 from snows.networks.trace import Use
 from snows.reference import innermost_images
-from snows.results.report import DeployedLayer
+from snows.results.deployment import DeployedLayer
 from snows.sparsity import NM
 
 Packed: TypeAlias = SparseLinear | SparseConv2d

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from snows.choosing.budgets import spend
-from snows.choosing.goals import Choosing, Given, Only, PatternChoice, given
+from snows.choosing.goals import Choosing, Given, Only, PatternChoice, excluded, given
 from snows.matching.statistics import Selector
 from snows.networks.checks import how_computed, shared_weights
 from snows.networks.layers import prunable
@@ -27,7 +27,7 @@ class Choice:
     """Say how one layer is pruned.
 
     Attributes:
-        select: gives the mask and the first weight.
+        select: gives the mask and the first weight; None where the layer is fitted anew on the mask it has.
         pattern: that the mask obeys; None where the mask came from elsewhere without one.
         start: mask and first weight from elsewhere; None for a rule.
     """
@@ -57,7 +57,9 @@ class Plan:
         return {name: choice.start for name, choice in self.choices.items() if choice.start is not None}
 
 
-def decide(twins: Twins, pattern: PatternChoice, select: Choosing, only: Only | None, cap: float) -> Plan:
+def decide(
+    twins: Twins, pattern: PatternChoice, select: Choosing, only: Only | None, skip: Only | None, cap: float
+) -> Plan:
     """Decide which layers are pruned, and how.
 
     Args:
@@ -66,6 +68,7 @@ def decide(twins: Twins, pattern: PatternChoice, select: Choosing, only: Only | 
             dense.
         select: a rule, masks by layer name, or a pruned network.
         only: which layers to prune; by default all that run but the first and the last.
+        skip: which of those to leave alone.
         cap: the largest share that a layer may lose under an `Unstructured` budget.
 
     Raises:
@@ -73,7 +76,7 @@ def decide(twins: Twins, pattern: PatternChoice, select: Choosing, only: Only | 
         ValueError: a layer cannot be pruned as asked, or none is left to prune.
     """
     starts = given(twins, select)
-    deciding = _Deciding(twins, pattern, starts, only)
+    deciding = _Deciding(twins, pattern, starts, only, skip)
     reasons = {name: deciding.reason(name) for name in deciding.names}
     chosen = {name: deciding.wanted(name) for name, reason in reasons.items() if not reason}
     plan = Plan({}, [deciding.row(name, reason) for name, reason in reasons.items()] + _left_alone(twins))
@@ -85,7 +88,7 @@ def decide(twins: Twins, pattern: PatternChoice, select: Choosing, only: Only | 
         )
     plan.patterns = {name: str(x) for name, x in chosen.items()}
     if isinstance(pattern, Unstructured) and not starts:
-        layers = prunable(twins.dense)
+        layers = prunable(twins.sparse)
         budget = spend({name: layers[name] for name in chosen}, pattern, cap)
         plan.rows = [
             x if x.reason or x.name in budget else replace(x, pattern="dense", kept=x.size, reason=SPARED)
@@ -105,11 +108,26 @@ def decide(twins: Twins, pattern: PatternChoice, select: Choosing, only: Only | 
     return plan
 
 
+def refitted(twins: Twins) -> Plan:
+    """Plan to fit all layers of a cut network anew, each on the mask that it has."""
+    shared, plan = shared_weights(twins.sparse), Plan({})
+    layers = prunable(twins.sparse)
+    for name in twins.order:
+        shape = tuple(layers[name].weight.shape)
+        if twins.calls[name] == 1 and name not in shared:
+            plan.choices[name] = Choice(None, None)
+            plan.rows.append(LayerReport(name, shape, "fitted", math.prod(shape)))
+        else:
+            why = f"it shares its weight with {shared[name]}" if name in shared else "it is called repeatedly"
+            plan.rows.append(LayerReport(name, shape, "dense", math.prod(shape), why))
+    return plan
+
+
 MANY_ZEROS = 0.1  # of a trained layer's weights: more were put there
 
 
 def _zeros(twins: Twins, name: str) -> float:
-    weight = prunable(twins.dense)[name].weight
+    weight = prunable(twins.dense)[twins.reduction.source(name)].weight
     return float((weight == 0).double().mean())
 
 
@@ -120,9 +138,14 @@ class _Deciding:
     """Ask of each layer whether it is pruned."""
 
     def __init__(
-        self, twins: Twins, pattern: PatternChoice, starts: Mapping[str, MaskedWeight], only: Only | None
+        self,
+        twins: Twins,
+        pattern: PatternChoice,
+        starts: Mapping[str, MaskedWeight],
+        only: Only | None,
+        skip: Only | None,
     ) -> None:
-        self.twins, self.pattern, self.starts, self.only = twins, pattern, starts, only
+        self.twins, self.pattern, self.starts, self.only, self.skip = twins, pattern, starts, only, skip
         self.layers: dict[str, Any] = dict(prunable(twins.sparse))
         if isinstance(pattern, Mapping) and (
             unknown := [name for name in pattern if name not in self.layers]
@@ -156,7 +179,7 @@ class _Deciding:
             ValueError: it is asked for, and cannot be pruned.
         """
         module, wanted = self.layers[name], self.wanted(name)
-        if self.only is not None and not self.only(name, module):
+        if excluded(name, module, self.only, self.skip):
             return "excluded"
         if self.starts and name not in self.starts:
             return NO_MASK

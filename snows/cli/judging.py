@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
     from snows.evaluation import Scores
     from snows.sources import Data
-    from snows.sparsity import Pattern
 
 
 def evaluate(
@@ -120,14 +119,18 @@ def judge_networks(
 
 
 def compared(
-    dense: nn.Module, batches: list[Any], pattern: Pattern | None, cap: float, pruned: nn.Module
+    dense: nn.Module, batches: list[Any], pattern: Any, cap: float, pruned: nn.Module
 ) -> Iterator[tuple[str, nn.Module]]:
-    """Give what is compared: pruning by magnitude, that with corrected statistics, and the pruned network."""
+    """Give what is compared: pruning by magnitude, that with corrected statistics, and the pruned network.
+
+    A network that units were taken out of is compared with the dense one alone.
+    """
     import snows
     from snows.matching.normalisation import recalibrate_statistics, statistics_of
     from snows.networks.batches import Batch
+    from snows.sparsity import Pattern
 
-    if pattern is not None:
+    if isinstance(pattern, Pattern):
         net, _ = snows.prune(
             dense,
             batches,

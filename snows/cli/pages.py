@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from snows.results.report import Deployment, Report
+    from snows.results.deployment import Deployment
+    from snows.results.report import Report
 
 SCORES, DEPLOYED = "scores.json", "deployment.json"
 
@@ -55,7 +56,7 @@ def write_page(run: Path) -> None:
     Raises:
         ValueError: a file in the folder is damaged, or the page cannot be written.
     """
-    from snows.results.report import Deployment
+    from snows.results.deployment import Deployment
     from snows.results.storage import write
     from snows.results.story import run_page
     from snows.sources.source import SOURCE, Source

@@ -42,6 +42,23 @@ def prune(
     pattern: Annotated[
         str | None, typer.Option(help='"2:4" keeps two of four, "0.7" or "70%" removes that share')
     ] = None,
+    structured: Annotated[
+        float | None,
+        typer.Option(help="take whole units out, until this share of the cost stays; --pattern comes after"),
+    ] = None,
+    of: Annotated[
+        Literal["macs", "params", "bytes"], typer.Option(help="the cost that --structured means")
+    ] = "macs",
+    using: Annotated[
+        str, typer.Option(help="what --structured may use, with commas between")
+    ] = "channels,heads,neurons,low-rank",
+    order: Annotated[
+        Literal["compensated", "hap", "fisher", "magnitude"],
+        typer.Option(help="how --structured finds what goes first"),
+    ] = "compensated",
+    multiple: Annotated[int, typer.Option(min=1, help="widths are multiples of this")] = 8,
+    only: Annotated[str | None, typer.Option(help='layers by name, such as "blocks.*", with commas')] = None,
+    skip: Annotated[str | None, typer.Option(help="layers to leave alone, likewise")] = None,
     weights: terminal.Weights = None,
     random_weights: terminal.RandomWeights = False,
     select: Annotated[Rule, typer.Option(help="how each layer's mask and first weights are found")] = "alps",
@@ -85,11 +102,8 @@ def prune(
     import snows
     from snows import memory, sources
     from snows.sources.source import Source
-    from snows.sparsity import parse_pattern
 
-    if pattern is None and masks is None:
-        raise ValueError("--pattern: expected one such as 2:4 or 0.7, got none (only --masks can do without)")
-    chosen = parse_pattern(pattern) if pattern is not None else None
+    chosen = _goal(pattern, structured, masks is not None, of, using, order, multiple)
     if not (horizon == "end" or (horizon.isascii() and horizon.isdigit())):
         raise ValueError(f'--horizon: expected a number or "end", got {horizon!r}')
     solver = snows.Newton(max_iterations=iterations, passes=passes)
@@ -131,6 +145,8 @@ def prune(
                 solver=solver,
                 matching=matching,
                 cap=cap,
+                only=_names(only),
+                skip=_names(skip),
                 recalibrate=recalibrate,
                 out=out,
                 resume=resume,
@@ -160,6 +176,30 @@ def prune(
             else []
         ),
     )
+
+
+def _goal(
+    pattern: str | None, structured: float | None, masks: bool, of: Any, using: str, order: Any, multiple: int
+) -> Any:
+    """Read what is asked: a pattern, units that go, or both."""
+    import snows
+    from snows.sparsity import parse_pattern
+
+    then = parse_pattern(pattern) if pattern is not None else None
+    if structured is not None:
+        kinds: Any = _names(using)
+        return snows.Structured(structured, of, kinds, order, multiple, then=then)
+    if then is None and not masks:
+        raise ValueError(
+            "--pattern: expected one such as 2:4 or 0.7, or --structured with a share, got neither (only "
+            "--masks can do without)"
+        )
+    return then
+
+
+def _names(text: str | None) -> tuple[str, ...] | None:
+    """Read names with commas between."""
+    return None if text is None else tuple(x.strip() for x in text.split(",") if x.strip())
 
 
 def _rule(name: str) -> Any:

@@ -52,6 +52,7 @@ def _load_run(
 ) -> tuple[nn.Module, Tensor, Source]:
     """Load a run's pruned network, a batch of its images, both on the device, and where they come from."""
     from snows import sources
+    from snows.networks.edits import Pack
     from snows.results import files
     from snows.sources.source import SOURCE, Source
 
@@ -61,7 +62,7 @@ def _load_run(
             f"{run} is not the folder of a finished run; expected {SOURCE} and model.safetensors there, from "
             "snows prune"
         )
-    if files.is_packed(weights):
+    if files.has_edits(weights, Pack):
         raise ValueError(f"{weights} is packed; expected the pruned weights as snows prune wrote them there")
     source = Source.read(run)
     for option, given, named in (("--model", model, source.model), ("--data", data, source.data)):
@@ -108,6 +109,7 @@ def deploy(
     import torch
 
     import snows
+    from snows.results import files
 
     path = out or run / "packed.safetensors"
     _not_its_own(run, path)
@@ -117,7 +119,7 @@ def deploy(
     )
     found = deployed.report
     show(found)
-    if all(row.reason for row in found.layers):
+    if all(row.reason for row in found.layers) and not files.has_edits(run / "model.safetensors"):
         raise ValueError(
             "deploy: no layer is packed, so there is nothing to write; --objective size packs whatever gets "
             "smaller"
@@ -192,6 +194,10 @@ def export(
     onnx: Annotated[
         Path | None, typer.Option(help="ONNX file: dense weights with their zeros, checked with onnxruntime")
     ] = None,
+    program: Annotated[
+        Path | None,
+        typer.Option("--torch", help="program of torch.export, which runs without snows and is checked so"),
+    ] = None,
     dense: Annotated[
         Path | None, typer.Option(help="safetensors with the keys of the network's own library")
     ] = None,
@@ -203,11 +209,12 @@ def export(
     from safetensors.torch import save
 
     from snows.results.onnx import export_onnx
+    from snows.results.program import export_program
     from snows.results.storage import state, write
 
-    if onnx is None and dense is None:
-        raise ValueError("export: expected --onnx FILE or --dense FILE, got neither")
-    for path in (onnx, dense):
+    if onnx is None and program is None and dense is None:
+        raise ValueError("export: expected --onnx FILE, --torch FILE or --dense FILE, got none of them")
+    for path in (onnx, program, dense):
         if path is not None:
             _not_its_own(run, path)
     net, example, _ = _load_run(run, 2, "cpu", trust, model, data)
@@ -219,4 +226,11 @@ def export(
         say(
             f"{onnx}: {onnx.stat().st_size / 1e6:.2f} MB; onnxruntime's outputs differ by {error:.1e} of the "
             "largest"
+        )
+    if program is not None:
+        found = export_program(net, example, program)
+        say(
+            f"{program}: {program.stat().st_size / 1e6:.2f} MB; for "
+            f"{'any number of' if found.dynamic else len(example)} images at a time; its outputs differ by "
+            f"{found.difference:.1e} of the largest"
         )

@@ -117,8 +117,8 @@ class Shown(Protocol):
 
     notes: list[str]
 
-    def table(self) -> Table:
-        """Make the table of layers."""
+    def tables(self) -> list[Table]:
+        """Make all tables, in order."""
         ...
 
     def summary(self) -> str:
@@ -128,9 +128,9 @@ class Shown(Protocol):
 
 def show(report: Shown, title: str = "") -> None:
     """Print a report's table, summary and notes; names in them are data."""
-    table = report.table()
-    table.title = title or None
-    console.print(table)
+    tables = report.tables()
+    tables[0].title = title or None
+    console.print(*tables)
     say(report.summary(), *report.notes)
 
 

@@ -2,8 +2,9 @@
 
 An *operation* is one call, after the layer, of a convolution, linear, activation, LayerNorm or attention, as
 a module or as a function, whose output depends on the layer's weight. Evaluated BatchNorm, dropout, flatten,
-pooling and residual additions are not counted. Operations are known by their names (see `networks.watching`),
-so that another copy of the network is asked for the same ones.
+pooling and residual additions are not counted. An implant's two layers are one operation, its second's.
+Operations are known by their names (see `networks.watching`), so that another copy of the network is asked
+for the same ones.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from snows.networks.attention import plain_forward
 from snows.networks.batches import Batch, output_tensors
 from snows.networks.functions import known
+from snows.networks.implants import LowRank, dense_name
 from snows.networks.stream import Schedule, Stream
 from snows.networks.trace import Trace
 from snows.networks.watching import Call, Finished, Watch
@@ -36,16 +38,18 @@ class _Window(Watch):
         super().__init__(net)
         self.target, self.weight, self.run = layer, weight, run
         self.found: Outputs = {}
+        self.reached = False
 
     def layer(self, name: str, call: Call, args: Any, kwargs: Any) -> Any:
-        if name != self.target:
-            return self.other(call.function, args, kwargs)
-        if len(args) > 1:
-            args = (args[0], self.weight, *args[2:])
-        else:
-            kwargs = {**kwargs, "weight": self.weight}
-        name = self.frame.operation(call.function)
-        return self.gather(name, self.run(call.function, args, kwargs))
+        if name == self.target:
+            self.reached = True
+            if len(args) > 1:
+                args = (args[0], self.weight, *args[2:])
+            else:
+                kwargs = {**kwargs, "weight": self.weight}
+        if name in self.first_factors:
+            return self.run(call.function, args, kwargs)
+        return self.other(call.function, args, kwargs)
 
     def other(self, func: Any, args: Any, kwargs: Any) -> Any:
         if (
@@ -57,7 +61,7 @@ class _Window(Watch):
             self.frame.operation(func) if counted else ""
         )  # before the layer runs too: numbers count from the call's start
         out = self.run(func, args, kwargs)
-        if counted and self.found:
+        if counted and self.reached:
             return self.operation(name, out)
         return out
 
@@ -109,7 +113,7 @@ class _Follow(_Window):
             changed and own
         ):  # the layer's own output stays on the path of the gradients: the network gets the copy
             out = out.clone()
-        if not self.horizon.to_end and len(self.found) == len(self.horizon.wanted):
+        if not self.horizon.to_end and name == self.horizon.operations[-1]:
             raise Finished
         return out
 
@@ -121,7 +125,9 @@ class Horizon:
     stream's memory. One pass over `sample` learns which operations depend on the weight.
 
     Attributes:
-        operations: names of what is matched, the layer's own output first.
+        operations: names of what is matched, the layer's own output first; of an implant's first factor the
+            second's.
+        dense: the layer's name in the dense network.
 
     Args:
         net: the network, in evaluation mode.
@@ -142,6 +148,7 @@ class Horizon:
         run: Run = reroute,
     ) -> None:
         self.net, self.name, self.run = net, layer, run
+        self.dense = dense_name(net, layer)
         self.to_end = k == "end"
         self.parameter: nn.Parameter = net.get_submodule(layer).weight  # type: ignore[assignment]
         self.tolerant = False  # whether the network changes in place what a derivative needs
@@ -198,13 +205,16 @@ class Horizon:
 
         Args:
             weight: the layer's shape; gradients flow to it alone.
-            x: a stream advanced to the layer, through this network or through another copy of it.
+            x: a stream advanced to the layer, through this network or through another copy of it. Where the
+                layer is a factor of an implant, that may be the dense network: weight and stream are then of
+                the layer that the implant stands for.
 
         Returns:
             By name of the operation; the network's outputs, if they are matched, as "output 0" and so on.
         """
         net = x.schedule.net
-        watch = _Follow(net, self.name, weight, self)
+        implanted = isinstance(net.get_submodule(self.dense), LowRank)
+        watch = _Follow(net, self.name if implanted else self.dense, weight, self)
         output = None
         with frozen(net), plain_forward(), x.answering(), watch, suppress(Finished):
             output = x.batch.through(net)

@@ -8,14 +8,17 @@ from functools import cached_property
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from snows.matching.horizon import Horizon, Outputs
 from snows.matching.metrics import Metric, OutputSensitivity
+from snows.networks.implants import LowRank, weight_of
 from snows.networks.layers import groups_of
+from snows.networks.sites import Pair, Site
 from snows.networks.stream import Stream
-from snows.networks.twins import Pair, Site, Twins
+from snows.networks.twins import Twins
 from snows.solving.operators import half_inner
+from snows.sparsity import rows
 
 
 @dataclass(frozen=True)
@@ -64,16 +67,19 @@ class Objective:
         twins: the networks and batches.
         matching: settings.
         seed: of the noise that measures the output sensitivity.
+        net: the network whose sensitivity that is, as it is when it is first asked for; by default the dense
+            one. For a cut network it is its own: what is gone must weigh nothing.
     """
 
-    def __init__(self, twins: Twins, matching: Matching, seed: int) -> None:
+    def __init__(self, twins: Twins, matching: Matching, seed: int, net: nn.Module | None = None) -> None:
         self.twins, self.matching, self.seed = twins, matching, seed
+        self.net = twins.dense if net is None else net
 
     @cached_property
     def sensitivity(self) -> OutputSensitivity:
-        """How strongly the dense network's output depends on its operations, on a few dozen samples."""
+        """How strongly the network's output depends on its operations, on a few dozen samples."""
         twins = self.twins
-        found = OutputSensitivity(twins.dense, twins.probe, torch.Generator().manual_seed(self.seed))
+        found = OutputSensitivity(self.net, twins.probe, torch.Generator().manual_seed(self.seed))
         if found.note:
             twins.notes.append(
                 "The output sensitivity could not be measured, so that features are weighed by their "
@@ -110,12 +116,20 @@ class LayerLosses:
     def sensitivity(self) -> Tensor:
         """Return the output factor of the layer's curvature: (groups, out / groups, out / groups).
 
-        It is the identity where the network's output does not depend on the layer.
+        It is the identity where the network's output does not depend on the layer. The first factor of an
+        implant is seen through the second.
         """
-        weight, groups = self.site.weight, groups_of(self.site.layer)
-        own = self.objective.sensitivity.of([self.horizon.operations[0]])
-        metric = next(iter(own.values()), Metric(1.0))
+        weight, groups, metric = self.site.weight, groups_of(self.site.layer), self.metric()
+        implant = self.objective.twins.sparse.get_submodule(self.horizon.dense)
+        if isinstance(implant, LowRank) and self.site.layer is implant[0]:
+            second = rows(weight_of(implant[1]).detach())
+            return second.T @ metric.matrix(len(second), like=second) @ second
         return metric.matrix(len(weight), groups, like=weight)
+
+    def metric(self) -> Metric:
+        """Return how a mismatch of the layer's own output, or its implant's, weighs in the network's."""
+        own = self.objective.sensitivity.of([self.horizon.operations[0]])
+        return next(iter(own.values()), Metric(1.0))
 
     @cached_property
     def held(self) -> Reconstruction:
@@ -125,18 +139,20 @@ class LayerLosses:
 
     def _loss(self, pair: Pair) -> Reconstruction:
         matching = self.objective.matching
-        source = (
-            pair.dense if matching.targets == "dense" and pair.calls[0] is pair.dense.call else pair.sparse
-        )
         with torch.no_grad():
-            targets = self.horizon.outputs(self.site.weight, source.on_device())
+            if matching.targets == "dense" and pair.calls[0] is pair.dense.call:
+                found = self.horizon.outputs(self.site.target, pair.dense.on_device())
+                left = {name: self.objective.twins.reduction.left(name, y) for name, y in found.items()}
+                targets = {name: y for name, y in left.items() if y is not None}
+            else:
+                targets = self.horizon.outputs(self.site.weight, pair.sparse.on_device())
         if self._metrics is None:  # of the first batch that is asked for, so that all agree
             scaling: Literal["variance", "none"] = "none" if matching.metric == "none" else "variance"
-            found = (
+            known = (
                 self.objective.sensitivity.of(self.horizon.operations) if matching.metric == "output" else {}
             )
             self._metrics = {
-                name: found[name] if name in found else Metric.plain(y, scaling)
+                name: known[name] if name in known else Metric.plain(y, scaling)
                 for name, y in targets.items()
             }
         return Reconstruction(self.horizon, pair.sparse.on_device(), targets, self._metrics)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,7 +14,9 @@ from snows.networks.attention import plain_forward
 from snows.networks.batches import Batch
 
 
-def recalibrate_statistics(sparse: nn.Module, dense: nn.Module, batches: Sequence[Batch]) -> None:
+def recalibrate_statistics(
+    sparse: nn.Module, dense: nn.Module, batches: Sequence[Batch], left: Mapping[str, Tensor] | None = None
+) -> None:
     """Correct the statistics of every BatchNorm by how far pruning moved them, in place.
 
     Each BatchNorm's running mean moves by the difference of its input's means in the pruned and in the dense
@@ -27,32 +29,28 @@ def recalibrate_statistics(sparse: nn.Module, dense: nn.Module, batches: Sequenc
         sparse: the pruned network, in evaluation mode.
         dense: the dense network with the same BatchNorms.
         batches: the calibration batches; each travels to the network's device when it is used.
+        left: of BatchNorms that lost channels, by name, which are left.
     """
     own = statistics_of(sparse)
-    theirs = {name: dense.get_submodule(name) for name in own}
+    theirs: dict[str, Any] = {name: dense.get_submodule(name) for name in own}
     if not own:
         return
     device = next(sparse.parameters()).device
-    totals = {name: [_Moments(), _Moments()] for name in own}
-    origin = {name: (m.running_mean.clone(), m.running_var.clone()) for name, m in own.items()}  # type: ignore[union-attr]
-    seen: dict[str, list[_Moments]] = {}
+    totals = {name: [Moments(), Moments()] for name in own}
+    kept = {name: x.to(device) for name, x in (left or {}).items()}
+    origin = {name: statistics(m, kept.get(name)) for name, m in theirs.items()}
+    seen: dict[str, list[Moments]] = {}
 
-    def set_statistics(name: str, before: _Moments, after: _Moments) -> None:
-        mean, var = origin[name]
-        own[name].running_mean.copy_(mean + after.mean - before.mean)  # type: ignore[union-attr]
-        ratio = (after.var + own[name].eps) / (before.var + own[name].eps)
-        varied = (before.var + own[name].eps > 0) & (
-            after.var + own[name].eps > 0
-        )  # with eps=0 a constant channel tells nothing
-        own[name].running_var.copy_(torch.where(varied, var * ratio, var))  # type: ignore[union-attr]
+    def set_statistics(name: str, before: Moments, after: Moments) -> None:
+        move_statistics(own[name], origin[name], before, after)
 
     def watch_dense(name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
-        seen[name].append(_Moments.of(_input(args, kwargs)))
+        seen[name].append(Moments.of(_input(args, kwargs)).of_channels(kept.get(name)))
 
     def watch_sparse(name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
         if not seen[name]:  # routing sent nothing here in the dense network
             return
-        before, after = seen[name].pop(0), _Moments.of(_input(args, kwargs))
+        before, after = seen[name].pop(0), Moments.of(_input(args, kwargs))
         set_statistics(name, before, after)  # what comes after is to see it as it will be
         totals[name][0].add(before)
         totals[name][1].add(after)
@@ -78,6 +76,33 @@ def recalibrate_statistics(sparse: nn.Module, dense: nn.Module, batches: Sequenc
             hook.remove()
 
 
+def statistics(norm: _BatchNorm, left: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Copy a BatchNorm's running mean and variance, of all channels or of those that are left."""
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    found = (norm.running_mean, norm.running_var)
+    mean, var = (x.clone() if left is None else x.index_select(0, left) for x in found)
+    return mean, var
+
+
+def move_statistics(norm: _BatchNorm, origin: tuple[Tensor, Tensor], before: Moments, after: Moments) -> None:
+    """Set a BatchNorm's statistics to what they were, moved by how far its input moved.
+
+    Args:
+        norm: in evaluation mode; changed in place.
+        origin: its mean and variance before.
+        before: moments of its input then.
+        after: moments of its input now.
+    """
+    (mean, var), eps = origin, norm.eps
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    norm.running_mean.copy_(mean + after.mean - before.mean)
+    ratio = (after.var + eps) / (before.var + eps)
+    varied = (before.var + eps > 0) & (after.var + eps > 0)  # with eps=0 a constant channel tells nothing
+    norm.running_var.copy_(torch.where(varied, var * ratio, var))
+
+
 def _input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     x: Tensor = args[0] if args else kwargs["input"]
     return x
@@ -90,14 +115,14 @@ def statistics_of(net: nn.Module) -> dict[str, _BatchNorm]:
     }
 
 
-class _Moments:
+class Moments:
     """Pool mean and mean square per channel over batches, in float64."""
 
     def __init__(self) -> None:
         self.count, self.mean, self.square = 0, torch.zeros(()), torch.zeros(())
 
     @classmethod
-    def of(cls, x: Tensor) -> _Moments:
+    def of(cls, x: Tensor) -> Moments:
         """Measure a BatchNorm's input, (B, C, ...)."""
         moments, x = cls(), x.detach()
         corner = (slice(1), slice(None), *(slice(1) for _ in range(2, x.ndim)))
@@ -109,10 +134,20 @@ class _Moments:
 
     @property
     def var(self) -> Tensor:
+        """The variance of each channel."""
         var = self.square - self.mean.square()
         return torch.where(var > 1e-12 * self.square, var, 0.0)  # what is less is rounding
 
-    def add(self, other: _Moments) -> None:
+    def of_channels(self, left: Tensor | None) -> Moments:
+        """Return the moments of some channels; of all for None."""
+        found = Moments()
+        found.count, found.mean, found.square = self.count, self.mean, self.square
+        if left is not None:
+            found.mean, found.square = self.mean[left], self.square[left]
+        return found
+
+    def add(self, other: Moments) -> None:
+        """Pool with the moments of other images."""
         total = self.count + other.count
         self.mean = (self.count * self.mean + other.count * other.mean) / total
         self.square = (self.count * self.square + other.count * other.square) / total

@@ -10,31 +10,45 @@ import torch
 from torch import Tensor
 
 from snows.matching import moments
-from snows.networks.twins import Site
+from snows.networks.sites import Site
 from snows.networks.watching import Call
 from snows.solving.preconditioners import Factors
 from snows.sparsity import MaskedWeight, Pattern
+
+DAMPING = 0.01  # of the mean variance of a layer's inputs, the ridge of a least-squares fit
 
 
 class LayerStatistics:
     """Hold second moments of a layer's inputs over the calibration batches, per group of a convolution.
 
+    Attributes:
+        calls: the layer's on the pruned network's stream, one a batch.
+
     Args:
         sparse: the layer's calls on the pruned network's stream, one a batch.
         dense: the same calls on the dense network's stream.
         sensitivity: makes what `sensitivity` returns.
+        target: the dense network's weight, where the layer was cut; None where it is the one to prune.
+        left: which outputs of the dense layer the cut one has; None for all.
     """
 
     def __init__(
-        self, sparse: Sequence[Call], dense: Sequence[Call], sensitivity: Callable[[], Tensor]
+        self,
+        sparse: Sequence[Call],
+        dense: Sequence[Call],
+        sensitivity: Callable[[], Tensor],
+        target: Tensor | None = None,
+        left: Tensor | None = None,
     ) -> None:
-        self._sparse, self._dense, self._sensitivity = sparse, dense, sensitivity
+        self.calls, self._dense, self._sensitivity = sparse, dense, sensitivity
+        self._target, self._left = target, left
 
     @classmethod
     def of(cls, site: Site, sensitivity: Callable[[], Tensor]) -> LayerStatistics:
         """Gather a layer's statistics over all batches to fit to."""
         calls = [pair.calls for pair in site.training]
-        return cls([sparse for _, sparse in calls], [dense for dense, _ in calls], sensitivity)
+        dense, sparse = [dense for dense, _ in calls], [sparse for _, sparse in calls]
+        return cls(sparse, dense, sensitivity, site.target, site.left)
 
     @cached_property
     def sensitivity(self) -> Tensor:
@@ -48,13 +62,13 @@ class LayerStatistics:
 
     def rows(self) -> Iterator[Tensor]:
         """Give the input rows on the pruned stream, some at a time: (groups, positions, in)."""
-        for call in self._sparse:
+        for call in self.calls:
             yield from moments.patches(call)
 
     @cached_property
     def count(self) -> int:
         """The rows seen: images times tokens or output positions."""
-        return sum(moments.positions(call) for call in self._sparse)
+        return sum(moments.positions(call) for call in self.calls)
 
     @cached_property
     def mean(self) -> Tensor:
@@ -69,21 +83,47 @@ class LayerStatistics:
     @cached_property
     def gram(self) -> Tensor:
         """(groups, in, in): the mean of ``x xᵀ`` over rows x of the pruned stream."""
-        return self._mean(moments.gram(call) for call in self._sparse)
+        return self._mean(moments.gram(call) for call in self.calls)
 
     def cross(self, weight: Tensor) -> Tensor:
         """Return the mean of ``y xᵀ``: (groups, out / groups, in).
 
-        Here y is what `weight` makes of the dense stream's row, and x the pruned stream's.
+        Here y is what `weight` makes of the dense stream's row, or what is left of the dense layer's output
+        where the layer was cut, and x the pruned stream's row.
         """
-        pairs = zip(self._dense, self._sparse, strict=True)
-        return self._mean(moments.cross(sparse, moments.output(dense, weight)) for dense, sparse in pairs)
+        return self._mean(
+            moments.cross(sparse, y) for sparse, y in zip(self.calls, self.wanted(weight), strict=True)
+        )
+
+    def wanted(self, weight: Tensor) -> Iterator[Tensor]:
+        """Give what the layer should return without its bias, one tensor a batch, as in `cross`.
+
+        The dense network has no output of an implant's first factor alone: it is what the factor makes of
+        the dense stream's row.
+        """
+        kept = self._target if self._left is None else self._left
+        factor = kept is not None and len(weight) != len(kept)
+        for dense, sparse in zip(self._dense, self.calls, strict=True):
+            if self._target is None or factor or dense is sparse:
+                yield moments.output(dense, weight)
+                continue
+            y = moments.output(dense, self._target)
+            yield (
+                y
+                if self._left is None
+                else y.index_select(1 if dense.kernel else -1, self._left.to(y.device))
+            )
+
+    def target(self, weight: Tensor) -> Tensor:
+        """Return the mean of that y: (groups, out / groups)."""
+        sums = (y.movedim(-1 if weight.ndim == 2 else 1, 0).flatten(1).sum(1) for y in self.wanted(weight))
+        return self._mean(x.view(len(self.mean), -1) for x in sums)
 
     def _mean(self, sums: Iterator[Tensor]) -> Tensor:
         total = next(sums).double()
         for part in sums:
             total += part
-        return (total / self.count).to(self._sparse[0].x.dtype)
+        return (total / self.count).to(self.calls[0].x.dtype)
 
 
 class Selector(Protocol):

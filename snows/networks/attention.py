@@ -40,7 +40,7 @@ class OpenAttention(nn.Module):
     def __init__(self, closed: nn.MultiheadAttention) -> None:
         super().__init__()
         self.closed = [closed]  # in a list: not a submodule
-        self.heads, self.batch_first, self.training = closed.num_heads, closed.batch_first, closed.training
+        self.heads, self.batch_first = closed.num_heads, closed.batch_first
         self.in_proj_bias, self._qkv_same_embed_dim = (
             None,
             False,
@@ -57,6 +57,7 @@ class OpenAttention(nn.Module):
         for name in PROJECTIONS:
             if hasattr(self, name):
                 give_mask(getattr(self, name), kept_mask(closed, f"{name}_"))
+        self.train(closed.training)
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
         if not hasattr(self, "in_proj"):
@@ -65,9 +66,8 @@ class OpenAttention(nn.Module):
             return tuple(self.in_proj(query).chunk(3, dim=-1))
         # one call of the one layer: the three inputs side by side along the batch
         sizes = [x.shape[1] for x in (query, key, value)]
-        width = query.shape[-1]
-        q, k, v = self.in_proj(torch.cat([query, key, value], dim=1)).split(sizes, dim=1)
-        return q[..., :width], k[..., width : 2 * width], v[..., 2 * width :]
+        parts = self.in_proj(torch.cat([query, key, value], dim=1)).split(sizes, dim=1)
+        return tuple(x.chunk(3, dim=-1)[i] for i, x in enumerate(parts))
 
     def forward(
         self,
@@ -157,7 +157,7 @@ def open_attention(model: nn.Module) -> None:
 def close_attention(model: nn.Module) -> None:
     """Undo `open_attention`, in place; what was written into the parameters, and the masks, stay.
 
-    An attention whose projections were replaced by other layers stays open.
+    An attention whose projections were replaced by other layers stays open, and one that lost heads.
     """
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
@@ -165,6 +165,7 @@ def close_attention(model: nn.Module) -> None:
                 isinstance(child, OpenAttention)
                 and child.closed
                 and all(isinstance(x, nn.Linear) for x in child.children())
+                and child.out_proj.weight.shape == child.closed[0].out_proj.weight.shape
             ):
                 closed = child.closed[0]
                 give_mask(closed.out_proj, kept_mask(child.out_proj))

@@ -8,7 +8,7 @@ it.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, ClassVar, Literal, Protocol, TypeAlias
 
 from torch import Tensor, nn
@@ -17,10 +17,11 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from snows.layers import SparseConv2d, SparseLinear
 from snows.networks.absorbed import Absorbed, Remainder
 from snows.networks.attention import OpenAttention, can_open
-from snows.networks.layers import held_elsewhere, substitute
+from snows.networks.implants import Implant, LowRank, rank_of
+from snows.networks.layers import held_elsewhere, module_at, substitute
 from snows.networks.masks import mask_of
-from snows.packing import Packed
-from snows.sparsity import parse_pattern
+from snows.networks.taking import Take, taken
+from snows.packing import Packed, packable
 
 CONVOLUTION = (
     "stride",
@@ -28,6 +29,7 @@ CONVOLUTION = (
     "dilation",
     "padding_mode",
 )  # a convolution's settings, as they stand in a file
+SMALLER = (Take, Implant)  # edits after which a network has other weights than its architecture says
 Tensors: TypeAlias = dict[str, Tensor]
 
 
@@ -50,23 +52,9 @@ class Edit(Protocol):
 
 
 def described(edit: Edit) -> dict[str, Any]:
-    """Describe an edit as JSON."""
-    return {"kind": edit.kind, **asdict(edit)}  # type: ignore[call-overload]
-
-
-def module_at(net: nn.Module, name: str, expected: str, allowed: tuple[type[nn.Module], ...]) -> nn.Module:
-    """Find a module for an edit.
-
-    Raises:
-        ValueError: there is none of this name, or it is of none of the allowed classes.
-    """
-    try:
-        module = net.get_submodule(name)
-    except AttributeError:
-        raise ValueError(f"there is no module {name}") from None
-    if not isinstance(module, allowed):
-        raise ValueError(f"{name} is a {type(module).__name__}, {expected}")
-    return module
+    """Describe an edit as JSON: by all that makes two edits equal."""
+    content = asdict(edit)  # type: ignore[call-overload]
+    return {"kind": edit.kind} | {x.name: content[x.name] for x in fields(edit) if x.compare}  # type: ignore[arg-type]
 
 
 # ---------------------------------------------------------------- opening attention
@@ -171,7 +159,7 @@ class Pack:
 
     Attributes:
         layer: its name.
-        pattern: of its weight, as `parse_pattern` reads it; empty to look for it in the mask.
+        pattern: of its weight, as `packable` reads it; empty to look for it in the mask.
         shape: of its weight.
         activation: that it computes too, or None.
         absorbs: the module of that activation, whose place is left empty; empty for none.
@@ -205,7 +193,7 @@ class Pack:
         kind: Any = SparseLinear if len(self.shape) == 2 else SparseConv2d
         packed = kind.from_dense(
             layer,
-            parse_pattern(self.pattern) if self.pattern else None,
+            packable(self.pattern) if self.pattern else None,
             mask_of(layer, self.layer),
             self.activation,
         )
@@ -218,7 +206,7 @@ class Pack:
         )
         if values is None or codes is None:
             raise ValueError(f"{self.layer}: expected values and codes, got none")
-        packed = Packed(values, codes, parse_pattern(self.pattern), tuple(self.shape))
+        packed = Packed(values, codes, packable(self.pattern), tuple(self.shape))
         kind: Any = SparseLinear if len(self.shape) == 2 else SparseConv2d
         try:
             new: SparseLinear | SparseConv2d = kind(
@@ -257,6 +245,7 @@ def inside(name: str, key: str) -> str:
 def edits_of(net: nn.Module) -> list[Edit]:
     """Read off a network the edits that made it, whoever made them."""
     opened: list[Edit] = []
+    implanted: list[Edit] = []
     folded: list[Edit] = []
     packed: list[Edit] = []
     activations = {
@@ -267,11 +256,14 @@ def edits_of(net: nn.Module) -> list[Edit]:
             packed.append(Pack.of(name, module, activations.get(name, "")))
         elif isinstance(module, OpenAttention):
             opened.append(Open(name))
+        elif isinstance(module, LowRank):
+            implanted.append(Implant(name, rank_of(module)))
         elif isinstance(module, Remainder) or (isinstance(module, Absorbed) and module.role == "norm"):
             folded.append(Fold(module.into, name))
         elif isinstance(module, nn.Identity) and not getattr(module, "role", ""):
             folded.append(Drop(name))
-    return [*opened, *folded, *packed]
+    cut = taken(net)
+    return [*opened, *([] if cut is None else [cut]), *implanted, *folded, *packed]
 
 
 def openings(net: nn.Module) -> list[Edit]:

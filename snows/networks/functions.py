@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ from torch import Tensor
 from snows.ops.convolution import CONV2D
 
 Function = Callable[..., Any]
+Times = Callable[[str, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -28,16 +29,70 @@ class Known:
         channel: the dimension that holds the channels of its output; None where its input has them.
         arguments: its parameters by position, for those that apply a layer's weight; empty for others.
         absorbed: whether a convolution or a packed layer before it can compute it too.
+        product: of a function that multiplies matrices, its products: called with a `times` and the
+            function's own arguments, it calls `times` with an equation of `torch.einsum` and two operands for
+            each, and returns what the last call did; None where the function is called in a way not known.
+        multiplies: of another convolution, which of its tensors' numbers meet a slice ``weight[0]`` each.
     """
 
     counted: bool = False
     channel: int | None = None
     arguments: tuple[str, ...] = ()
     absorbed: bool = False
+    product: Callable[..., Tensor | None] | None = None
+    multiplies: Literal["", "input", "output"] = ""
 
 
-_CONVOLUTIONS = (F.conv1d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d, F.group_norm)
-_LAST = (F.bilinear, F.layer_norm, F.rms_norm, F.scaled_dot_product_attention, F.multi_head_attention_forward)
+def _matmul(times: Times, *args: Any, **kwargs: Any) -> Tensor:
+    left, right = (*args, *kwargs.values())[:2]
+    m, n = ("" if x.ndim == 1 else name for x, name in ((left, "...m"), (right, "n")))
+    batch = "..." if right.ndim > 1 else ""
+    kept = "..." * (left.ndim > 1 or right.ndim > 1) + m.strip(".") + n
+    return times(f"{m}k,{batch}k{n}->{kept}", left, right)
+
+
+def _added(times: Times, *args: Any, **kwargs: Any) -> Tensor:
+    """Multiply as `torch.baddbmm` and `torch.addmm` do, which add the product to their first argument."""
+    return _matmul(times, *(*args, *kwargs.values())[1:3])
+
+
+def _einsum(times: Times, *args: Any) -> Tensor | None:
+    """Multiply as `torch.einsum` does with an equation in letters and two operands."""
+    operands = args[1] if len(args) == 2 and isinstance(args[1], list | tuple) else args[1:]
+    if not isinstance(args[0], str) or len(operands) != 2 or "->" not in args[0]:
+        return None
+    return times(args[0], *operands)
+
+
+def _attention(
+    times: Times,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *args: Any,
+    enable_gqa: bool = False,
+    **kwargs: Any,
+) -> Tensor:
+    if enable_gqa:
+        key, value = (x.repeat_interleave(query.shape[-3] // x.shape[-3], -3) for x in (key, value))
+    return _matmul(times, _matmul(times, query, key.mT), value)
+
+
+_CONVOLUTIONS = (F.conv1d, F.conv3d)
+_TRANSPOSED = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
+_LAST = (F.bilinear, F.layer_norm, F.rms_norm, F.multi_head_attention_forward)
+_PRODUCTS = (
+    torch.matmul,
+    torch.mm,
+    torch.bmm,
+    torch.mv,
+    torch.linalg.matmul,
+    Tensor.matmul,
+    Tensor.mm,
+    Tensor.bmm,
+    Tensor.mv,
+)
+_ADDED = (torch.baddbmm, torch.addmm, torch.addmv, Tensor.baddbmm, Tensor.addmm, Tensor.addmv)
 _ACTIVATIONS = (
     F.relu_,
     F.relu6,
@@ -88,9 +143,16 @@ FUNCTIONS: dict[Function, Known] = {
     F.instance_norm: Known(channel=1),
     F.relu: Known(counted=True, absorbed=True),
     F.gelu: Known(counted=True, absorbed=True),
-    **dict.fromkeys(_CONVOLUTIONS, Known(counted=True, channel=1)),
+    F.group_norm: Known(counted=True, channel=1),
+    **dict.fromkeys(_CONVOLUTIONS, Known(counted=True, channel=1, multiplies="output")),
+    **dict.fromkeys(_TRANSPOSED, Known(counted=True, channel=1, multiplies="input")),
     **dict.fromkeys(_LAST, Known(counted=True, channel=-1)),
     **dict.fromkeys(_ACTIVATIONS, Known(counted=True)),
+    F.scaled_dot_product_attention: Known(counted=True, channel=-1, product=_attention),
+    **dict.fromkeys(_PRODUCTS, Known(product=_matmul)),
+    **dict.fromkeys(_ADDED, Known(product=_added)),
+    torch.einsum: Known(product=_einsum),
+    torch.functional.einsum: Known(product=_einsum),
 }
 _UNKNOWN = Known()
 

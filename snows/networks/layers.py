@@ -13,6 +13,11 @@ from snows.networks.batches import first_line
 
 Layer: TypeAlias = nn.Linear | nn.Conv2d
 
+# An attribute of a module that units were taken out of, in builtin types alone, so that a whole network
+# pickles without snows: by "weight:0" (tensor and dimension) the size that was and the entries that stay, by
+# "num_heads" (an attribute) the number that was and the one that is.
+LEFT = "units_left"
+
 
 def prunable(model: nn.Module) -> dict[str, Layer]:
     """Return every Linear and Conv2d (and subclass), by name."""
@@ -56,8 +61,25 @@ def held_elsewhere(net: nn.Module) -> set[int]:
     return found
 
 
+def module_at(net: nn.Module, name: str, expected: str, allowed: tuple[type[nn.Module], ...]) -> nn.Module:
+    """Find a module of one of several classes.
+
+    Raises:
+        ValueError: there is none of this name, or it is of none of the allowed classes.
+    """
+    try:
+        module = net.get_submodule(name)
+    except AttributeError:
+        raise ValueError(f"there is no module {name}") from None
+    if not isinstance(module, allowed):
+        raise ValueError(f"{name} is a {type(module).__name__}, {expected}")
+    return module
+
+
 def substitute(net: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Put a module in the place of another, under all its names."""
+    """Put a module in the place of another, under all its names; what that had left of its units is noted."""
+    if LEFT in old.__dict__:
+        new.__dict__[LEFT] = old.__dict__[LEFT]
     for parent in list(net.modules()):
         for key, child in parent._modules.items():
             if child is old:

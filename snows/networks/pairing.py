@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 
+from snows.networks.functions import known
+from snows.networks.implants import first_factors
 from snows.networks.trace import Trace
 
 
@@ -15,8 +17,16 @@ def kind_of(name: str) -> str:
 
 
 def kinds(trace: Trace) -> Counter[str]:
-    """Count the operations of each kind: of one function in one module call."""
-    return Counter(kind_of(event.name) for event in trace.events)
+    """Count the operations of each kind: of one function in one module call.
+
+    A first factor of an implant has no counterpart, and no place in a horizon.
+    """
+    alone = first_factors(trace.net)
+    return Counter(
+        kind_of(event.name)
+        for event in trace.events
+        if known(event.function).counted and event.module not in alone
+    )
 
 
 def paired(one: Trace, other: Trace) -> Callable[[str], bool]:

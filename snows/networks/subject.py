@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from snows.networks.attention import close_attention
 from snows.networks.batches import Batch, outputs
 from snows.networks.checks import check_model, read_batch
-from snows.networks.edits import Edit, Fold, openings
+from snows.networks.edits import SMALLER, Edit, Fold, edits_of, openings
 from snows.networks.folding import activations, fold_normalisations
 from snows.networks.layers import Layer, copied, prunable
 from snows.networks.masks import mask_of, take_masks_off
@@ -30,7 +30,7 @@ class Subject:
         trace: of it.
 
     Args:
-        model: in evaluation mode, with zeros in its weights.
+        model: in evaluation mode, with zeros in its weights, or smaller than it was.
         example: one batch, as `deploy` takes it.
         dtype: of the result; None keeps the model's.
 
@@ -51,7 +51,8 @@ class Subject:
         self.edits: list[Edit] = openings(self.network)
         for edit in self.edits:
             edit.apply(self.network)
-        if all(mask_of(layer, name).all() for name, layer in prunable(self.network).items()):
+        whole = all(mask_of(layer, name).all() for name, layer in prunable(self.network).items())
+        if whole and not any(isinstance(edit, SMALLER) for edit in edits_of(self.network)):
             raise ValueError(
                 "deploy: expected a model with zeros in its Linear or Conv2d weights, got none; "
                 "prune it first"

@@ -30,6 +30,7 @@ class Event(NamedTuple):
         makes: numbers of the values that it makes; one that it also reads was changed in place.
         shape: of the first value made.
         flops: of a layer, a multiplication and an addition being two; 0 for other functions.
+        layer: the layer that it is a call of; empty for other functions.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Event(NamedTuple):
     makes: tuple[int, ...]
     shape: tuple[int, ...]
     flops: int
+    layer: str = ""
 
 
 @dataclass
@@ -78,6 +80,7 @@ class Trace:
         autocast: the first layer that ran under `torch.autocast`; empty if none did.
         bare: parameters that are the weight of a linear or a convolution, but of no Linear or Conv2d module:
             name to shape.
+        tensors: numbers of the network's parameters and buffers, by all their names.
         held: ids of modules that attributes hold too, see `held_elsewhere`.
     """
 
@@ -93,6 +96,7 @@ class Trace:
         self.outputs: list[Tensor] = []
         self.autocast = ""
         self.bare: dict[str, tuple[int, ...]] = {}
+        self.tensors: dict[str, int] = {}
         self.held = held_elsewhere(net)
 
     @classmethod
@@ -118,7 +122,7 @@ class Trace:
 
     def readers(self, value: int) -> list[Event]:
         """List the events that read a value, in order."""
-        return [self.events[i] for i in self._readers.get(value, ())]
+        return [self.events[i] for i in self.reading.get(value, ())]
 
     def only_reader(self, value: int) -> Event | None:
         """Return the event that reads a value before anything else, if nothing else reads it as it is.
@@ -143,7 +147,8 @@ class Trace:
         return (event.module, event) if fits else None
 
     @property
-    def _readers(self) -> dict[int, list[int]]:
+    def reading(self) -> dict[int, list[int]]:
+        """By value, which events read it, in order."""
         found: dict[int, list[int]] | None = self.__dict__.get("_read")
         if found is None:
             found = self.__dict__["_read"] = defaultdict(list)
@@ -165,6 +170,9 @@ class _Tracing(Watch):
         self.owners: dict[int, list[str]] = defaultdict(list)  # value -> modules that returned it
         self.reads: list[list[str]] = [[]]  # by open module call, the modules whose outputs its own code read
         self.parameters = {id(p): name for name, p in net.named_parameters()}
+        for find in (net.named_parameters, net.named_buffers):
+            for name, tensor in find(remove_duplicate=False):
+                self.trace.tensors[name] = self.number(tensor)
         # by open module call: functions called, in others too; modules called
         self.inside: list[list[Any]] = [[0, []]]
 
@@ -247,7 +255,7 @@ class _Tracing(Watch):
         flops = 2 * made[0].numel() * math.prod(self.net.get_submodule(own).weight.shape[1:]) if own else 0  # type: ignore
         shape = tuple(made[0].shape) if made else ()
         self.trace.events.append(
-            Event(name, func, module, reads, tuple(map(self.number, made)), shape, flops)
+            Event(name, func, module, reads, tuple(map(self.number, made)), shape, flops, own)
         )
         return output
 

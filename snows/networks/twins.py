@@ -3,66 +3,27 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from snows.networks.attention import close_attention, open_attention, plain_forward
+from snows.networks.attention import plain_forward
 from snows.networks.batches import Batch, output_of, output_tensors
 from snows.networks.checks import check_model, check_numbers, check_outputs, read_batches
-from snows.networks.layers import copied, prunable
-from snows.networks.masks import Carried, give_mask, take_masks_off
+from snows.networks.copies import as_it_came, hold_back, working_copy
+from snows.networks.edits import Edit
+from snows.networks.layers import prunable
+from snows.networks.masks import give_mask
 from snows.networks.pairing import paired, unpaired
+from snows.networks.reduction import Reduction
+from snows.networks.sites import Pair, Site
 from snows.networks.stream import Schedule, Stream, keeps_state, route
 from snows.networks.trace import Trace
-from snows.networks.watching import Call
 from snows.sparsity import MaskedWeight
 
-CHECKPOINTING = (
-    "grad_checkpointing",
-    "gradient_checkpointing",
-)  # switches of timm and transformers: nothing to save here
 PROBE = 64  # samples that the network's output sensitivity is measured on
-
-
-class Pair(NamedTuple):
-    """Hold one batch's streams through both networks, on the device, advanced to the same layer."""
-
-    dense: Stream
-    sparse: Stream
-
-    @property
-    def calls(self) -> tuple[Call, Call]:
-        """The layer's calls.
-
-        Where routing sent other inputs to the layer, the pruned network's call stands for the dense one's.
-        """
-        dense, sparse = self.dense.call, self.sparse.call
-        assert dense is not None
-        assert sparse is not None
-        return (dense if dense.x.shape == sparse.x.shape else sparse), sparse
-
-
-@dataclass(frozen=True)
-class Site:
-    """Hold one layer where it stands: its weight, and every batch that reaches it.
-
-    Attributes:
-        name: of the layer.
-        layer: the working copy's.
-        weight: before pruning.
-        training: the batches to fit to, on the host.
-        held: the samples to judge by; of the first batch where none are held back.
-    """
-
-    name: str
-    layer: nn.Linear | nn.Conv2d
-    weight: Tensor
-    training: Sequence[Pair]
-    held: Pair | None
 
 
 class Twins:
@@ -75,7 +36,10 @@ class Twins:
         calls: how often each layer is called, at most, on a batch.
         order: the layers that run, in order.
         batches: the calibration batches, on the host.
+        held: the samples to judge by; None where there are too few.
         masks: of the layers that were pruned, by name.
+        edits: that were made on the working copy.
+        reduction: what it has left of the dense network's features.
         carried: masks of `torch.nn.utils.prune` that the model came with.
         notes: sentences that a reader should see.
 
@@ -92,14 +56,26 @@ class Twins:
         check_numbers(model)
         self.model = model
         self.batches = read_batches(model, batches)
-        self.dense, _ = _working_copy(model)
-        self.sparse, self.carried = _working_copy(model)
+        self.dense, _ = working_copy(model)
+        self.sparse, self.carried = working_copy(model)
         self.device = next(self.sparse.parameters()).device
         self.masks: dict[str, Tensor] = {}
         self.notes: list[str] = []
-        first = self.batches[0].to(self.device).map(torch.clone)
+        self.edits: list[Edit] = []
+        self.reduction = Reduction()
+        self._channels_last(self._first())
+        self._trace()
+        self.order, self.calls = self._routes()
+        self._check_late_starts()
+
+    def _first(self) -> Batch:
+        """Return a copy of the first batch, on the device."""
+        return self.batches[0].to(self.device).map(torch.clone)
+
+    def _trace(self) -> None:
+        """Trace both networks, pair their operations, and put all batches at their beginning."""
+        first = self._first()
         versions = [x._version for x in first.tensors()]
-        self._channels_last(first.map(torch.clone))
         traces = Trace.of(self.dense, first), Trace.of(self.sparse, first)
         self.trace = traces[1]
         if versions != [x._version for x in first.tensors()]:
@@ -109,21 +85,49 @@ class Twins:
             )
         self._check_passes(first)
         self.paired = paired(*traces)
-        if others := unpaired(*traces):
+        if (others := unpaired(*traces)) and not self.edits:
             self.notes.append(
                 f"{len(others)} operations are not called equally often in both networks, and not matched: "
                 f"{', '.join(others[:3])}{' and more' if len(others) > 3 else ''}."
             )
         changed: set[tuple[str, int]] = set()  # one set: what is learnt on one network holds for its twin
         self.schedules = Schedule(self.dense, traces[0], changed), Schedule(self.sparse, traces[1], changed)
-        self.order, self.calls = self._routes()
+        self.begin_again()
+
+    def begin_again(self) -> None:
+        """Put all batches at the beginning of both networks, for another walk."""
         training, held = hold_back(self.batches)
+        self.held = held
         self._streams = [
             Pair(*(Stream(schedule, x) for schedule in self.schedules))
             for x in (*training, *([held] if held is not None else []))
         ]
         self._held = len(training) if held is not None else 0
-        self._check_late_starts()
+
+    def apply(self, edits: Sequence[Edit], left: Mapping[str, Tensor], sources: Mapping[str, str]) -> None:
+        """Change the working copy, and find out what it has left of the dense network's features.
+
+        Args:
+            edits: in order.
+            left: by layer of the dense network that they cut, which of its outputs they leave: int64.
+            sources: by layer of the changed network, the dense network's layer in whose place it stands,
+                where that has another name.
+        """
+        if self.carried:
+            raise ValueError(
+                "prune: expected a model without masks of torch.nn.utils.prune to take units out of, got "
+                f"one on {self.carried[0].module}; make it permanent with torch.nn.utils.prune.remove"
+            )
+        for edit in edits:
+            edit.apply(self.sparse)
+        self.edits += edits
+        self.reduction = Reduction.of(self.dense, left, self._first().split(1)[0], sources)
+        whole = self.schedules[1].whole
+        self._trace()
+        for schedule in self.schedules:
+            schedule.whole = whole
+        self.order = list(self.trace.start)
+        self.calls = Counter({name: self.calls[self.reduction.source(name)] for name in self.order})
 
     # ---------------------------------------------------------------- checks
 
@@ -204,9 +208,9 @@ class Twins:
         Raises:
             ValueError: the layer's inputs are not finite.
         """
-        reached = []
+        reached, source = [], self.reduction.source(name)
         for i, (dense, sparse) in enumerate(self._streams):
-            call, other = sparse.advance(name), dense.advance(name)
+            call, other = sparse.advance(name), dense.advance(source)
             if call is None or other is None:
                 continue
             if not call.x.sum().isfinite():  # one pass; isfinite().all() takes twenty times as long
@@ -217,15 +221,24 @@ class Twins:
         layer: Any = self.sparse.get_submodule(name)
         training = [pair for i, pair in reached if i != self._held or self._held == 0]
         held = next((pair for i, pair in reached if i == self._held), training[0] if training else None)
-        return Site(name, layer, layer.weight.detach().clone(), training, held)
+        target: Any = self.dense.get_submodule(source).weight
+        left = self.reduction.outputs.get(source)
+        return Site(name, layer, layer.weight.detach().clone(), source, target.detach(), left, training, held)
 
-    def write(self, name: str, masked: MaskedWeight) -> None:
-        """Put a fitted weight in its layer of the working copy, and its mask beside it."""
+    def write(self, name: str, masked: MaskedWeight, keep: bool = True) -> None:
+        """Put a fitted weight in its layer of the working copy, and its mask beside it.
+
+        Args:
+            name: of the layer.
+            masked: weight and mask.
+            keep: the mask too; else the layer keeps the one that it has, if any.
+        """
         layer: Any = self.sparse.get_submodule(name)
         with torch.no_grad():
             layer.weight.copy_(masked.weight)
-        self.masks[name] = masked.mask.to(self.device)
-        give_mask(layer, self.masks[name])
+        if keep:
+            self.masks[name] = masked.mask.to(self.device)
+            give_mask(layer, self.masks[name])
 
     def mask_unchosen(self, chosen: Iterable[str]) -> dict[str, int]:
         """Mask the layers that came with a mask of `torch.nn.utils.prune` and are not chosen.
@@ -246,52 +259,4 @@ class Twins:
 
         Attention is closed, memory formats and parametrisations are as they were.
         """
-        net = self.sparse
-        net.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-        close_attention(net)
-        for name, layer in prunable(self.model).items():
-            weight: Any = net.get_submodule(name).weight
-            weight.data = torch.empty_like(layer.weight).copy_(weight.data)
-        for entry in self.carried:
-            new = self.masks.get(entry.layer) if entry.is_weight else None
-            if new is None:
-                net.get_submodule(entry.module).get_parameter(entry.parameter).data.copy_(entry.original)
-            entry.back(net, entry.mask if new is None else new)
-        for module, original in zip(net.modules(), self.model.modules(), strict=False):
-            for key in CHECKPOINTING:
-                if key in original.__dict__:
-                    module.__dict__[key] = original.__dict__[key]
-        return net
-
-
-def hold_back(batches: Sequence[Batch]) -> tuple[list[Batch], Batch | None]:
-    """Choose the batches to fit to, and the samples to judge by.
-
-    Those are the last of the largest batches, or an eighth of the last with fewer than four batches.
-    """
-    if len(batches) >= 4:
-        judge = max(range(len(batches)), key=lambda i: (batches[i].samples(), i))
-        return [x for i, x in enumerate(batches) if i != judge], batches[judge]
-    size = batches[-1].samples()
-    parts = batches[-1].split(size - max(1, size // 8))
-    return ([*batches[:-1], parts[0]], parts[1]) if len(parts) > 1 else (list(batches), None)
-
-
-def _working_copy(model: nn.Module) -> tuple[nn.Module, list[Carried]]:
-    """Copy a network, with plain parameters and open attention.
-
-    Returns:
-        The copy, and the masks of `torch.nn.utils.prune` that came off; its layers' weights are what they
-        were before masking.
-    """
-    net = copied(model)
-    carried = take_masks_off(net)
-    for entry in carried:
-        if entry.is_weight:
-            net.get_submodule(entry.module).get_parameter(entry.parameter).data.copy_(entry.original)
-    open_attention(net)
-    for module in net.modules():
-        for key in CHECKPOINTING:
-            if module.__dict__.get(key) is True:
-                module.__dict__[key] = False
-    return net, carried
+        return as_it_came(self.sparse, self.model, self.carried, self.masks)

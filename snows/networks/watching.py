@@ -7,6 +7,8 @@ architecture has a name here.
 An operation's name says where it is called: the open module calls, then the function, each with its number
 where it is not the first of its kind there, such as ``layer1.0.relu#1:relu``. A name is made of what happens
 in its own module call alone, so it is the same in every copy of a network, and in a pass that starts late.
+Where an implant stands for a layer, its second factor's call is named as the layer's was, so that all that
+follows pairs with the dense network; the first factor's call has a name of its own.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.overrides import TorchFunctionMode
 
 from snows.networks.functions import Function, arguments
+from snows.networks.implants import LowRank, first_factors
 from snows.networks.layers import prunable
 
 
@@ -63,8 +66,10 @@ class Frame:
     calls: Counter[str] = field(default_factory=Counter)
     functions: Counter[str] = field(default_factory=Counter)
 
-    def inside(self, module: str) -> Frame:
-        """Open a module call in this one."""
+    def inside(self, module: str, alias: bool = False) -> Frame:
+        """Open a module call in this one; operations of an alias are named as this call's own."""
+        if alias:
+            return Frame(module, self.path)
         count = self.calls[module]
         self.calls[module] += 1
         own = (
@@ -97,6 +102,8 @@ class Watch(TorchFunctionMode):
             if isinstance(module.weight, nn.Parameter):  # a computed one is another tensor at every pass
                 self.layers.setdefault(id(module.weight), name)
         self._modules = {id(module): name for name, module in net.named_modules() if name}
+        self.first_factors = first_factors(net)
+        self._aliases = {id(module[1]) for module in net.modules() if isinstance(module, LowRank)}
         self.frames = [Frame()]
         self._hooks: list[Any] = []
 
@@ -121,7 +128,7 @@ class Watch(TorchFunctionMode):
 
     def _before(self, module: nn.Module, args: Any) -> None:
         if (name := self._modules.get(id(module))) is not None:
-            self.frames.append(self.frame.inside(name))
+            self.frames.append(self.frame.inside(name, id(module) in self._aliases))
             self.enter(name)
 
     def _after(self, module: nn.Module, args: Any, output: Any) -> None:

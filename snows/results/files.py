@@ -1,8 +1,8 @@
-"""Deployed networks on disk.
+"""Networks with packed layers, and smaller ones, on disk.
 
-A deployed network is one safetensors file: its tensors as they are, and as metadata the edits that made it
-from the dense architecture, one JSON text under the key ``snows`` with the format's version. ``sha256`` is
-over that text and all tensors. `load` replays the edits on a dense network. Nothing in a file is executed.
+Such a network is one safetensors file: its tensors as they are, and as metadata the edits that made it from
+the dense architecture, one JSON text under the key ``snows`` with the format's version. ``sha256`` is over
+that text and all tensors. `load` replays the edits on a dense network. Nothing in a file is executed.
 """
 
 from __future__ import annotations
@@ -16,40 +16,45 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
-from snows.layers import SparseConv2d, SparseLinear
 from snows.networks.attention import close_attention
-from snows.networks.edits import CONVOLUTION, Pack, described, edits_of, inside, module_at
-from snows.networks.layers import copied, prunable
+from snows.networks.edits import CONVOLUTION, SMALLER, Edit, Pack, described, edits_of, inside
+from snows.networks.layers import copied, module_at, prunable
 from snows.results.formats import VERSION, edits_in
 from snows.results.storage import digest, state, write
 
+MAKES = (Pack, *SMALLER)  # edits without which a state_dict would not load
 ACTIVATIONS: dict[str | None, tuple[type[nn.Module], ...]] = {"relu": (nn.ReLU,), "gelu": (nn.GELU,)}
 
 
 def save(network: Any, path: Path | str) -> None:
-    """Write a network with packed layers to a safetensors file, whole or not at all.
+    """Write a network with packed layers, or one that was made smaller, whole or not at all.
 
     Args:
-        network: what `deploy` returned, its network, or one with packed layers put in by hand.
-        path: of the file.
+        network: what `prune` or `deploy` returned, its network, or one with packed layers put in by hand.
+        path: of the safetensors file.
 
     Raises:
-        ValueError: there is nothing packed in the network, or the file cannot be written.
+        ValueError: a dense network of the same architecture loads the network's state_dict, which is all that
+            is needed; or the file cannot be written.
     """
     model = network if isinstance(network, nn.Module) else getattr(network, "network", None)
     if not isinstance(model, nn.Module):
         raise TypeError(f"save: expected what deploy returned, or a network, got {type(network).__name__}")
-    if not any(isinstance(m, SparseLinear | SparseConv2d) for m in model.modules()):
+    if not any(isinstance(edit, MAKES) for edit in edits_of(model)):
         raise ValueError(
-            "save: expected a model with packed layers, got none; deploy it first, or save its state_dict as "
-            "it is"
+            "save: expected a model with packed layers, or one that was made smaller, got none; deploy "
+            "it first, or save its state_dict as it is"
         )
-    tensors = state(model)
-    text = json.dumps(
-        {"version": VERSION, "edits": [described(edit) for edit in edits_of(model)]}, sort_keys=True
-    )
-    metadata = {"snows": text, "sha256": digest(dict(sorted(tensors.items())), text)}
-    write(Path(path), to_bytes(tensors, metadata), "save")
+    write(Path(path), encoded(model), "save")
+
+
+def encoded(model: nn.Module) -> bytes:
+    """Return the safetensors of a network, with the edits that made it if it needs them."""
+    tensors, edits = state(model), edits_of(model)
+    if not any(isinstance(edit, MAKES) for edit in edits):
+        return to_bytes(tensors)
+    text = json.dumps({"version": VERSION, "edits": [described(x) for x in edits]}, sort_keys=True)
+    return to_bytes(tensors, {"snows": text, "sha256": digest(dict(sorted(tensors.items())), text)})
 
 
 def load(path: Path | str, model: nn.Module) -> nn.Module:
@@ -61,7 +66,7 @@ def load(path: Path | str, model: nn.Module) -> nn.Module:
             weights do not matter, its device does: the result is there (on the CPU for the meta device).
 
     Returns:
-        A copy with the file's packed layers and weights, in evaluation mode.
+        A copy with the file's layers and weights, in evaluation mode.
 
     Raises:
         ValueError: it is not such a file, it is damaged, of a newer format, or of another architecture.
@@ -106,12 +111,18 @@ def load(path: Path | str, model: nn.Module) -> nn.Module:
         raise ValueError(f"load: {path}: {error}") from error
 
 
-def is_packed(path: Path) -> bool:
-    """Say whether `save` wrote this file."""
+def has_edits(path: Path, kinds: type[Edit] | None = None) -> bool:
+    """Say whether a file brings the edits that made its network, as `save` writes them.
+
+    Args:
+        path: of any file.
+        kinds: count edits of this class alone.
+    """
     try:
         with safe_open(path, "pt") as file:
-            return "snows" in (file.metadata() or {})
-    except (SafetensorError, OSError, UnicodeDecodeError):
+            text = (file.metadata() or {}).get("snows")
+        return text is not None and (kinds is None or any(isinstance(x, kinds) for x in edits_in(path, text)))
+    except (SafetensorError, OSError, UnicodeDecodeError, ValueError):
         return False
 
 

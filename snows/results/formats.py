@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from snows.networks.edits import CONVOLUTION, Drop, Edit, Fold, Open, Pack
-from snows.sparsity import parse_pattern
+from snows.networks.implants import Implant
+from snows.networks.taking import Selection, Take
+from snows.packing import packable
 
-VERSION = 3  # 1 had no remainders; 1 and 2 held lists of modules, and not edits
+VERSION = 4  # 1 had no remainders; 1 and 2 held lists of modules, and not edits; 3 had packed layers alone
 
 
 def edits_in(path: Path, text: str) -> list[Edit]:
@@ -33,7 +35,7 @@ def edits_in(path: Path, text: str) -> list[Edit]:
     try:
         if type(version) is not int or version < 1:
             raise ValueError(f"version is {version!r:.60}")
-        return _read(content) if version == VERSION else _read_old(content, version)
+        return _read(content) if version >= 3 else _read_old(content, version)
     except ValueError as error:
         raise ValueError(f"load: the metadata of {path} is damaged ({error})") from error
 
@@ -42,19 +44,24 @@ def _read(content: dict[str, Any]) -> list[Edit]:
     entries = content.get("edits")
     if not isinstance(entries, list):
         raise ValueError(f"edits is {entries!r:.60}")
-    edits = [_edit(i, entry) for i, entry in enumerate(entries)]
-    if not any(isinstance(edit, Pack) for edit in edits):
-        raise ValueError("no layer is packed")
+    edits = [read_edit(entry) for entry in entries]
+    if not any(isinstance(edit, Pack | Take | Implant) for edit in edits):
+        raise ValueError("no layer is packed, smaller or replaced")
     return edits
 
 
-def _edit(index: int, entry: Any) -> Edit:
+def read_edit(entry: Any) -> Edit:
+    """Read an edit as `described` writes it.
+
+    Raises:
+        ValueError: it is none.
+    """
     kind = entry.get("kind") if isinstance(entry, dict) else None
     if not isinstance(kind, str) or kind not in _KINDS:
-        raise ValueError(f"edit {index} is {entry!r:.60}")
+        raise ValueError(f"an edit is {entry!r:.60}")
     build, allowed = _KINDS[kind]
     if set(entry) != {"kind", *allowed}:
-        raise ValueError(f"edit {index} has the entries {', '.join(map(str, entry)):.60}")
+        raise ValueError(f"an edit has the entries {', '.join(map(str, entry)):.60}")
     return build(entry)
 
 
@@ -69,6 +76,15 @@ def _names(kind: type[Any], *fields: str) -> Callable[[dict[str, Any]], Edit]:
         return edit
 
     return build
+
+
+def _implant(entry: dict[str, Any]) -> Implant:
+    name, rank = entry["layer"], entry["rank"]
+    if not isinstance(name, str):
+        raise ValueError(f"layer is {name!r:.60}")
+    if type(rank) is not int or not 1 <= rank < 2**31:
+        raise ValueError(f"rank of {name} is {rank!r:.60}")
+    return Implant(name, rank)
 
 
 def _pack(entry: dict[str, Any]) -> Pack:
@@ -94,10 +110,38 @@ def _packed(name: str, entry: Any, absorbs: str = "") -> Pack:
     return Pack(name, entry["pattern"], tuple(entry["shape"]), entry["activation"], absorbs, settings)
 
 
+def _take(entry: dict[str, Any]) -> Take:
+    selections, sizes = entry["selections"], entry["sizes"]
+    if not isinstance(selections, list) or not isinstance(sizes, list):
+        raise ValueError(f"a cut is {entry!r:.60}")
+    for x in sizes:
+        sound = isinstance(x, list) and len(x) == 4 and all(isinstance(t, str) for t in x[:2])
+        if not sound or not all(type(n) is int and n >= 0 for n in x[2:]):
+            raise ValueError(f"a size is {x!r:.60}")
+    return Take(tuple(map(_selection, selections)), tuple((a, b, c, d) for a, b, c, d in sizes))
+
+
+def _selection(entry: Any) -> Selection:
+    if not isinstance(entry, dict) or set(entry) != {"size", "left", "tensors"}:
+        raise ValueError(f"a selection is {entry!r:.60}")
+    size, left, tensors = entry["size"], entry["left"], entry["tensors"]
+    if not isinstance(left, list) or not left or not all(type(n) is int for n in (size, *left)):
+        raise ValueError(f"a selection keeps {left!r:.60} of {size!r:.20}")
+    if left != sorted(set(left)) or left[0] < 0 or left[-1] >= size:
+        raise ValueError(f"a selection keeps {left!r:.60} of {size}")
+    if not isinstance(tensors, list) or not all(
+        isinstance(x, list) and len(x) == 2 and isinstance(x[0], str) and x[1] in range(8) for x in tensors
+    ):
+        raise ValueError(f"a selection is of {tensors!r:.60}")
+    return Selection(size, tuple(left), tuple((name, int(dim)) for name, dim in tensors))
+
+
 _KINDS: dict[str, tuple[Callable[[dict[str, Any]], Edit], tuple[str, ...]]] = {
     "open": (_names(Open, "module"), ("module",)),
     "fold": (_names(Fold, "convolution", "norm"), ("convolution", "norm")),
     "drop": (_names(Drop, "module"), ("module",)),
+    "take": (_take, ("selections", "sizes")),
+    "implant": (_implant, ("layer", "rank")),
     "pack": (_pack, ("layer", "pattern", "shape", "activation", "absorbs", "settings")),
 }
 
@@ -134,7 +178,7 @@ def _unsound(entry: Any) -> str:
     if not whole(shape, 1, 2) and not whole(shape, 1, 4):
         return "shape"
     try:
-        parse_pattern(entry["pattern"])
+        packable(entry["pattern"])
     except (KeyError, ValueError, TypeError, AttributeError):
         return "pattern"
     if "activation" not in entry or entry["activation"] not in (None, "relu", "gelu"):

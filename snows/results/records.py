@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import fields
 from typing import Any, TypeVar, get_type_hints
 
@@ -25,8 +25,13 @@ def to_json(content: Any) -> str:
     return json.dumps(finite(content), indent=1, allow_nan=False)
 
 
-def read(kind: type[Whole], row: type[Row], text: str) -> Whole:
-    """Read a report, whose `layers` are of the kind `row`, from the JSON of its fields.
+def read(kind: type[Whole], rows: Mapping[str, type[Any]], text: str) -> Whole:
+    """Read a report from the JSON of its fields.
+
+    Args:
+        kind: of the report.
+        rows: the kinds of its lists, by field; `layers` must be there, other lists are of texts.
+        text: the JSON.
 
     Raises:
         ValueError: it is no JSON, or an entry is missing, unknown or of another type; the sentence names it.
@@ -39,11 +44,15 @@ def read(kind: type[Whole], row: type[Row], text: str) -> Whole:
         ) from None
     if not isinstance(content, dict) or not isinstance(content.get("layers"), list):
         raise ValueError("expected an object with a list of layers")
-    layers = [_fields(row, x, f"layer {i}: ") for i, x in enumerate(content["layers"])]
-    return _fields(kind, {**content, "layers": layers}, "")
+    lists = {
+        name: [_fields(row, x, f"{name.removesuffix('s')} {i}: ") for i, x in enumerate(content[name])]
+        for name, row in rows.items()
+        if isinstance(content.get(name), list)
+    }
+    return _fields(kind, {**content, **lists}, "", rows)
 
 
-def _fields(kind: type[Row], content: Any, where: str) -> Row:
+def _fields(kind: type[Row], content: Any, where: str, rows: Collection[str] = ()) -> Row:
     """Read one dataclass from JSON; null stands for a number that was not finite."""
     if not isinstance(content, dict):
         raise ValueError(f"{where}expected an object, got {content!r:.60}")
@@ -63,7 +72,7 @@ def _fields(kind: type[Row], content: Any, where: str) -> Row:
         value = math.nan if hint is float and value is None else value
         if (
             hint is list
-            and name != "layers"
+            and name not in rows
             and isinstance(value, list)
             and not all(isinstance(x, str) for x in value)
         ):

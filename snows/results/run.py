@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from snows.networks.batches import Batch
+from snows.results.files import encoded
 from snows.results.report import LayerReport, Report
-from snows.results.storage import digest, state, write
+from snows.results.storage import digest, write
 from snows.sparsity import MaskedWeight
 
 VERSION = 2  # 1 had no digests of layers, and did not say how many threads there were
@@ -32,6 +33,7 @@ RESULTS = (
     "deployment.json",
 )  # of a finished run
 LOCK = "run.lock"
+PLAN = "plan.json"  # of a structured run: what was taken out
 _CALLED = {"data": "set of calibration data (is it shuffled anew each time?)"}
 
 
@@ -118,43 +120,60 @@ class Run:
     ) -> None:
         self._lock.release()
 
-    def _layer(self, index: int) -> Path:
-        return self.folder / "layers" / f"{index:04d}.safetensors"
+    def _layer(self, key: str) -> Path:
+        return self.folder / "layers" / f"{key}.safetensors"
 
-    def finished(self, index: int, name: str, like: Tensor) -> tuple[MaskedWeight, LayerReport] | None:
+    def finished(
+        self, key: str, name: str, like: Mapping[str, Tensor]
+    ) -> tuple[dict[str, Tensor], LayerReport] | None:
         """Read the result of a layer, if it is on disk whole and as it was written.
 
         Args:
-            index: of the layer in the plan.
+            key: of the stage, and the layer's place in it.
             name: of the layer.
-            like: a weight of its shape and dtype.
+            like: tensors of its shapes and dtypes, by name.
         """
-        path = self._layer(index)
+        path = self._layer(key)
         if not path.is_file():
             return None
         try:
             with safe_open(path, "pt") as file:
                 metadata = file.metadata() or {}
-                masked = MaskedWeight(file.get_tensor("weight"), file.get_tensor("mask"))
-            if digest(masked._asdict(), metadata["report"]) != metadata["sha256"]:
+                tensors = {key: file.get_tensor(key) for key in like}
+                names = set(file.keys())
+            if digest(tensors, metadata["report"]) != metadata["sha256"]:
                 return None
             report = json.loads(metadata["report"])
             found = LayerReport(**{**report, "shape": tuple(report["shape"])})
         except (SafetensorError, OSError, KeyError, TypeError, json.JSONDecodeError, RecursionError):
             return None
-        same = masked.weight.shape == masked.mask.shape == like.shape and found.name == name
-        types = masked.weight.dtype == like.dtype and masked.mask.dtype == torch.bool
-        return (masked, found) if same and types else None
+        fits = all(tensors[key].shape == x.shape and tensors[key].dtype == x.dtype for key, x in like.items())
+        return (tensors, found) if fits and names == set(like) and found.name == name else None
 
-    def keep(self, index: int, masked: MaskedWeight, report: LayerReport) -> None:
+    def keep(self, key: str, tensors: Mapping[str, Tensor], report: LayerReport) -> None:
         """Write a finished layer."""
-        tensors = {"weight": masked.weight.cpu().contiguous(), "mask": masked.mask.cpu().contiguous()}
+        found = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
         text = json.dumps(asdict(report))
-        write(self._layer(index), save(tensors, {"report": text, "sha256": digest(tensors, text)}))
+        write(self._layer(key), save(found, {"report": text, "sha256": digest(found, text)}))
+
+    def decided(self) -> dict[str, Any] | None:
+        """Read what was decided before anything was fitted, if it is on disk as it was written."""
+        try:
+            content = json.loads((self.folder / PLAN).read_text())
+            text = json.dumps(content["plan"], sort_keys=True)
+            return content["plan"] if digest({}, text) == content["sha256"] else None
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            return None
+
+    def decide(self, plan: Mapping[str, Any]) -> None:
+        """Write what was decided, so that a run that is resumed never decides again."""
+        text = json.dumps(plan, sort_keys=True)
+        content = {"plan": json.loads(text), "sha256": digest({}, text)}
+        write(self.folder / PLAN, (json.dumps(content, indent=1) + "\n").encode())
 
     def finish(self, net: nn.Module, masks: Mapping[str, Tensor], report: Report, page: str) -> None:
         """Write the whole network, its masks, the report and its page."""
-        write(self.folder / "model.safetensors", save(state(net)))
+        write(self.folder / "model.safetensors", encoded(net))
         write(self.folder / "masks.safetensors", save({k: v.cpu().contiguous() for k, v in masks.items()}))
         write(self.folder / "report.json", report.to_json().encode())
         write(self.folder / "report.html", page.encode())

@@ -8,8 +8,9 @@ from datetime import datetime, timezone
 
 from rich.table import Table
 
+from snows.results.deployment import Deployment
 from snows.results.page import Comparison, Figure, Folded, LayerBars, page
-from snows.results.report import Deployment, Report
+from snows.results.report import Report
 
 METHODS = ("dense", "magnitude", "magnitude + statistics", "snows")
 
@@ -29,7 +30,7 @@ def run_page(
         foot: what was run, by name: model, data, command.
     """
     settings = ", ".join(f"{key}={value}" for key, value in report.settings.items() if key != "layers")
-    tables = [Folded("Pruning, layer by layer", [report.table()])]
+    tables = [Folded("Pruning, layer by layer", report.tables())]
     notes, machine, found = list(report.notes), {}, dict(accuracies or {})
     title = str(report.settings.get("pattern", "pruned"))
     compared = Comparison("Accuracy", list(found), [(title[:40], list(found.values()))], "%")
@@ -71,7 +72,7 @@ def demo_page(
     sizes = [(x.dense_bytes / 1e6, x.sparse_bytes / 1e6) for x in deployments]
     best = max(range(len(rows)), key=lambda i: times[i][0] / max(times[i][1], 1e-9))
     details = [
-        Folded(title, [*_layers(report, found), report.table(), found.table()])
+        Folded(title, [*_layers(report, found), *report.tables(), found.table()])
         for (title, report), found in zip(reports, deployments, strict=True)
     ]
     return page(

@@ -111,7 +111,7 @@ def load_model(name: str, weights: Path | None = None, *, random_weights: bool =
         raise ValueError(f"model: {name} could not be built ({first_line(error)})") from error
     if not isinstance(network.model, nn.Module):
         raise ValueError(f"model: expected {name} to return an nn.Module, got {type(network.model).__name__}")
-    if weights is not None and files.is_packed(weights):
+    if weights is not None and files.has_edits(weights):
         return replace(network, model=files.load(weights, network.model))
     if weights is not None:
         load_weights(network.model, weights)

@@ -69,11 +69,11 @@ class EncoderBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the block: (B, T, D) to (B, T, D)."""
-        batch, tokens, width = x.shape
-        qkv = self.qkv(self.norm1(x)).view(batch, tokens, 3, self.heads, width // self.heads)
+        batch, tokens, _ = x.shape
+        qkv = self.qkv(self.norm1(x)).view(batch, tokens, 3, self.heads, -1)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, T, D / heads)
         attended = F.scaled_dot_product_attention(q, k, v)
-        x = x + self.proj(attended.transpose(1, 2).reshape(batch, tokens, width))
+        x = x + self.proj(attended.transpose(1, 2).reshape(batch, tokens, -1))
         x = x + self.fc2(self.gelu(self.fc1(self.norm2(x))))
         return x
 

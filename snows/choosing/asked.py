@@ -1,0 +1,67 @@
+"""What was asked of `prune`, written down: a run that was interrupted goes on with the same alone."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from snows.choosing.plan import Plan
+from snows.choosing.structure import Structured
+from snows.matching.losses import Matching
+
+
+def settings(
+    pattern: Any,
+    select: Any,
+    solver: Any,
+    matching: Matching,
+    cap: float,
+    recalibrate: bool,
+    seed: int,
+    plan: Plan,
+) -> dict[str, Any]:
+    """Write down what was asked; a run that was interrupted goes on with the same alone."""
+    several = isinstance(pattern, Mapping) or callable(pattern)
+    return {
+        "pattern": plan.patterns
+        if several
+        else _goal(pattern)
+        if isinstance(pattern, Structured)
+        else str(pattern),
+        "select": _name(select),
+        "solver": str(solver),
+        **asdict(matching),
+        "cap": cap,
+        "recalibrate": recalibrate,
+        "seed": seed,
+        "layers": list(plan.patterns),
+    }
+
+
+def _goal(goal: Structured) -> str:
+    """Write down a structured goal; the same in every process, and whole however long it is."""
+    return f"Structured({', '.join(f'{x.name}={_value(getattr(goal, x.name))}' for x in fields(goal))})"
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{key!r}: {_value(x)}' for key, x in value.items())}}}"
+    if isinstance(value, Tensor):
+        return repr(value.tolist())
+    return _name(value) if callable(value) else repr(value)
+
+
+def _name(select: Any) -> str:
+    if isinstance(select, partial):
+        settings = ", ".join(f"{k}={_name(v) if callable(v) else v!r}" for k, v in select.keywords.items())
+        return f"{_name(select.func)}({settings})"
+    if isinstance(select, Mapping | nn.Module):
+        return "masks"
+    name: str = getattr(select, "__name__", type(select).__name__)
+    code = getattr(select, "__code__", None) if name == "<lambda>" else None  # which has no name of its own
+    return name if code is None else f"<lambda {zlib.crc32(code.co_code + repr(code.co_consts).encode()):x}>"

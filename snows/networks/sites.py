@@ -1,0 +1,74 @@
+"""One layer where it stands, in the dense network and in its working copy, with the batches that reach it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from snows.networks.stream import Stream
+from snows.networks.watching import Call
+
+
+class Pair(NamedTuple):
+    """Hold one batch's streams through both networks, on the device, advanced to the same layer."""
+
+    dense: Stream
+    sparse: Stream
+
+    @property
+    def calls(self) -> tuple[Call, Call]:
+        """The layer's calls.
+
+        Where routing sent other inputs to the layer, the pruned network's call stands for the dense one's.
+        """
+        dense, sparse = self.dense.call, self.sparse.call
+        assert dense is not None
+        assert sparse is not None
+        return (dense if _alike(dense, sparse) else sparse), sparse
+
+
+def _alike(dense: Call, sparse: Call) -> bool:
+    """Say whether both calls answer for the same positions.
+
+    A factor of an implant may step over its input otherwise than the dense layer does: then only the number
+    of samples can be compared.
+    """
+    steps = ("stride", "padding", "dilation")
+    one, other = ((call.kernel, *(call.settings.get(x) for x in steps)) for call in (dense, sparse))
+    if one != other:
+        return len(dense.x) == len(sparse.x)
+    return _positions(dense) == _positions(sparse)
+
+
+def _positions(call: Call) -> torch.Size:
+    """Return the shape of a call's input without its channels, of which a cut network has fewer."""
+    return torch.Size((*call.x.shape[:1], *call.x.shape[2:])) if call.kernel else call.x.shape[:-1]
+
+
+@dataclass(frozen=True)
+class Site:
+    """Hold one layer where it stands: its weight, and every batch that reaches it.
+
+    Attributes:
+        name: of the layer.
+        layer: the working copy's.
+        weight: before pruning.
+        source: the dense network's layer in whose place it stands.
+        target: that layer's weight.
+        left: which of that layer's outputs are left; None for all.
+        training: the batches to fit to, on the host.
+        held: the samples to judge by; of the first batch where none are held back.
+    """
+
+    name: str
+    layer: nn.Linear | nn.Conv2d
+    weight: Tensor
+    source: str
+    target: Tensor
+    left: Tensor | None
+    training: Sequence[Pair]
+    held: Pair | None

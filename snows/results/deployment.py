@@ -1,0 +1,122 @@
+"""What `deploy` did, layer by layer."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from rich.table import Table
+
+from snows.results.report import Record
+from snows.results.tables import add_row, named_table
+
+
+@dataclass(frozen=True)
+class DeployedLayer:
+    """Record how one layer with zeros runs now.
+
+    Attributes:
+        name: of the layer.
+        shape: of its weight.
+        pattern: found in its zeros.
+        kernel: what would run or runs it packed: "native", or "reference" (unpack and multiply); and the
+            layout it is in.
+        dense_ms, sparse_ms: median time of all its calls on the example, with the activation that both
+            compute.
+        dense_bytes, sparse_bytes: of weight and bias.
+        reason: why it stayed dense; empty if it is packed.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    pattern: str = ""
+    kernel: str = ""
+    dense_ms: float = float("nan")
+    sparse_ms: float = float("nan")
+    dense_bytes: int = 0
+    sparse_bytes: int = 0
+    reason: str = ""
+
+
+@dataclass
+class Deployment(Record):
+    """Record what `deploy` did. Times are medians on the example, sizes of all that a file would hold.
+
+    Attributes:
+        layers: those with zeros, in order of execution.
+        device: that was measured, with its threads.
+        samples: in the example.
+        dense_ms, sparse_ms: of the network as it came, and as it runs now.
+        dense_bytes, sparse_bytes: of the two.
+        dense_flops, sparse_flops: of Linear and Conv2d on the example, a multiplication and an addition being
+            two.
+        difference: largest difference of an output from the network as it came, relative to the largest
+            output; NaN where the network returns no floating-point tensor, so that nothing could be compared.
+        folded: BatchNorms that are now in the convolution before them, and activations in the packed layer
+            before them.
+        notes: sentences that a reader should see.
+    """
+
+    rows: ClassVar[dict[str, type]] = {"layers": DeployedLayer}
+    layers: list[DeployedLayer] = field(default_factory=list)
+    device: str = ""
+    samples: int = 0
+    dense_ms: float = float("nan")
+    sparse_ms: float = float("nan")
+    dense_bytes: int = 0
+    sparse_bytes: int = 0
+    dense_flops: int = 0
+    sparse_flops: int = 0
+    difference: float = float("nan")
+    folded: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def table(self) -> Table:
+        """Make the table of layers."""
+        table = named_table(("weight", "pattern", "kernel"), ("dense ms", "sparse ms", "ratio", "bytes"))
+        table.add_column("", overflow="fold")
+        for x in self.layers:
+            known = x.sparse_ms == x.sparse_ms
+            add_row(
+                table,
+                x.name,
+                "x".join(map(str, x.shape)),
+                x.pattern,
+                "dense" if x.reason else x.kernel,
+                *(
+                    (f"{x.dense_ms:.3f}", f"{x.sparse_ms:.3f}", f"{_quotient(x.dense_ms, x.sparse_ms):.2f}")
+                    if known
+                    else ("", "", "")
+                ),
+                f"{_quotient(100 * x.sparse_bytes, x.dense_bytes):.0f} %" if x.sparse_bytes else "",
+                x.reason,
+            )
+        return table
+
+    def summary(self) -> str:
+        """Say in a sentence what came of it."""
+        packed = sum(not x.reason for x in self.layers)
+        zeros = (
+            f"{packed} of {len(self.layers)} layers with zeros are packed"
+            if self.layers
+            else "no layer has zeros"
+        )
+        return (
+            f"{zeros}; {self.dense_ms:.2f} ms {'dense' if self.layers else 'before'}, "
+            f"{self.sparse_ms:.2f} ms now ({_quotient(self.dense_ms, self.sparse_ms):.2f} times as fast, "
+            f"{_quotient(1e3 * self.samples, self.sparse_ms):.0f} images/s; {self.samples} at a time on "
+            f"{self.device}); {self.sparse_bytes / 1e6:.2f} of {self.dense_bytes / 1e6:.2f} MB, "
+            f"{self.sparse_flops / 1e9:.3g} of {self.dense_flops / 1e9:.3g} GFLOP; "
+            + (
+                f"outputs differ by at most {self.difference:.1e} of the largest"
+                if self.difference == self.difference
+                else "nothing was compared, for the network returns no floating-point tensor"
+            )
+            + "; layers are timed alone, equal ones once"
+            + ("; what is gained is from folded normalisations" if not packed and self.folded else "")
+        )
+
+
+def _quotient(a: float, b: float) -> float:
+    return a / b if b else math.nan
