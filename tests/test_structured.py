@@ -112,7 +112,7 @@ def test_the_runs_file_loads_into_the_dense_architecture(batches, whole):
     assert torch.equal(loaded(batches[0]), small(batches[0]))
 
 
-@pytest.mark.parametrize("after", [0, 1, 5, 8, 11])
+@pytest.mark.parametrize("after", [0, 5, 11])
 def test_a_run_that_stops_in_any_stage_ends_with_the_same_bits(
     net, batches, whole, tmp_path, monkeypatch, after
 ):
@@ -283,7 +283,7 @@ def test_low_rank_is_fitted_better_than_truncated(net, batches):
     assert error(net, fitted, batches) < 0.5 * error(net, bare, batches)
 
 
-@pytest.mark.parametrize("after", [3, 12, 20])
+@pytest.mark.parametrize("after", [12])
 def test_a_run_with_low_rank_that_stops_ends_with_the_same_bits(
     net, batches, thin, tmp_path, monkeypatch, after
 ):
