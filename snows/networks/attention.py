@@ -40,7 +40,7 @@ class OpenAttention(nn.Module):
     def __init__(self, closed: nn.MultiheadAttention) -> None:
         super().__init__()
         self.closed = [closed]  # in a list: not a submodule
-        self.heads, self.batch_first, self.training = closed.num_heads, closed.batch_first, closed.training
+        self.heads, self.batch_first = closed.num_heads, closed.batch_first
         self.in_proj_bias, self._qkv_same_embed_dim = (
             None,
             False,
@@ -57,6 +57,7 @@ class OpenAttention(nn.Module):
         for name in PROJECTIONS:
             if hasattr(self, name):
                 give_mask(getattr(self, name), kept_mask(closed, f"{name}_"))
+        self.train(closed.training)
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
         if not hasattr(self, "in_proj"):
