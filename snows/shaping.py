@@ -150,7 +150,7 @@ class Shaping:
         site = twins.at(name)
         if site.training and not unchanged(site):
             losses = self.objective.at(site)
-            seen = LayerStatistics.of(site, losses.sensitivity)
+            seen = LayerStatistics.of(site, losses.sensitivity, whole=True)
             if first:
                 assert implant is not None
                 compensate_thin(site, seen, implant, _metric(site, losses), intercept.exists)
@@ -162,7 +162,9 @@ class Shaping:
             self.run.keep(key, own, row)
 
     def _implant(self, name: str) -> LowRank | None:
-        """Return the implant that a layer is a factor of."""
+        """Return the implant that a layer is a factor of, if the dense network has one layer there."""
+        if name not in self.twins.reduction.sources:
+            return None
         found = self.twins.sparse.get_submodule(dense_name(self.twins.sparse, name))
         return found if isinstance(found, LowRank) else None
 
