@@ -153,7 +153,7 @@ class Shaping:
         site = twins.at(name)
         if site.training and not unchanged(site):
             losses = self.objective.at(site)
-            seen = LayerStatistics.of(site, losses.sensitivity)
+            seen = LayerStatistics.of(site, losses.sensitivity, whole=True)
             if both is not None:
                 compensate_thin(seen, both, _metric(site, losses), intercept.exists)
             else:

@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from snows.matching import moments
 from snows.matching.low_rank import InputMoments, low_rank
 from snows.matching.normalisation import Moments, move_statistics, statistics
-from snows.matching.statistics import DAMPING, LayerStatistics, damped
+from snows.matching.statistics import DAMPING, LayerStatistics, factored
 from snows.networks.implants import LowRank, rank_of
 from snows.networks.layers import groups_of
 from snows.networks.masks import kept_mask
@@ -111,7 +111,7 @@ def compensate(site: Site, seen: LayerStatistics, intercept: Intercept, weights:
         if centred:
             gram = gram - mean[:, :, None] * mean[:, None, :]
             cross = cross - level[:, :, None] * mean[:, None, :]
-        fitted = _ridge(gram, cross, rows(weight).reshape(shape).double(), kept_mask(site.layer))
+        fitted = _ridge(gram, cross, rows(weight).reshape(shape).double(), kept_mask(site.layer), seen.gram)
         weight = unrows(fitted.flatten(0, 1).to(weight.dtype), weight.shape)
         with torch.no_grad():
             site.layer.weight.copy_(weight)
@@ -173,12 +173,15 @@ def channels_first(y: Tensor, site: Site) -> Tensor:
     return y if isinstance(site.layer, nn.Conv2d) else y.flatten(0, -2)
 
 
-def _ridge(gram: Tensor, cross: Tensor, start: Tensor, mask: Tensor | None) -> Tensor:
-    """Solve ``w (A + λ) = C + λ w₀`` on a mask: (groups, out / groups, in), float64."""
-    mean = gram.diagonal(dim1=-2, dim2=-1).mean(-1)
-    shift = (DAMPING * torch.where(mean > 0, mean, 1.0))[:, None, None]
-    right = cross + shift * start
+def _ridge(gram: Tensor, cross: Tensor, start: Tensor, mask: Tensor | None, whole: Tensor) -> Tensor:
+    """Solve ``w (A + λ) = C + λ w₀`` on a mask: (groups, out / groups, in), float64.
+
+    `whole` are the second moments of which A may be what is left without means.
+    """
     if mask is not None:
+        mean = gram.diagonal(dim1=-2, dim2=-1).mean(-1)
+        shift = DAMPING * torch.where(mean > 0, mean, 1.0)
+        right = cross + shift[:, None, None] * start
         return batched_cg(gram, right, rows(mask).reshape(right.shape), damping=DAMPING)
-    factor = torch.linalg.cholesky(damped(gram, DAMPING))
-    return torch.cholesky_solve(right.mT, factor).mT
+    factor, added = factored(gram, DAMPING, whole, whole.dtype)
+    return torch.cholesky_solve((cross + added[:, None, None] * start).mT, factor).mT

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from snows.matching import moments
 from snows.matching.metrics import Metric, OutputSensitivity
-from snows.matching.statistics import damped
+from snows.matching.statistics import factored
 from snows.networks.attention import plain_forward
 from snows.networks.batches import Batch
 from snows.networks.channels import Group
@@ -85,7 +85,9 @@ class Consumer:
         Args:
             damping: added to the diagonal, relative to its mean.
         """
-        inverses = torch.cholesky_inverse(torch.linalg.cholesky(damped(self.covariance, damping)))
+        assert self.gram is not None
+        factors, _ = factored(self.covariance, damping, self.gram / self.count, self.layer.weight.dtype)
+        inverses = torch.cholesky_inverse(factors)
         whole: Tensor = torch.block_diag(*inverses)
         return whole
 

@@ -44,9 +44,19 @@ class LayerStatistics:
         self._target, self._left = target, left
 
     @classmethod
-    def of(cls, site: Site, sensitivity: Callable[[], Tensor]) -> LayerStatistics:
-        """Gather a layer's statistics over all batches to fit to."""
+    def of(cls, site: Site, sensitivity: Callable[[], Tensor], whole: bool = False) -> LayerStatistics:
+        """Gather a layer's statistics over all batches to fit to.
+
+        Args:
+            site: the layer.
+            sensitivity: as of the class.
+            whole: of the first of two layers that stand for one, take what that one should return. Else such
+                a layer, which the dense network has none like, is to return what it makes of its own inputs.
+        """
         calls = [pair.calls for pair in site.training]
+        if site.first and not whole:
+            own = [sparse for _, sparse in calls]
+            return cls(own, own, sensitivity)
         dense, sparse = [dense for dense, _ in calls], [sparse for _, sparse in calls]
         return cls(sparse, dense, sensitivity, site.target, site.left)
 
@@ -96,15 +106,9 @@ class LayerStatistics:
         )
 
     def wanted(self, weight: Tensor) -> Iterator[Tensor]:
-        """Give what the layer should return without its bias, one tensor a batch, as in `cross`.
-
-        The dense network has no output of an implant's first factor alone: it is what the factor makes of
-        the dense stream's row.
-        """
-        kept = self._target if self._left is None else self._left
-        factor = kept is not None and len(weight) != len(kept)
+        """Give what the layer should return without its bias, one tensor a batch, as in `cross`."""
         for dense, sparse in zip(self._dense, self.calls, strict=True):
-            if self._target is None or factor or dense is sparse:
+            if self._target is None or dense is sparse:
                 yield moments.output(dense, weight)
                 continue
             y = moments.output(dense, self._target)
@@ -141,9 +145,37 @@ def columns(per_group: Tensor, weight: Tensor) -> Tensor:
 
 def damped(gram: Tensor, share: float) -> Tensor:
     """Add `share` of the mean diagonal to the diagonal of each (in, in) matrix; float64."""
-    gram = gram.double()
-    mean = gram.diagonal(dim1=-2, dim2=-1).mean(-1)
-    mean = torch.where(mean > 0, mean, 1.0)
-    return gram + (share * mean)[:, None, None] * torch.eye(
-        gram.shape[-1], dtype=gram.dtype, device=gram.device
-    )
+    return _raised(gram.double(), _share(gram, share))
+
+
+def factored(covariance: Tensor, share: float, gram: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Factor damped covariances, (groups, in, in), that means were taken off.
+
+    Inputs that hardly vary leave rounding alone there, and `share` of its mean diagonal is not enough. What
+    is added is no less than rounding of the second moments may be, and more where it turns out to be more.
+
+    Args:
+        covariance: float64.
+        share: of the mean diagonal, that is added.
+        gram: the second moments, with their means.
+        dtype: that they were summed in.
+
+    Returns:
+        The Cholesky factors, and what was added to each diagonal, (groups,).
+    """
+    added, least = _share(covariance, share), gram.double().diagonal(dim1=-2, dim2=-1).sum(-1)
+    for power in range(6):
+        added = added.maximum(torch.finfo(dtype).eps * 10**power * least)
+        factor, wrong = torch.linalg.cholesky_ex(_raised(covariance, added))
+        if not wrong.any():
+            return factor, added
+    return torch.linalg.cholesky(_raised(covariance, added)), added
+
+
+def _share(gram: Tensor, share: float) -> Tensor:
+    mean = gram.double().diagonal(dim1=-2, dim2=-1).mean(-1)
+    return share * torch.where(mean > 0, mean, 1.0)
+
+
+def _raised(gram: Tensor, added: Tensor) -> Tensor:
+    return gram + added[..., None, None] * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)

@@ -17,7 +17,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from snows.layers import SparseConv2d, SparseLinear
 from snows.networks.absorbed import Absorbed, Remainder
 from snows.networks.attention import OpenAttention, can_open
-from snows.networks.implants import Implant, LowRank, rank_of
+from snows.networks.implants import Implant, LowRank, first_rank
 from snows.networks.layers import held_elsewhere, module_at, substitute
 from snows.networks.masks import mask_of
 from snows.networks.taking import Take, taken
@@ -257,13 +257,15 @@ def edits_of(net: nn.Module) -> list[Edit]:
         elif isinstance(module, OpenAttention):
             opened.append(Open(name))
         elif isinstance(module, LowRank):
-            implanted.append(Implant(name, rank_of(module)))
+            implanted.append(Implant(name, first_rank(module)))
         elif isinstance(module, Remainder) or (isinstance(module, Absorbed) and module.role == "norm"):
             folded.append(Fold(module.into, name))
         elif isinstance(module, nn.Identity) and not getattr(module, "role", ""):
             folded.append(Drop(name))
-    cut = taken(net)
-    return [*opened, *([] if cut is None else [cut]), *implanted, *folded, *packed]
+    factors = {f"{edit.layer}.{part}" for edit in implanted for part in (0, 1) if isinstance(edit, Implant)}
+    cut = [taken(net, lambda name: name not in factors), taken(net, factors.__contains__)]
+    before, after = ([] if x is None else [x] for x in cut)  # the implants
+    return [*opened, *before, *implanted, *after, *folded, *packed]
 
 
 def openings(net: nn.Module) -> list[Edit]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from snows.layers.base import PackedLayer
 from snows.networks.checks import how_computed, shared_weights
-from snows.networks.layers import Layer, groups_of, has_hooks, is_stock, module_at, substitute
+from snows.networks.layers import LEFT, Layer, groups_of, has_hooks, is_stock, module_at, substitute
 from snows.networks.masks import kept_mask
 from snows.packing import unpack
 from snows.sparsity import rows, unrows
@@ -240,6 +240,12 @@ def rank_of(implant: LowRank) -> int:
     """Return the outputs of an implant's first factor, which may be packed."""
     first: Any = implant[0]
     return len(first.weight) if not isinstance(first, PackedLayer) else first.shape[0]
+
+
+def first_rank(implant: LowRank) -> int:
+    """Return the outputs that an implant's first factor had before any of them were taken out."""
+    before, _ = implant[0].__dict__.get(LEFT, {}).get("weight:0", (rank_of(implant), ()))
+    return int(before)
 
 
 def first_factors(net: nn.Module) -> set[str]:

@@ -72,3 +72,8 @@ class Site:
     left: Tensor | None
     training: Sequence[Pair]
     held: Pair | None
+
+    @property
+    def first(self) -> bool:
+        """Whether it is the first of two layers in the place of one, whose output that one does not have."""
+        return self.name == f"{self.source}.0"

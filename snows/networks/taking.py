@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -165,12 +165,17 @@ def _resize(module: nn.Module) -> None:
         module.num_parameters = len(weight)
 
 
-def taken(net: nn.Module) -> Take | None:
-    """Read off a network what was taken out of it, all cuts together; None for nothing."""
+def taken(net: nn.Module, of: Callable[[str], bool] = lambda name: True) -> Take | None:
+    """Read off a network what was taken out of its modules, all cuts together; None for nothing.
+
+    Args:
+        net: the network.
+        of: says of a module's name whether it is asked for.
+    """
     left: dict[tuple[str, int], tuple[int, tuple[int, ...]]] = {}
     sizes = []
     for name, module in net.named_modules():
-        for key, (before, after) in module.__dict__.get(LEFT, {}).items():
+        for key, (before, after) in module.__dict__.get(LEFT, {}).items() if of(name) else ():
             own, _, dim = key.partition(":")
             if dim:
                 left[f"{name}.{own}" if name else own, int(dim)] = before, tuple(after)
