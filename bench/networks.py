@@ -19,6 +19,7 @@ from report import race
 from turns import in_turns, keep
 
 import snows
+from snows.choosing.compiling import frozen
 from snows.networks.batches import Batch, difference, outputs
 from snows.sources import load_model
 
@@ -34,17 +35,6 @@ def masked(source: str, pattern: snows.NM | snows.Unstructured, example):
     return snows.prune(
         model, [example], pattern, select=snows.magnitude, solver=None, recalibrate=False, progress=False
     ).network
-
-
-def frozen(model, example):
-    """Compiled for inference as hard as PyTorch can on a CPU: weights are constants, prepacked by oneDNN."""
-    import torch._inductor.config as config
-
-    config.freezing = True
-    compiled = torch.compile(model)
-    with torch.inference_mode(False), torch.no_grad():
-        compiled(example)
-    return compiled
 
 
 def main() -> None:

@@ -9,16 +9,24 @@ same share of every width, for untrained ones; weights do not change the times, 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import sys
 from pathlib import Path
 
 import torch
-from networks import frozen
 from report import race
 from turns import in_turns, keep
 
 import snows
 from snows import zoo
+from snows.choosing.compiling import frozen
 from snows.sources import load_model
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+with contextlib.suppress(ImportError):  # torchvision beside a CPU build of torch
+    from conftest import define_torchvision_schemas
+
+    define_torchvision_schemas()
 
 UNITS = ("channels", "heads", "neurons")
 

@@ -110,6 +110,13 @@ def masked(net, pattern=snows.NM(2, 4), skip=()):  # noqa: B008
     return net.eval()
 
 
+def packed_layer():
+    """A network of one layer, packed at 2:4, of eight features to six."""
+    dense = nn.Linear(8, 6)
+    dense.weight.data *= snows.NM(2, 4).mask(dense.weight.data.abs())
+    return nn.Sequential(snows.SparseLinear.from_dense(dense)).eval()
+
+
 QUICK = Stopwatch(layer_seconds=0, network_seconds=0, rounds=2, repeats=1)  # for times that mean nothing
 
 

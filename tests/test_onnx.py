@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-from models import Mapped, settle
+from models import Mapped, packed_layer, settle
 from test_implants import CASES, implanted
 from torch import nn
 
-import snows
 from snows.networks.batches import Batch
 from snows.results.onnx import export_onnx
 
@@ -85,9 +84,7 @@ def test_what_cannot_be_exported_says_why_in_a_line(tmp_path, net, sentence):
 
 
 def test_a_packed_network_is_refused_by_the_layer_s_name(tmp_path):
-    dense = nn.Linear(8, 6)
-    dense.weight.data *= snows.NM(2, 4).mask(dense.weight.data.abs())
-    net = nn.Sequential(snows.SparseLinear.from_dense(dense)).eval()
+    net = packed_layer()
     with pytest.raises(
         ValueError, match="expected a network without packed layers, but 0 is one; ONNX has no operation"
     ):
