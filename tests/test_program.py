@@ -53,6 +53,7 @@ class Fixed(nn.Module):
         return self.head(x).view(4, 4) * torch.arange(4)
 
 
+@pytest.mark.slow
 def test_a_network_of_one_number_of_images(tmp_path):
     net, x = Fixed().eval(), torch.randn(4, 6)
     found = export_program(net, x, tmp_path / "x.pt2")
@@ -80,7 +81,7 @@ class Otherwise(nn.Module):
     ("net", "sentence"),
     [
         (Decides(), r"cannot take the network \(its forward decides by the numbers in a tensor"),
-        (NeedsSnows(), r"the program does not run by itself \("),
+        pytest.param(NeedsSnows(), r"the program does not run by itself \(", marks=pytest.mark.slow),
         pytest.param(
             Otherwise(),
             r"the program's outputs differ by 1\.0e\+00 of the largest; nothing was written",
