@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from snows.choosing.asked import settings
-from snows.choosing.goals import Choosing, LayerChoice, Only, PatternChoice, check_goal, selected
+from snows.choosing.goals import Choosing, LayerChoice, Only, PatternChoice, check_goal, excluded, selected
 from snows.choosing.plan import Choice, Plan, checked, decide, refitted
 from snows.choosing.structure import Structured
 from snows.matching.fitting import fit
@@ -24,6 +24,7 @@ from snows.matching.normalisation import recalibrate_statistics
 from snows.matching.statistics import LayerStatistics
 from snows.networks.checks import autocast_off
 from snows.networks.edits import Edit
+from snows.networks.layers import prunable
 from snows.networks.masks import kept_mask
 from snows.networks.sites import Site
 from snows.networks.twins import Twins
@@ -117,7 +118,8 @@ def prune(
         plan = (
             Plan({}) if isinstance(pattern, Structured) else decide(twins, pattern, select, only, skip, cap)
         )
-        asked = settings(pattern, select, solver, matching, cap, recalibrate, seed, plan)
+        layers = list(plan.patterns) if goal is None else _allowed(twins.sparse, only, skip)
+        asked = settings(pattern, select, solver, matching, cap, recalibrate, seed, plan, layers)
         opened = (
             Run.open(Path(out), asked, model, twins.batches, plan.starts(), resume)
             if out is not None
@@ -141,6 +143,11 @@ def prune(
             if run is not None:
                 run.finish(network, twins.masks, report, run_page(report))
     return Pruned(network, report, twins.masks, twins.edits)
+
+
+def _allowed(net: nn.Module, only: Only | None, skip: Only | None) -> list[str]:
+    """List the layers that `only` and `skip` leave to be made smaller."""
+    return [name for name, layer in prunable(net).items() if not excluded(name, layer, only, skip)]
 
 
 def _plan_then(
@@ -256,7 +263,7 @@ def _report(
 ) -> Report:
     """Put the layers' lines together, with what a reader should know of the whole."""
     fitted = {row.name: row for row in rows}
-    notes = list(twins.notes)
+    notes = list(dict.fromkeys(twins.notes))
     notes += [
         f"{row.name}: numbers stopped being finite; it keeps the best weight found before."
         for row in rows

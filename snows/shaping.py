@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -84,6 +85,11 @@ class Shaping:
     def reduce(self, goal: Structured, only: Only | None, skip: Only | None) -> None:
         """Take out what the goal asks for, and fit what stays: the intercepts alone, then the weights too."""
         twins, stored = self.twins, self.run.decided() if self.run is not None else None
+        if twins.carried:
+            raise ValueError(
+                "prune: expected a model without masks of torch.nn.utils.prune to take units out of, got "
+                f"one on {twins.carried[0].module}; make it permanent with torch.nn.utils.prune.remove"
+            )
         if stored is None:
             self.cut = decide_cut(twins, goal, only, skip, self.objective, self.tell.doing)
             if self.run is not None:
@@ -115,8 +121,8 @@ class Shaping:
         before = {key: x.clone() for key, x in net.state_dict().items()} if self.stages else {}
         result = work()
         loss = mismatch(self.twins)
-        least = min((x.loss for x in self.stages if x.taken), default=float("inf"))
-        taken = not self.stages or loss < least
+        least = min((x.loss for x in self.stages if x.taken), default=math.nan)
+        taken = loss < least or not math.isfinite(least)
         if not taken:
             net.load_state_dict(before)
         self.stages.append(StageReport(name, loss, int(taken), time.perf_counter() - began))

@@ -144,13 +144,25 @@ def test_another_share_is_not_mixed_in(net, batches, whole):
         quick(net, batches, Structured(0.4, multiple=2), out=whole[1], resume=True)
 
 
+def test_other_layers_left_alone_are_not_mixed_in(net, batches, whole):
+    with pytest.raises(ValueError, match=r"resume: .* another layers"):
+        quick(net, batches, half(), out=whole[1], resume=True, skip="conv1")
+
+
+def test_a_loss_that_is_not_finite_takes_no_later_stage_back(net, batches, monkeypatch):
+    losses = iter([float("nan"), 0.5, 0.25])
+    monkeypatch.setattr("snows.shaping.mismatch", lambda twins: next(losses))
+    stages = quick(net, batches, half(), solver=None).report.stages
+    assert [x.taken for x in stages] == [1, 1, 1]
+
+
 def by_number(group):
     return torch.arange(group.units)
 
 
 def test_what_was_asked_is_the_same_text_in_every_process_and_whole():
     def asked(goal):
-        return settings(goal, snows.alps, None, Matching(), 0.95, True, 0, Plan({}))["pattern"]
+        return settings(goal, snows.alps, None, Matching(), 0.95, True, 0, Plan({}), [])["pattern"]
 
     assert asked(half()) == str(half())
     assert "order=by_number" in asked(half(order=by_number))
@@ -324,6 +336,7 @@ class Plain(nn.Module):
         (lambda: Structured(0), "expected a share above 0 and below 1 that stays, got 0"),
         (lambda: Structured(1.0), "expected a share above 0 and below 1"),
         (lambda: Structured("half"), "expected a share"),
+        (lambda: Structured({}), "expected the units of at least one group"),
         (lambda: Structured(0.5, of="ms"), "expected of to be macs, params or bytes, got 'ms'"),
         (lambda: Structured(0.5, using=("filters",)), "expected using to name some of channels"),
         (lambda: Structured(0.5, using="heads"), "expected using to name some of"),
@@ -350,7 +363,7 @@ def test_a_network_without_removable_width_lists_the_reasons():
         quick(Plain().eval(), [torch.randn(8, 6) for _ in range(4)], Structured(0.5))
 
 
-def test_states_that_cannot_be_cut(net, batches):
+def test_states_that_cannot_be_cut(net, batches, monkeypatch):
     with pytest.raises(ValueError, match="training mode"):
         quick(copy.deepcopy(net).train(), batches, half())
     with pytest.raises(ValueError, match=r"cannot run a batch of"):
@@ -359,6 +372,7 @@ def test_states_that_cannot_be_cut(net, batches):
         snows.groups("net", batches[0])
     masked = copy.deepcopy(net)
     nn.utils.prune.l1_unstructured(masked.fc1, "weight", 0.5)
+    monkeypatch.setattr("snows.shaping.decide_cut", None)  # said before anything is decided
     with pytest.raises(ValueError, match=r"prune\.remove"):
         quick(masked, batches, half())
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, fields
 from functools import partial
 from typing import Any
@@ -24,6 +24,7 @@ def settings(
     recalibrate: bool,
     seed: int,
     plan: Plan,
+    layers: Iterable[str],
 ) -> dict[str, Any]:
     """Write down what was asked; a run that was interrupted goes on with the same alone."""
     several = isinstance(pattern, Mapping) or callable(pattern)
@@ -39,7 +40,7 @@ def settings(
         "cap": cap,
         "recalibrate": recalibrate,
         "seed": seed,
-        "layers": list(plan.patterns),
+        "layers": list(layers),
     }
 
 

@@ -54,7 +54,7 @@ def allocate(
     """
     if multiple < 1 or not 0 <= floor <= 1:
         raise ValueError(
-            "allocate: expected a multiple of at least 1 and a floor from 0 to 1, got "
+            "Structured: expected a multiple of at least 1 and a floor from 0 to 1, got "
             f"{multiple} and {floor:g}"
         )
     options = [
@@ -132,13 +132,13 @@ def _limit(options: Sequence[Widths], costs: Costs, share: float, of: Of) -> flo
         ValueError: no widths leave so little.
     """
     if not 0 < share <= 1:
-        raise ValueError(f"allocate: expected a share above 0 and of at most 1, got {share:g}")
+        raise ValueError(f"Structured: expected a share above 0 and of at most 1, got {share:g}")
     whole = costs.total(of)
     least = costs.total(of, {x.name: int(x.allowed[-1]) for x in options})
     if least > share * whole * (1 + EQUAL):
         possible = math.ceil(1000 * least / whole) / 10
         raise ValueError(
-            f"allocate: expected a share of the {WORDS[of]} that the floors allow, {possible:g} % or more, "
+            f"Structured: expected a share of the {WORDS[of]} that the floors allow, {possible:g} % or more, "
             f"got {100 * share:g} %; raise the share, or lower floor or multiple"
         )
     return share * whole * (1 + EQUAL)

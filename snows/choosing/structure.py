@@ -69,6 +69,11 @@ class Structured:
             raise ValueError(
                 f"Structured: expected a share above 0 and below 1 that stays, got {self.share!r}"
             )
+        if isinstance(self.share, Mapping) and not self.share:
+            raise ValueError(
+                "Structured: expected the units of at least one group that stay, got none; "
+                "see snows.groups for their names"
+            )
         if self.of not in ("macs", "params", "bytes"):
             raise ValueError(f"Structured: expected of to be macs, params or bytes, got {self.of!r}")
         if isinstance(self.using, str) or not self.using or not set(self.using) <= set(ALL):
@@ -152,7 +157,7 @@ def decide_cut(
     losses: dict[str, Tensor] = {}
     if "low-rank" in goal.using and not isinstance(goal.share, Mapping):
         losses = spectra(twins, objective, only, skip, doing)
-    removable = _removable(net, groups, losses, goal.multiple)
+    removable = _removable(net, groups, losses, goal)
     doing("deciding what goes")
     costs = Costs.of(net, example, removable.free, removable.full)
     choice = _chosen(twins, goal, objective, removable, costs)
@@ -169,18 +174,22 @@ def decide_cut(
     return Cut(edits, rows, macs, notes)
 
 
-def _removable(net: nn.Module, groups: list[Group], losses: dict[str, Tensor], multiple: int) -> _Removable:
+def _removable(
+    net: nn.Module, groups: list[Group], losses: dict[str, Tensor], goal: Structured
+) -> _Removable:
     """Put together what may be taken out.
 
     Raises:
         ValueError: nothing may.
     """
     weights: dict[str, Tensor] = {name: net.get_submodule(name).weight for name in losses}  # type: ignore[misc]
-    ranks = [allowed_ranks(name, loss, weights[name], multiple) for name, loss in losses.items()]
+    ranks = [allowed_ranks(name, loss, weights[name], goal.multiple) for name, loss in losses.items()]
     found = _Removable(groups, losses, [x for x in ranks if x is not None])
     if not found.free and not found.ranks:
-        said = "; ".join(f"{x.name}: {x.reason}" for x in groups[:4])
-        raise ValueError(f"prune: no unit can be taken out ({said or 'the model has no Linear or Conv2d'})")
+        said = [f"{x.name}: {x.reason}" for x in groups[:4]] or ["the model has no Linear or Conv2d"]
+        if "low-rank" in goal.using:
+            said.append("no layer can become two that are cheaper, such as one that is half of an implant")
+        raise ValueError(f"prune: no unit can be taken out ({'; '.join(said)})")
     return found
 
 

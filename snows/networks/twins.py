@@ -113,11 +113,6 @@ class Twins:
             sources: by layer of the changed network, the dense network's layer in whose place it stands,
                 where that has another name.
         """
-        if self.carried:
-            raise ValueError(
-                "prune: expected a model without masks of torch.nn.utils.prune to take units out of, got "
-                f"one on {self.carried[0].module}; make it permanent with torch.nn.utils.prune.remove"
-            )
         for edit in edits:
             edit.apply(self.sparse)
         self.edits += edits
