@@ -21,6 +21,7 @@ from dataclasses import fields
 from functools import partial
 from pathlib import Path
 
+import peers
 import torch
 
 import snows
@@ -49,7 +50,9 @@ SMALLER = {  # settings of `snows.Structured`, and others
     "HAP's order": (dict(using=UNITS, order="hap"), {}),
     "HAP's order, statistics alone": (dict(using=UNITS, order="hap", refit=False), dict(solver=None)),
     "magnitude, the same share everywhere": (dict(using=UNITS, order="magnitude", uniform=True), {}),
+    peers.NAME: (dict(using=UNITS), {}),
 }
+HEADS = 4  # of the zoo's ViT
 
 
 def variants(vary):
@@ -124,10 +127,11 @@ def main():
             settings = dict(settings)
             samples, batch = settings.pop("samples", args.samples), settings.pop("batch", BATCH)
             for seed in range(args.seeds):
-                began = time.perf_counter()
-                sparse, report = snows.prune(
-                    dense, calibration(samples, batch, seed), goal, seed=seed, progress=False, **settings
-                )
+                began, batches = time.perf_counter(), calibration(samples, batch, seed)
+                if method == peers.NAME:
+                    sparse = peers.torch_pruning(dense, batches, goal.share, HEADS)
+                else:
+                    sparse, _ = snows.prune(dense, batches, goal, seed=seed, progress=False, **settings)
                 seconds = time.perf_counter() - began
                 sparse.to(memory_format=torch.channels_last)
                 scores = evaluate(sparse, test, reference)
@@ -140,9 +144,13 @@ def main():
                     "divergence": scores.divergence,
                     "seconds": round(seconds, 1),
                 }
-                if report.macs:
-                    row["MACs"] = round(100 * report.macs[1] / report.macs[0], 1)
-                    row["parameters"] = round(100 * report.parameters[1] / report.parameters[0], 1)
+                if isinstance(goal, snows.Structured):
+                    costs = [
+                        (peers.macs(x, images), sum(p.numel() for p in x.parameters()))
+                        for x in (sparse, dense)
+                    ]
+                    shares = [round(100 * ours / whole, 1) for ours, whole in zip(*costs, strict=True)]
+                    row["MACs"], row["parameters"] = shares
                 print(row, flush=True)
                 result["rows"].append(row)
                 if args.out:
