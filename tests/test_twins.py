@@ -126,6 +126,26 @@ def test_state_that_nobody_reads_costs_nothing():
     assert not any(schedule.whole for schedule in twins.schedules)
 
 
+class Heads(nn.Module):
+    """Returns what its heads return, one after the other, in a mapping."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = cbr(3, 16)
+        self.classes, self.boxes, self.mask = nn.Linear(16, 4), nn.Linear(16, 2), nn.Conv2d(16, 1, 1)
+
+    def forward(self, x):
+        x = self.body(x)
+        mask, pooled = self.mask(x), x.mean((2, 3))
+        return {"classes": self.classes(pooled), "box": (self.boxes(pooled), mask)}
+
+
+def test_a_network_that_returns_what_several_heads_return_starts_late():
+    twins = Twins(settle(Heads()), images())
+    assert twins.notes == []
+    assert not any(schedule.whole for schedule in twins.schedules)
+
+
 # ---------------------------------------------------------------- routing by data
 
 

@@ -168,6 +168,7 @@ def decide_cut(
     rows = [_row(whole.get(x.name, x), units[x.name], choice.curves.get(x.name)) for x in groups] + [
         GroupReport(name, "low rank", removable.full[name], rank, float(removable.spectra[name][rank]))
         for name, rank in ranks.items()
+        if rank < removable.full[name]
     ]
     widths = units | {rank_width(name): rank for name, rank in ranks.items()}
     macs = round(costs.total("macs")), round(costs.total("macs", widths))

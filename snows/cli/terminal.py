@@ -129,8 +129,11 @@ class Shown(Protocol):
 def show(report: Shown, title: str = "") -> None:
     """Print a report's table, summary and notes; names in them are data."""
     tables = report.tables()
-    tables[0].title = title or None
-    console.print(*tables)
+    if tables:
+        tables[0].title = title or None
+        console.print(*tables)
+    elif title:
+        say(title)
     say(report.summary(), *report.notes)
 
 

@@ -270,9 +270,11 @@ class _Tracing(Watch):
     def finished(self) -> Trace:
         """Complete the trace after the pass."""
         trace = self.trace
+        trace.returned = {self.number(x) for x in trace.outputs}
+        for value in trace.returned:  # read by the network's caller
+            self.reads[0].extend(self.owners.get(value, ()))
         for owner in self.reads[0]:  # read by the network's own code, which always runs
             trace.last_read[owner] = float("inf")
-        trace.returned = {self.number(x) for x in trace.outputs}
         trace.layers = {name: trace.layers[name] for name in dict.fromkeys((*trace.start, *trace.layers))}
         for name, module in prunable(self.net).items():
             if id(module) in trace.held and name in trace.layers:

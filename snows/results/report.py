@@ -32,8 +32,8 @@ class Record(abc.ABC):
         """Make the table of layers."""
 
     def tables(self) -> list[Table]:
-        """Make all tables, in order."""
-        return [self.table()]
+        """Make all tables that have a line, in order."""
+        return [x for x in (self.table(),) if x.row_count]
 
     @abc.abstractmethod
     def summary(self) -> str:
@@ -168,7 +168,7 @@ class Report(Record):
     def tables(self) -> list[Table]:
         """Make all tables: of groups and stages, if there are any, and of layers."""
         found = [group_table(self.groups)] if self.groups else []
-        return [*found, *([stage_table(self.stages)] if self.stages else []), self.table()]
+        return [*found, *([stage_table(self.stages)] if self.stages else []), *super().tables()]
 
     def summary(self) -> str:
         """Say in a sentence what came of it."""

@@ -104,6 +104,6 @@ class ViT(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Classify images: (B, 1, 28, 28) to (B, 10) logits."""
         x = self.patch_embed(x).flatten(2).transpose(1, 2)  # (B, 49, D)
-        x = torch.cat([self.class_token.expand(len(x), -1, -1), x], dim=1) + self.position
+        x = torch.cat([self.class_token.expand(x.shape[0], -1, -1), x], dim=1) + self.position
         logits: Tensor = self.head(self.norm(self.blocks(x))[:, 0])
         return logits
