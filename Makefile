@@ -18,8 +18,9 @@ VARY := horizon=0,3,10,end targets=local metric=none preconditioner=kronecker,no
 demo: .venv/.base
 	@$(BIN)/snows demo
 
+# One file to a process at a time, one thread in each: what a file sets up once is shared by its tests.
 test: .venv/.test check
-	@$(BIN)/python -m pytest
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 check: .venv/.test
 	@$(BIN)/ruff check .

@@ -125,7 +125,7 @@ class Shaping:
         taken = loss < least or not math.isfinite(least)
         if not taken:
             net.load_state_dict(before)
-        self.stages.append(StageReport(name, loss, int(taken), time.perf_counter() - began))
+        self.stages.append(StageReport(name, loss, taken, time.perf_counter() - began))
         return result
 
     def _sweep(self, stage: str, weights: bool) -> None:

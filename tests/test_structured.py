@@ -270,7 +270,7 @@ def test_low_rank_and_removal_share_one_budget(net, batches, thin, tmp_path):
     (small, report), folder = thin
     assert report.macs == (macs(net, batches[0]), macs(small, batches[0]))
     assert report.macs[1] <= 0.6 * report.macs[0]
-    ranks = {x.name: (x.kept, x.units) for x in report.groups if x.kind == "low rank" and x.kept < x.units}
+    ranks = {x.name: (x.kept, x.units) for x in report.groups if x.kind == "low-rank" and x.kept < x.units}
     assert ranks
     for name, (rank, full) in ranks.items():
         first, second = small.get_submodule(name)

@@ -166,7 +166,7 @@ def decide_cut(
     units = {x.name: x.units for x in groups}
     units |= {name: len(kept) for name, kept in choice.kept.items() if name not in whole}
     rows = [_row(whole.get(x.name, x), units[x.name], choice.curves.get(x.name)) for x in groups] + [
-        GroupReport(name, "low rank", removable.full[name], rank, float(removable.spectra[name][rank]))
+        GroupReport(name, "low-rank", removable.full[name], rank, float(removable.spectra[name][rank]))
         for name, rank in ranks.items()
         if rank < removable.full[name]
     ]

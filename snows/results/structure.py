@@ -16,7 +16,7 @@ class GroupReport:
 
     Attributes:
         name: of the group, by its first layer; of the layer that got low rank.
-        kind: "channels", "heads", "neurons" or "low rank".
+        kind: "channels", "heads", "neurons" or "low-rank".
         units: that there were; the full rank.
         kept: units that stay; the rank.
         predicted: share of the output's variance that removal is predicted to cost, after the rest is fitted;
@@ -42,13 +42,13 @@ class StageReport:
         name: of the stage.
         loss: squared mismatch of the network's output on the held-back samples, as a share of the dense
             output's variance.
-        taken: whether the network went on with what the stage gave, 1 or 0.
+        taken: whether the network went on with what the stage gave.
         seconds: wall time.
     """
 
     name: str
     loss: float
-    taken: int
+    taken: bool
     seconds: float
 
 
