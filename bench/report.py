@@ -16,7 +16,16 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
-DIGITS = {"divergence": 5, "accuracy": 2, "top-1": 1, "top-5": 1, "agreement": 2, "seconds": 1, "MACs": 1, "parameters": 1}
+DIGITS = {
+    "divergence": 5,
+    "accuracy": 2,
+    "top-1": 1,
+    "top-5": 1,
+    "agreement": 2,
+    "seconds": 1,
+    "MACs": 1,
+    "parameters": 1,
+}
 LABELS = ("network", "pattern", "method", "layer")
 
 

@@ -33,7 +33,7 @@ _MODULES = {
     "evaluation": ["evaluate"],
     "layers": ["SparseConv2d", "SparseLinear"],
     "matching.losses": ["Matching"],
-    "choosing.structure": ["Structured"],
+    "choosing.structured": ["Structured"],
     "networks.channels": ["Group"],
     "networks.masks": ["mask_of"],
     "pruning": ["Pruned", "prune"],

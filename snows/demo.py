@@ -22,7 +22,7 @@ from snows.choosing.compiling import frozen
 from snows.choosing.cuts import Cut
 from snows.choosing.measuring import Stopwatch
 from snows.choosing.packing import nbytes
-from snows.choosing.structure import ALL, Structured
+from snows.choosing.structured import ALL, Structured
 from snows.deployment import Deployed, deploy
 from snows.evaluation import Scores, evaluate, logits_of
 from snows.matching.normalisation import recalibrate_statistics

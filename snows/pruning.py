@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from snows.choosing.asked import settings
 from snows.choosing.goals import Choosing, LayerChoice, Only, PatternChoice, check_goal, excluded, selected
 from snows.choosing.plan import Choice, Plan, checked, decide, refitted
-from snows.choosing.structure import Structured
+from snows.choosing.structured import Structured
 from snows.matching.fitting import fit
 from snows.matching.losses import Matching, Objective
 from snows.matching.normalisation import recalibrate_statistics
@@ -94,7 +94,8 @@ def prune(
         cap: the largest share a layer may lose under an `Unstructured` budget.
         only: which layers to prune, by a function of name and module or by names with `*`; by default all
             that run but the first and the last.
-        skip: which of those to leave alone, said in the same way.
+        skip: which of those to leave alone, said in the same way. Of a `Structured` both say which layers'
+            outputs may be taken out; weights are fitted in all layers.
         recalibrate: correct the statistics of BatchNorm at the end by how far pruning moved them.
         out: a folder; every finished layer is saved there at once.
         resume: go on with the run in `out`.
@@ -111,10 +112,15 @@ def prune(
     goal = pattern if isinstance(pattern, Structured) else None
     check_goal(pattern if goal is None else goal.then, select, cap, goal is None)
     _check_settings(solver, matching, out, resume, seed)
-    only, skip = selected("only", only), selected("skip", skip)
+    if goal is not None and goal.then is None and select is not alps:
+        raise ValueError(
+            "prune: select chooses masks, and a Structured without then= asks for none; leave select out, or "
+            "name a pattern with then="
+        )
     with shown(progress) as tell, autocast_off(model):
         tell.doing("checking and tracing the network")
         twins = Twins(model, batches)
+        only, skip = selected("only", only, twins.sparse), selected("skip", skip, twins.sparse)
         plan = (
             Plan({}) if isinstance(pattern, Structured) else decide(twins, pattern, select, only, skip, cap)
         )

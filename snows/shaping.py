@@ -13,7 +13,8 @@ from torch import nn
 
 from snows.choosing.cuts import Cut
 from snows.choosing.goals import Only
-from snows.choosing.structure import Structured, decide_cut
+from snows.choosing.structure import decide_cut
+from snows.choosing.structured import Structured
 from snows.matching.compensation import Intercept, compensate, compensate_thin, unchanged
 from snows.matching.losses import LayerLosses, Objective
 from snows.matching.mismatch import mismatch
@@ -110,9 +111,13 @@ class Shaping:
         sizes = tuple(
             sum(p.numel() for p in net.parameters()) for net in (self.twins.dense, self.twins.sparse)
         )
-        return replace(
+        report = replace(
             report, groups=self.cut.groups, stages=self.stages, macs=self.cut.macs, parameters=sizes
         )
+        if not self.cut.milliseconds:
+            return report
+        dense, small = self.cut.milliseconds
+        return replace(report, dense_ms=dense, small_ms=small)
 
     def staged(self, name: str, work: Callable[[], Result]) -> Result:
         """Do a stage's work, and undo it if the loss is higher than before."""

@@ -145,7 +145,7 @@ def test_another_share_is_not_mixed_in(net, batches, whole):
 
 
 def test_other_layers_left_alone_are_not_mixed_in(net, batches, whole):
-    with pytest.raises(ValueError, match=r"resume: .* another layers"):
+    with pytest.raises(ValueError, match=r"resume: .* another choice of layers"):
         quick(net, batches, half(), out=whole[1], resume=True, skip="conv1")
 
 
@@ -154,6 +154,35 @@ def test_a_loss_that_is_not_finite_takes_no_later_stage_back(net, batches, monke
     monkeypatch.setattr("snows.shaping.mismatch", lambda twins: next(losses))
     stages = quick(net, batches, half(), solver=None).report.stages
     assert [x.taken for x in stages] == [1, 1, 1]
+
+
+def ranked(sign):
+    return lambda group: sign * torch.arange(group.units)
+
+
+def test_another_function_of_the_same_name_is_not_mixed_in(net, batches, tmp_path):
+    bare = partial(quick, net, batches, solver=None, out=tmp_path)
+    bare(half(order=ranked(1), refit=False))
+    bare(half(order=ranked(1), refit=False), resume=True)  # the same again
+    with pytest.raises(ValueError, match=r"resume: .* another pattern"):
+        bare(half(order=ranked(-1), refit=False), resume=True)
+
+
+def test_a_refused_share_leaves_the_folder_free(net, batches, tmp_path):
+    with pytest.raises(ValueError, match="that the floors allow"):
+        quick(net, batches, Structured(0.05, multiple=2, floor=0.5, using=UNITS), out=tmp_path)
+    quick(net, batches, half(refit=False), solver=None, out=tmp_path)
+    assert (tmp_path / "model.safetensors").exists()
+
+
+def test_what_a_structured_run_would_not_use_is_refused(net, batches):
+    masks = {"conv1": torch.ones(6, 3, 3, 3, dtype=torch.bool)}
+    for select in (snows.magnitude, masks):
+        with pytest.raises(ValueError, match="a Structured without then= asks for none"):
+            quick(net, batches, half(), select=select)
+    for key in ("only", "skip"):
+        with pytest.raises(ValueError, match=f"expected {key} to name layers such as .*, got zzz"):
+            quick(net, batches, half(), **{key: "zzz*"})
 
 
 def by_number(group):
@@ -165,8 +194,8 @@ def test_what_was_asked_is_the_same_text_in_every_process_and_whole():
         return settings(goal, snows.alps, None, Matching(), 0.95, True, 0, Plan({}), [])["pattern"]
 
     assert asked(half()) == str(half())
-    assert "order=by_number" in asked(half(order=by_number))
-    assert "then=by_number" in asked(half(then=by_number))
+    assert "order=<by_number " in asked(half(order=by_number))
+    assert "then=<by_number " in asked(half(then=by_number))
     assert "then={'fc1': NM(n=2, m=4)}" in asked(half(then={"fc1": NM(2, 4)}))
     many = torch.arange(2000)
     others = torch.cat([many[:1000], many[1001:]])
@@ -337,7 +366,7 @@ class Plain(nn.Module):
         (lambda: Structured(1.0), "expected a share above 0 and below 1"),
         (lambda: Structured("half"), "expected a share"),
         (lambda: Structured({}), "expected the units of at least one group"),
-        (lambda: Structured(0.5, of="ms"), "expected of to be macs, params or bytes, got 'ms'"),
+        (lambda: Structured(0.5, of="ms"), "expected of to be macs, params, bytes, latency, got 'ms'"),
         (lambda: Structured(0.5, using=("filters",)), "expected using to name some of channels"),
         (lambda: Structured(0.5, using="heads"), "expected using to name some of"),
         (lambda: Structured(0.5, order="taylor"), "expected order to be compensated, .* got 'taylor'"),
@@ -368,6 +397,8 @@ def test_states_that_cannot_be_cut(net, batches, monkeypatch):
         quick(copy.deepcopy(net).train(), batches, half())
     with pytest.raises(ValueError, match=r"cannot run a batch of"):
         snows.groups(net, torch.randn(1, 4, 8, 8))
+    with pytest.raises(ValueError, match=r"cannot run a batch of torch.float32 of \(3, 8, 8\)"):
+        quick(net, [torch.randn(3, 8, 8)], half())
     with pytest.raises(TypeError, match=r"expected an nn.Module"):
         snows.groups("net", batches[0])
     masked = copy.deepcopy(net)

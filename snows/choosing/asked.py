@@ -6,12 +6,13 @@ import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, fields
 from functools import partial
+from types import CodeType, FunctionType
 from typing import Any
 
 from torch import Tensor, nn
 
 from snows.choosing.plan import Plan
-from snows.choosing.structure import Structured
+from snows.choosing.structured import Structured
 from snows.matching.losses import Matching
 
 
@@ -64,5 +65,14 @@ def _name(select: Any) -> str:
     if isinstance(select, Mapping | nn.Module):
         return "masks"
     name: str = getattr(select, "__name__", type(select).__name__)
-    code = getattr(select, "__code__", None) if name == "<lambda>" else None  # which has no name of its own
-    return name if code is None else f"<lambda {zlib.crc32(code.co_code + repr(code.co_consts).encode()):x}>"
+    if not isinstance(select, FunctionType) or select.__module__.partition(".")[0] == "snows":
+        return name
+    cells = tuple(x.cell_contents for x in select.__closure__ or ())
+    given = [x for x in (*(select.__defaults__ or ()), *cells) if isinstance(x, int | float | str)]
+    return f"<{name.strip('<>')} {zlib.crc32(repr((_code(select.__code__), given)).encode()):x}>"
+
+
+def _code(code: CodeType) -> tuple[Any, ...]:
+    """Write down what a function computes, the same in every process of one Python."""
+    constants = [_code(x) if isinstance(x, CodeType) else repr(x) for x in code.co_consts]
+    return code.co_code, code.co_names, constants

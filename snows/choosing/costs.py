@@ -15,7 +15,7 @@ from snows.networks.batches import Batch
 from snows.networks.channels import Group
 from snows.networks.layers import groups_of, prunable
 
-Of = Literal["macs", "params", "bytes"]
+Of = Literal["macs", "params", "bytes", "latency"]
 Factor = Mapping[str, Tensor]  # by group or other choice: what is left of a size at each width, 0 to all
 
 
@@ -30,6 +30,7 @@ class Term(NamedTuple):
         macs: multiplications with an addition, per sample.
         params: numbers that were trained.
         bytes: in memory.
+        latency: milliseconds, see `latency`.
         factors: of its dimensions; each table is float64 of (units + 1,).
     """
 
@@ -37,6 +38,7 @@ class Term(NamedTuple):
     macs: float = 0.0
     params: float = 0.0
     bytes: float = 0.0
+    latency: float = 0.0
     factors: tuple[Factor, ...] = ()
 
 
@@ -71,16 +73,16 @@ class Costs:
         groups, ranks = [x for x in groups if not x.reason], ranks or {}
         one = batch.split(1)[0].to(next(net.parameters()).device)
         counts, samples = products.count(net, one), one.samples()
-        parts = _parts(net, groups)
+        shares_of = parts(net, groups)
         tensors = dict(net.named_parameters()) | dict(net.named_buffers())
         trained = dict(net.named_parameters())
         weights = dict(counts.weights)
         terms: list[Term] = []
         for name, x in tensors.items():
-            sizes = weights.pop(name, 0) / samples, x.numel() if name in trained else 0, x.nbytes
+            sizes = weights.pop(name, 0) / samples, x.numel() if name in trained else 0, x.nbytes, 0.0
             dims = {
-                dim: {group.name: _table(group.units, share) for group, share in shares}
-                for dim, shares in parts.get(id(x), {}).items()
+                dim: {group.name: table(group.units, share) for group, share in shares}
+                for dim, shares in shares_of.get(id(x), {}).items()
             }
             whole, layer = Term(name, *sizes, tuple(dims.values())), name.removesuffix(".weight")
             terms += _thin(whole, layer, x, dims, ranks[layer]) if layer in ranks else [whole]
@@ -89,7 +91,7 @@ class Costs:
         for group in groups if counts.products else ():
             for product, shares in products.shares(net, one, group).items():
                 factors[product] += [
-                    {group.name: _table(group.units, share * group.units)} for share in shares
+                    {group.name: table(group.units, share * group.units)} for share in shares
                 ]
         terms += [
             Term(name, macs / samples, factors=tuple(factors[name, i]))
@@ -140,7 +142,7 @@ class Costs:
         return total
 
 
-def _parts(net: nn.Module, groups: Sequence[Group]) -> dict[int, dict[int, list[tuple[Group, float]]]]:
+def parts(net: nn.Module, groups: Sequence[Group]) -> dict[int, dict[int, list[tuple[Group, float]]]]:
     """Find which share of each dimension of a parameter or buffer is a group's: by id, then by dimension."""
     named = dict(net.named_parameters(remove_duplicate=False)) | dict(
         net.named_buffers(remove_duplicate=False)
@@ -178,9 +180,9 @@ def _thin(whole: Term, layer: str, weight: Tensor, dims: Mapping[int, Factor], f
     for dim, size in ((1, len(weight)), (0, weight[0].numel())):
         macs, params, nbytes = (x * full / size for x in (whole.macs, whole.params, whole.bytes))
         sides = [dims[dim]] if dim in dims else []
-        yield Term(whole.name, macs, params, nbytes, (*sides, {rank_width(layer): rank}))
+        yield Term(whole.name, macs, params, nbytes, factors=(*sides, {rank_width(layer): rank}))
 
 
-def _table(units: int, share: float) -> Tensor:
+def table(units: int, share: float) -> Tensor:
     """Return what is left of a dimension of which `share` is the group's, at 0 to all units."""
     return 1 - share * (1 - torch.arange(units + 1, dtype=torch.float64) / units)

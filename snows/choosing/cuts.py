@@ -25,18 +25,21 @@ class Cut:
         groups: a line of the report for each group.
         macs: multiplications of one sample, before and after.
         notes: sentences that a reader should see.
+        milliseconds: that the network took before and after; empty where no share of them was asked for.
     """
 
     edits: list[Edit] = field(default_factory=list)
     groups: list[GroupReport] = field(default_factory=list)
     macs: tuple[int, int] = (0, 0)
     notes: list[str] = field(default_factory=list)
+    milliseconds: tuple[float, ...] = ()
 
     def described(self) -> dict[str, Any]:
         """Describe it as JSON."""
         rows = [{key: None if x != x else x for key, x in asdict(row).items()} for row in self.groups]
         edits = [described(edit) for edit in self.edits]
-        return {"edits": edits, "groups": rows, "macs": list(self.macs), "notes": self.notes}
+        numbers = {"macs": list(self.macs), "milliseconds": list(self.milliseconds)}
+        return {"edits": edits, "groups": rows, **numbers, "notes": self.notes}
 
     @classmethod
     def read(cls, content: Mapping[str, Any]) -> Cut:
@@ -47,7 +50,8 @@ class Cut:
             for row in content["groups"]
         ]
         before, after = content["macs"]
-        return cls([read_edit(x) for x in content["edits"]], rows, (before, after), list(content["notes"]))
+        edits = [read_edit(x) for x in content["edits"]]
+        return cls(edits, rows, (before, after), list(content["notes"]), tuple(content["milliseconds"]))
 
     def left_of_norms(self) -> dict[str, Tensor]:
         """Return of BatchNorms that lost channels, by name, which are left: int64."""

@@ -22,15 +22,17 @@ Only: TypeAlias = Callable[[str, nn.Module], bool]
 LayerChoice: TypeAlias = Only | str | Sequence[str]
 
 
-def selected(argument: str, asked: LayerChoice | None) -> Only | None:
+def selected(argument: str, asked: LayerChoice | None, model: nn.Module) -> Only | None:
     """Make a function of name and module out of names with `*`.
 
     Args:
         argument: whose value it is, for the error.
         asked: such names, a function already, or None.
+        model: whose layers they are.
 
     Raises:
         TypeError: it is none of these.
+        ValueError: no layer has such a name.
     """
     if asked is None or callable(asked):
         return asked
@@ -38,6 +40,12 @@ def selected(argument: str, asked: LayerChoice | None) -> Only | None:
     if not all(isinstance(x, str) for x in names):
         raise TypeError(
             f"prune: expected {argument} to be a function or names such as 'blocks.*', got {asked!r}"
+        )
+    layers = list(prunable(model))
+    if names and not any(fnmatchcase(name, x) for name in layers for x in names):
+        raise ValueError(
+            f"prune: expected {argument} to name layers such as {', '.join(layers[:3])}, got "
+            f"{', '.join(names)}, which none has"
         )
     return lambda name, module: any(fnmatchcase(name, x) for x in names)
 

@@ -19,7 +19,7 @@ from snows.choosing.exchanges import EQUAL, Division, exchanged, settled
 from snows.choosing.widths import Widths
 from snows.networks.channels import Group
 
-WORDS = {"macs": "MACs", "params": "parameters", "bytes": "bytes"}
+WORDS = {"macs": "MACs", "params": "parameters", "bytes": "bytes", "latency": "milliseconds"}
 
 
 def allocate(

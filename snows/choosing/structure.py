@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from snows.choosing.costs import Costs, Of, rank_width
+from snows.choosing.costs import Costs, rank_width
 from snows.choosing.curves import Curve
 from snows.choosing.cuts import Cut
-from snows.choosing.goals import Only, PatternChoice, excluded
-from snows.choosing.orders import ORDERS, Order, curves
+from snows.choosing.goals import Only, excluded
+from snows.choosing.latency import latency
+from snows.choosing.orders import curves
 from snows.choosing.ranks import allowed_ranks, implants, spectra
+from snows.choosing.runtimes import Clock, example_of
 from snows.choosing.shares import allocate
+from snows.choosing.structured import Structured
+from snows.choosing.timed import timed
 from snows.choosing.widths import Widths, given_units
 from snows.matching.consumers import Measured
 from snows.matching.losses import Objective
@@ -25,71 +29,6 @@ from snows.networks.edits import Edit
 from snows.networks.implants import Implant
 from snows.networks.twins import Twins
 from snows.results.structure import GroupReport
-
-Using = Literal["channels", "heads", "neurons", "low-rank"]
-ALL: tuple[Using, ...] = ("channels", "heads", "neurons", "low-rank")
-
-
-@dataclass(frozen=True)
-class Structured:
-    """Ask for whole units to be taken out, so that the network gets smaller.
-
-    Attributes:
-        share: what stays of the network's cost, above 0 and below 1; or by name of a group (see
-            `snows.groups`) the numbers of the units that stay.
-        of: the cost: "macs" (multiplications of one sample, attention's products too), "params" or "bytes".
-        using: what may be taken out.
-        order: how it is found what goes first: "compensated" (what costs least after the rest is fitted),
-            "hap", "fisher", "magnitude", or a function that gives each unit of a `Group` a score, higher
-            stays.
-        multiple: widths are multiples of this, in channels or features.
-        floor: the least share of a group's units that stays.
-        uniform: take the same share from every group.
-        refit: fit what stays by least squares.
-        then: a pattern for the layers of the smaller network.
-
-    Raises:
-        ValueError: a setting is out of range.
-    """
-
-    share: float | Mapping[str, Tensor]
-    of: Of = "macs"
-    using: Sequence[Using] = ALL
-    order: Order = "compensated"
-    multiple: int = 8
-    floor: float = 0.1
-    uniform: bool = False
-    refit: bool = True
-    then: PatternChoice = None
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.share, Mapping) and not (
-            isinstance(self.share, int | float) and 0 < self.share < 1
-        ):
-            raise ValueError(
-                f"Structured: expected a share above 0 and below 1 that stays, got {self.share!r}"
-            )
-        if isinstance(self.share, Mapping) and not self.share:
-            raise ValueError(
-                "Structured: expected the units of at least one group that stay, got none; "
-                "see snows.groups for their names"
-            )
-        if self.of not in ("macs", "params", "bytes"):
-            raise ValueError(f"Structured: expected of to be macs, params or bytes, got {self.of!r}")
-        if isinstance(self.using, str) or not self.using or not set(self.using) <= set(ALL):
-            raise ValueError(
-                f"Structured: expected using to name some of {', '.join(ALL)}, got {self.using!r}"
-            )
-        if self.order not in ORDERS if isinstance(self.order, str) else not callable(self.order):
-            raise ValueError(
-                f"Structured: expected order to be {', '.join(ORDERS)} or a function of a group, got "
-                f"{self.order!r}"
-            )
-        if not (type(self.multiple) is int and self.multiple >= 1 and 0 <= self.floor < 1):
-            raise ValueError(
-                "Structured: expected a multiple of at least 1 and a floor from 0 to below 1, got "
-                f"{self.multiple!r} and {self.floor!r}"
-            )
 
 
 class _Removable(NamedTuple):
@@ -117,17 +56,80 @@ class _Removable(NamedTuple):
 
 
 class _Choice(NamedTuple):
-    """Hold what was chosen to stay.
+    """Hold what was chosen to stay, and the edits that leave it.
 
     Attributes:
         kept: by group that loses units, the numbers of those that stay, int64.
-        ranks: by layer that may get low rank, its rank.
-        curves: by group, what its units were ordered by; empty where they were given.
+        edits: in order.
+        whole: by name, groups that stay whole all the same, with the reason.
+        notes: sentences on what stays.
     """
 
     kept: dict[str, Tensor]
-    ranks: dict[str, int]
+    edits: list[Edit]
+    whole: dict[str, Group]
+    notes: list[str]
+
+
+@dataclass(frozen=True)
+class _Chooser:
+    """Choose what stays of a network.
+
+    Attributes:
+        net: the network.
+        example: one sample.
+        goal: what is asked.
+        removable: what may be taken out.
+        curves: by group, what its units are ordered by; empty where they were given.
+    """
+
+    net: nn.Module
+    example: Batch
+    goal: Structured
+    removable: _Removable
     curves: dict[str, Curve]
+
+    def __call__(self, costs: Costs, share: float) -> _Choice:
+        """Choose by the share of a cost that stays.
+
+        Raises:
+            ValueError: so small a share is not possible.
+        """
+        goal, full = self.goal, self.removable.full
+        widths = allocate(
+            self.removable.free,
+            self.curves,
+            costs,
+            share,
+            goal.of,
+            goal.multiple,
+            goal.floor,
+            goal.uniform,
+            self.removable.ranks,
+        )
+        kept = {x.name: self.curves[x.name].kept(widths[x.name]) for x in self.removable.free}
+        return self.given(kept, {name: widths.get(rank_width(name), most) for name, most in full.items()})
+
+    def given(self, kept: Mapping[str, Tensor], ranks: Mapping[str, int]) -> _Choice:
+        """Choose what is given: by group the units that stay, by layer the rank.
+
+        Raises:
+            ValueError: nothing of it can be cut.
+        """
+        fewer = {
+            x.name: kept[x.name]
+            for x in self.removable.free
+            if x.name in kept and len(kept[x.name]) < x.units
+        }
+        edits: list[Edit] = []
+        whole: dict[str, Group] = {}
+        if fewer:
+            take, whole = proving.proved(self.net, self.example, self.removable.free, fewer)
+            edits.append(take)
+        lower = {name: rank for name, rank in ranks.items() if rank < self.removable.full[name]}
+        thin, notes = implants(self.net, self.example, edits, lower)
+        notes += [f"{x.name} stays whole: {x.reason}." for x in whole.values()]
+        return _Choice(fewer, [*edits, *thin], whole, notes)
 
 
 def decide_cut(
@@ -160,19 +162,33 @@ def decide_cut(
     removable = _removable(net, groups, losses, goal)
     doing("deciding what goes")
     costs = Costs.of(net, example, removable.free, removable.full)
-    choice = _chosen(twins, goal, objective, removable, costs)
-    edits, whole, notes = _edits(net, example, removable, choice)
-    ranks = removable.full | {x.layer: x.rank for x in edits if isinstance(x, Implant)}
+    lost: dict[str, Curve] = {}
+    if removable.free and not isinstance(goal.share, Mapping):
+        measured = Measured(twins.dense, twins.batches, objective.sensitivity)
+        lost = curves(goal.order, measured, removable.free, objective.seed)
+    choose, milliseconds = _Chooser(net, example, goal, removable, lost), tuple[float, ...]()
+    if isinstance(goal.share, Mapping):
+        choice = choose.given(given_units(groups, goal.share), {})
+    elif goal.of == "latency":
+        clock = Clock(twins, example_of(twins.batches[0], goal.images, twins.device), goal.runtime)
+        doing("timing the network and its layers")
+        times = latency(net, clock.example, clock.dense(), removable.free, removable.full, clock.stopwatch)
+        choice, pair, note = timed(clock, times, goal.share, choose, doing)
+        milliseconds = pair.dense, pair.small
+        choice.notes.extend(note)
+    else:
+        choice = choose(costs, goal.share)
+    ranks = removable.full | {x.layer: x.rank for x in choice.edits if isinstance(x, Implant)}
     units = {x.name: x.units for x in groups}
-    units |= {name: len(kept) for name, kept in choice.kept.items() if name not in whole}
-    rows = [_row(whole.get(x.name, x), units[x.name], choice.curves.get(x.name)) for x in groups] + [
+    units |= {name: len(kept) for name, kept in choice.kept.items() if name not in choice.whole}
+    rows = [_row(choice.whole.get(x.name, x), units[x.name], lost.get(x.name)) for x in groups] + [
         GroupReport(name, "low-rank", removable.full[name], rank, float(removable.spectra[name][rank]))
         for name, rank in ranks.items()
         if rank < removable.full[name]
     ]
     widths = units | {rank_width(name): rank for name, rank in ranks.items()}
     macs = round(costs.total("macs")), round(costs.total("macs", widths))
-    return Cut(edits, rows, macs, notes)
+    return Cut(choice.edits, rows, macs, choice.notes, milliseconds)
 
 
 def _removable(
@@ -189,54 +205,9 @@ def _removable(
     if not found.free and not found.ranks:
         said = [f"{x.name}: {x.reason}" for x in groups[:4]] or ["the model has no Linear or Conv2d"]
         if "low-rank" in goal.using:
-            said.append("no layer can become two that are cheaper, such as one that is half of an implant")
+            said.append("of no layer can the rank be lowered so that it gets cheaper")
         raise ValueError(f"prune: no unit can be taken out ({'; '.join(said)})")
     return found
-
-
-def _chosen(
-    twins: Twins, goal: Structured, objective: Objective, removable: _Removable, costs: Costs
-) -> _Choice:
-    """Choose which units and ranks stay: those that were given, or what the share of the cost asks for.
-
-    Raises:
-        ValueError: given units are none of the network, or so small a share is not possible.
-    """
-    free, full = removable.free, removable.full
-    lost: dict[str, Curve] = {}
-    ranks: dict[str, int] = {}
-    if isinstance(goal.share, Mapping):
-        kept = given_units(removable.groups, goal.share)
-    else:
-        if free:
-            measured = Measured(twins.dense, twins.batches, objective.sensitivity)
-            lost = curves(goal.order, measured, free, objective.seed)
-        widths = allocate(
-            free, lost, costs, goal.share, goal.of, goal.multiple, goal.floor, goal.uniform, removable.ranks
-        )
-        kept = {x.name: lost[x.name].kept(widths[x.name]) for x in free}
-        ranks = {name: widths.get(rank_width(name), most) for name, most in full.items()}
-    fewer = {x.name: kept[x.name] for x in free if x.name in kept and len(kept[x.name]) < x.units}
-    return _Choice(fewer, ranks, lost)
-
-
-def _edits(
-    net: nn.Module, example: Batch, removable: _Removable, choice: _Choice
-) -> tuple[list[Edit], dict[str, Group], list[str]]:
-    """Make the edits that leave what was chosen to stay.
-
-    Returns:
-        The edits; by name, groups that stay whole all the same, with the reason; sentences on what stays.
-    """
-    edits: list[Edit] = []
-    whole: dict[str, Group] = {}
-    if choice.kept:
-        take, whole = proving.proved(net, example, removable.free, choice.kept)
-        edits.append(take)
-    lower = {name: rank for name, rank in choice.ranks.items() if rank < removable.full[name]}
-    thin, notes = implants(net, example, edits, lower)
-    notes += [f"{x.name} stays whole: {x.reason}." for x in whole.values()]
-    return [*edits, *thin], whole, notes
 
 
 def _allowed(group: Group, net: nn.Module, goal: Structured, only: Only | None, skip: Only | None) -> Group:

@@ -80,7 +80,8 @@ def given_units(groups: Sequence[Group], kept: Mapping[str, Tensor]) -> dict[str
             or numbers[-1] >= group.units
         ):
             raise ValueError(
-                f"Structured: expected different numbers from 0 to {group.units - 1} of the units of {name} "
+                f"Structured: expected different numbers from 0 to {group.units - 1} of the units of {name}"
+                f"{f', each of {group.each} outputs' if group.each > 1 else ''}, "
                 f"that stay, at least one, got {units.dtype} of shape {tuple(units.shape)}"
                 f"{f' from {int(units.min())} to {int(units.max())}' if whole and len(units) else ''}"
             )

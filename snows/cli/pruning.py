@@ -18,6 +18,15 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+# of the settings of --structured, what they are unless given
+STRUCTURED = {
+    "of": "macs",
+    "using": "channels,heads,neurons,low-rank",
+    "order": "compensated",
+    "multiple": 8,
+    "runtime": "eager",
+    "images": None,
+}
 SAMPLES = 1024  # calibration images, unless another number is asked for
 Rule = Literal[
     "alps",
@@ -43,12 +52,22 @@ def prune(
         str | None, typer.Option(help='"2:4" keeps two of four, "0.7" or "70%" removes that share')
     ] = None,
     structured: Annotated[
-        float | None,
-        typer.Option(help="take whole units out, until this share of the cost stays; --pattern comes after"),
+        str | None,
+        typer.Option(
+            help='"0.5" or "50%": take units out until this share of the cost stays; --pattern comes after'
+        ),
     ] = None,
     of: Annotated[
-        Literal["macs", "params", "bytes"], typer.Option(help="the cost that --structured means")
+        Literal["macs", "params", "bytes", "latency"],
+        typer.Option(help='the cost that --structured means; "latency" is measured here'),
     ] = "macs",
+    runtime: Annotated[
+        Literal["eager", "compile"], typer.Option(help="what --of latency measures the network in")
+    ] = "eager",
+    at_a_time: Annotated[
+        int | None,
+        typer.Option("--at-a-time", min=1, help="images that --of latency measures; by default --batch-size"),
+    ] = None,
     using: Annotated[
         str, typer.Option(help="what --structured may use, with commas between")
     ] = "channels,heads,neurons,low-rank",
@@ -58,7 +77,9 @@ def prune(
     ] = "compensated",
     multiple: Annotated[int, typer.Option(min=1, help="widths are multiples of this")] = 8,
     only: Annotated[str | None, typer.Option(help='layers by name, such as "blocks.*", with commas')] = None,
-    skip: Annotated[str | None, typer.Option(help="layers to leave alone, likewise")] = None,
+    skip: Annotated[
+        str | None, typer.Option(help="layers to leave alone (--structured: whose outputs stay)")
+    ] = None,
     weights: terminal.Weights = None,
     random_weights: terminal.RandomWeights = False,
     select: Annotated[Rule, typer.Option(help="how each layer's mask and first weights are found")] = "alps",
@@ -103,7 +124,9 @@ def prune(
     from snows import memory, sources
     from snows.sources.source import Source
 
-    chosen = _goal(pattern, structured, masks is not None, of, using, order, multiple)
+    chosen = _goal(
+        pattern, structured, masks is not None, of, using, order, multiple, runtime=runtime, images=at_a_time
+    )
     if not (horizon == "end" or (horizon.isascii() and horizon.isdigit())):
         raise ValueError(f'--horizon: expected a number or "end", got {horizon!r}')
     solver = snows.Newton(max_iterations=iterations, passes=passes)
@@ -179,7 +202,14 @@ def prune(
 
 
 def _goal(
-    pattern: str | None, structured: float | None, masks: bool, of: Any, using: str, order: Any, multiple: int
+    pattern: str | None,
+    structured: str | None,
+    masks: bool,
+    of: Any,
+    using: str,
+    order: Any,
+    multiple: int,
+    **timed: Any,
 ) -> Any:
     """Read what is asked: a pattern, units that go, or both."""
     import snows
@@ -188,13 +218,27 @@ def _goal(
     then = parse_pattern(pattern) if pattern is not None else None
     if structured is not None:
         kinds: Any = _names(using)
-        return snows.Structured(structured, of, kinds, order, multiple, then=then)
+        return snows.Structured(_share(structured), of, kinds, order, multiple, then=then, **timed)
+    given = {"of": of, "using": using, "order": order, "multiple": multiple, **timed}
+    if others := [name for name, value in given.items() if value != STRUCTURED[name]]:
+        raise ValueError(
+            f"--{others[0].replace('images', 'at-a-time')}: expected --structured with a share beside it; a "
+            "pattern alone does not use it"
+        )
     if then is None and not masks:
         raise ValueError(
             "--pattern: expected one such as 2:4 or 0.7, or --structured with a share, got neither (only "
             "--masks can do without)"
         )
     return then
+
+
+def _share(text: str) -> float:
+    """Read a share such as 0.5 or 50%."""
+    try:
+        return float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        raise ValueError(f"--structured: expected a share such as 0.5 or 50%, got {text}") from None
 
 
 def _names(text: str | None) -> tuple[str, ...] | None:

@@ -136,7 +136,7 @@ class Twins:
                 net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
             with torch.no_grad():
                 first.through(self.sparse)
-        except RuntimeError:  # a view that needs the other layout
+        except Exception:  # a view that needs the other layout; what else it may be, the trace says
             for net in (self.sparse, self.dense):
                 net.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
 

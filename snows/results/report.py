@@ -108,6 +108,7 @@ class Report(Record):
         stages: of making the network smaller, in order.
         macs: multiplications of one sample, before and after; empty where nothing was taken out.
         parameters: before and after; empty where nothing was taken out.
+        dense_ms, small_ms: milliseconds before and after, where a share of them was asked for; else NaN.
     """
 
     rows: ClassVar[dict[str, type]] = {"layers": LayerReport, "groups": GroupReport, "stages": StageReport}
@@ -119,6 +120,8 @@ class Report(Record):
     stages: list[StageReport] = field(default_factory=list)
     macs: tuple[int, ...] = ()
     parameters: tuple[int, ...] = ()
+    dense_ms: float = math.nan
+    small_ms: float = math.nan
 
     @property
     def zeros(self) -> int:
@@ -180,6 +183,9 @@ class Report(Record):
                 f"{now / 1e6:.4g} of {before / 1e6:.4g} million {what} ({100 * now / before:.1f} %)"
                 for what, (before, now) in (("MACs", self.macs), ("parameters", self.parameters))
             )
+        if self.small_ms == self.small_ms:
+            share = 100 * self.small_ms / self.dense_ms
+            smaller = f"{self.small_ms:.3g} of {self.dense_ms:.3g} ms ({share:.1f} %), {smaller}"
         if smaller and not self.zeros:
             return f"{smaller}; {self.seconds + sum(x.seconds for x in self.stages):.1f} s"
         return (f"{smaller}; " if smaller else "") + (

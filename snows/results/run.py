@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -34,7 +35,10 @@ RESULTS = (
 )  # of a finished run
 LOCK = "run.lock"
 PLAN = "plan.json"  # of a structured run: what was taken out
-_CALLED = {"data": "set of calibration data (is it shuffled anew each time?)"}
+_CALLED = {
+    "data": "set of calibration data (is it shuffled anew each time?)",
+    "layers": "choice of layers (only, skip)",
+}
 
 
 class Run:
@@ -118,6 +122,10 @@ class Run:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if kind is not None and not (self.folder / PLAN).exists():
+            with suppress(OSError):  # there is a finished layer
+                (self.folder / "layers").rmdir()
+                (self.folder / "run.json").unlink()  # nothing was done: the folder is free for another try
         self._lock.release()
 
     def _layer(self, key: str) -> Path:

@@ -1,0 +1,111 @@
+"""Whole networks timed beside each other, in the runtime that they are made for."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import nn
+
+from snows.choosing.compiling import frozen
+from snows.choosing.measuring import Stopwatch
+from snows.networks.batches import Batch
+from snows.networks.copies import as_it_came
+from snows.networks.edits import Edit
+from snows.networks.layers import copied
+from snows.networks.twins import Twins
+
+Runtime = Literal["eager", "compile"]
+RUNTIMES: tuple[Runtime, ...] = ("eager", "compile")
+
+
+class Pair(NamedTuple):
+    """Hold what the dense network and a smaller one took, in turns.
+
+    Attributes:
+        dense, small: median milliseconds.
+        share: median of the rounds' quotients.
+        spread: what lies between the quotients' quartiles, relative to their median.
+    """
+
+    dense: float
+    small: float
+    share: float
+    spread: float
+
+
+@dataclass
+class Clock:
+    """Time a network as it came, and cut copies of it.
+
+    Attributes:
+        twins: of the network.
+        example: what is run, on the network's device.
+        runtime: "eager", or "compile": `torch.compile` with constant weights.
+        stopwatch: that times calls in turns.
+    """
+
+    twins: Twins
+    example: Batch
+    runtime: Runtime
+    stopwatch: Stopwatch = field(default_factory=Stopwatch)
+
+    def __post_init__(self) -> None:
+        self._dense = self._ready(self.twins.sparse, [])
+
+    def dense(self) -> float:
+        """Return the median milliseconds of the network as it came."""
+        with torch.no_grad():
+            return self.stopwatch.network([partial(self.example.through, self._dense)]).medians[0]
+
+    def beside(self, edits: Sequence[Edit]) -> Pair:
+        """Time the network as it came and one with edits, in turns."""
+        nets = self._dense, self._ready(self.twins.sparse, edits)
+        with torch.no_grad():
+            race = self.stopwatch.network([partial(self.example.through, x) for x in nets])
+        low, share, high = statistics.quantiles([small / dense for dense, small in race.rounds], n=4)
+        dense, small = race.medians
+        return Pair(dense, small, share, (high - low) / share)
+
+    def _ready(self, net: nn.Module, edits: Sequence[Edit]) -> nn.Module:
+        """Return a copy with edits, as a user would run it."""
+        net = copied(net)
+        for edit in edits:
+            edit.apply(net)
+        net = as_it_came(net, self.twins.model, (), {})
+        if self.runtime == "eager":
+            return net
+        compiled = frozen(net, self.example)
+        if compiled is None:
+            raise ValueError(
+                "prune: torch.compile cannot compile this network here, without a C++ compiler for example; "
+                'ask for the milliseconds of runtime="eager"'
+            )
+        return compiled
+
+
+def example_of(batch: Batch, images: int | None, device: torch.device) -> Batch:
+    """Return the batch that is timed: so many samples, repeated where there are fewer.
+
+    Args:
+        batch: of the calibration.
+        images: how many; None for as many as it has.
+        device: of the network.
+
+    Raises:
+        ValueError: its tensors are no samples, so that no other number of them can be made.
+    """
+    batch, have = batch.to(device), batch.samples()
+    if images is None or images == have:
+        return batch
+    if images < have:
+        return batch.split(images)[0]
+
+    def longer(x: Any) -> Any:
+        return torch.cat([x] * -(-images // have))[:images] if x.ndim and len(x) == have else x
+
+    return batch.map(longer)
