@@ -130,6 +130,10 @@ class Shaping:
         taken = loss < least or not math.isfinite(least)
         if not taken:
             net.load_state_dict(before)
+            self.twins.notes.append(
+                f"{name} did not lower the loss on the samples held back and was undone"
+                f"{', also where a layer says that it lowered its own' if name == 'Newton' else ''}."
+            )
         self.stages.append(StageReport(name, loss, taken, time.perf_counter() - began))
         return result
 

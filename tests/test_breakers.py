@@ -344,7 +344,7 @@ def interrupted(net, batches, folder):
             raise StopError
         return snows.magnitude(weight, statistics, pattern)
 
-    twice.__name__ = "magnitude"
+    twice.__name__, twice.__module__ = "magnitude", snows.magnitude.__module__
     with pytest.raises(StopError):
         quiet(net, batches, NM(2, 4), select=twice, out=folder)
 

@@ -297,7 +297,7 @@ def test_a_run_that_was_stopped_goes_on_and_ends_with_the_same_bits(tmp_path, da
             raise StopError
         return snows.magnitude(weight, statistics, pattern)
 
-    only_twice.__name__ = "magnitude"
+    only_twice.__name__, only_twice.__module__ = "magnitude", snows.magnitude.__module__
     with pytest.raises(StopError):
         quiet(net, batches, NM(2, 4), out=tmp_path / "part", select=only_twice)
     assert len(list((tmp_path / "part" / "layers").iterdir())) == 2

@@ -61,6 +61,11 @@ class Group:
     follows: tuple[Follow, ...] = ()
     reason: str = ""
 
+    def __repr__(self) -> str:
+        why = f", {self.reason}" if self.reason else ""
+        each = f" of {self.each} outputs each" if self.each > 1 else ""
+        return f"Group({self.name}: {self.units} {self.kind}{each}{why})"
+
     @property
     def units(self) -> int:
         """How many units there are."""
