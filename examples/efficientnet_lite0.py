@@ -135,6 +135,8 @@ def main() -> None:
         return dict(zip(COLUMNS, (pattern, method, *values), strict=True))
 
     rows = [row("dense", "", dense, 0.0)]
+    if "macs" in args.patterns:
+        rows[0]["MACs"] = 100.0
     for pattern in args.patterns.split(","):
         for method, make in methods(pattern).items():
             began = time.perf_counter()
