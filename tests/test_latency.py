@@ -130,13 +130,13 @@ def test_a_layer_of_low_rank_costs_its_two_thin_ones():
 class Biased:
     """Times networks that take a power of the share that was predicted."""
 
-    def __init__(self, power, spread=0.0):
-        self.power, self.spread, self.seen = power, spread, []
+    def __init__(self, power, error=0.0):
+        self.power, self.error, self.seen = power, error, []
 
     def beside(self, edits):
         self.seen.append(edits[0])
         share = edits[0] ** self.power
-        return Pair(10.0, 10.0 * share, share, self.spread)
+        return Pair(10.0, 10.0 * share, share, self.error)
 
 
 class Asked(tuple):
@@ -172,7 +172,7 @@ def test_what_cannot_be_reached_is_said():
 
 
 def test_times_that_scatter_are_near_enough_sooner():
-    clock = Biased(0.9, spread=0.5)
+    clock = Biased(0.9, error=0.25)
     timed(clock, None, 0.5, choose, lambda text: None)
     assert len(clock.seen) == 1
 

@@ -29,13 +29,14 @@ class Pair(NamedTuple):
     Attributes:
         dense, small: median milliseconds.
         share: median of the rounds' quotients.
-        spread: what lies between the quotients' quartiles, relative to their median.
+        error: how far that median may be off, relative to it: ``1.57 (q₃ - q₁) / √n`` of n rounds (McGill et
+            al. 1978).
     """
 
     dense: float
     small: float
     share: float
-    spread: float
+    error: float
 
 
 @dataclass
@@ -69,7 +70,7 @@ class Clock:
             race = self.stopwatch.network([partial(self.example.through, x) for x in nets])
         low, share, high = statistics.quantiles([small / dense for dense, small in race.rounds], n=4)
         dense, small = race.medians
-        return Pair(dense, small, share, (high - low) / share)
+        return Pair(dense, small, share, 1.57 * (high - low) / share / len(race.rounds) ** 0.5)
 
     def _ready(self, net: nn.Module, edits: Sequence[Edit]) -> nn.Module:
         """Return a copy with edits, as a user would run it."""

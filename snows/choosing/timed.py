@@ -9,7 +9,7 @@ from snows.choosing.costs import Costs
 from snows.choosing.runtimes import Clock, Pair
 from snows.networks.edits import Edit
 
-NEAR = 0.03  # of the share asked for, or the spread of the times if that is more: near enough
+NEAR = 0.03  # of the share asked for, or how far off its time may be if that is more: near enough
 TRIES = 5
 
 
@@ -63,13 +63,13 @@ def timed(
         pair = clock.beside(choice.edits)
         if best is None or _distance(pair.share, share) < _distance(best[1].share, share):
             best = choice, pair
-        if abs(pair.share / share - 1) <= max(NEAR, pair.spread / 2):
+        if abs(pair.share / share - 1) <= max(NEAR, pair.error):
             break
         asked = min(asked * share / pair.share, 0.999)
     assert best is not None
     choice, pair = best
     notes = []
-    if abs(pair.share / share - 1) > max(NEAR, pair.spread / 2):
+    if abs(pair.share / share - 1) > max(NEAR, pair.error):
         notes.append(
             f"{100 * share:g} % of the milliseconds were asked for; the network that came nearest takes "
             f"{100 * pair.share:.1f} %."
