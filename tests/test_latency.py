@@ -136,7 +136,7 @@ class Biased:
     def beside(self, edits):
         self.seen.append(edits[0])
         share = edits[0] ** self.power
-        return Pair(10.0, 10.0 * share, share, self.error)
+        return Pair(10.0, share, self.error)
 
 
 class Asked(tuple):

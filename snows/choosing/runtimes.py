@@ -27,16 +27,20 @@ class Pair(NamedTuple):
     """Hold what the dense network and a smaller one took, in turns.
 
     Attributes:
-        dense, small: median milliseconds.
+        dense: the dense network's median milliseconds.
         share: median of the rounds' quotients.
         error: how far that median may be off, relative to it: ``1.57 (q₃ - q₁) / √n`` of n rounds (McGill et
             al. 1978).
     """
 
     dense: float
-    small: float
     share: float
     error: float
+
+    @property
+    def small(self) -> float:
+        """The smaller network's milliseconds: its share of the dense network's."""
+        return self.dense * self.share
 
 
 @dataclass
@@ -69,8 +73,7 @@ class Clock:
         with torch.no_grad():
             race = self.stopwatch.network([partial(self.example.through, x) for x in nets])
         low, share, high = statistics.quantiles([small / dense for dense, small in race.rounds], n=4)
-        dense, small = race.medians
-        return Pair(dense, small, share, 1.57 * (high - low) / share / len(race.rounds) ** 0.5)
+        return Pair(race.medians[0], share, 1.57 * (high - low) / share / len(race.rounds) ** 0.5)
 
     def _ready(self, net: nn.Module, edits: Sequence[Edit]) -> nn.Module:
         """Return a copy with edits, as a user would run it."""
