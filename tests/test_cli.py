@@ -15,6 +15,7 @@ from models import QUICK, small
 from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file, save_file
+from test_latency import Counting
 from torch import nn
 
 import snows
@@ -63,6 +64,63 @@ def pictures(tmp_path):
             )
     (folder / "cat" / "broken.jpg").write_bytes(b"not a picture")
     return folder
+
+
+@pytest.mark.parametrize(("share", "of"), [("70%", "macs"), ("0.7", "params"), ("0.8", "latency")])
+def test_prune_takes_units_out(monkeypatch, capsys, tmp_path, pictures, share, of):
+    command = [
+        "prune",
+        "--model",
+        "test_cli:tiny",
+        "--data",
+        pictures,
+        "--crop",
+        32,
+        "--out",
+        tmp_path / "run",
+    ]
+    if of == "latency":
+        monkeypatch.setattr(Stopwatch, "race", Counting.race)  # milliseconds by multiplications
+    code, text = run(monkeypatch, capsys, *command, "--structured", share, "--of", of, "--multiple", 1)
+    assert code == 0, text
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    costs = {"macs": report["macs"], "params": report["parameters"]}.get(
+        of, [report["dense_ms"], report["small_ms"]]
+    )
+    assert 0 < costs[1] < costs[0]
+    if of != "latency":
+        assert costs[1] <= float(share.removesuffix("%")) * (0.01 if "%" in share else 1) * costs[0]
+    network = snows.load(tmp_path / "run" / "model.safetensors", tiny())
+    assert sum(x.numel() for x in network.parameters()) < sum(x.numel() for x in tiny().parameters())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--pattern", "2:4", "--of", "params"], "--of: expected --structured with a share beside it"),
+        (["--pattern", "2:4", "--using", "channels"], "--using: expected --structured"),
+        (["--pattern", "2:4", "--order", "hap"], "--order: expected --structured"),
+        (["--pattern", "2:4", "--at-a-time", "8"], "--at-a-time: expected --structured"),
+        (["--structured", "half"], "--structured: expected a share such as 0.5 or 50%, got half"),
+        (["--structured", "150%"], "expected a share above 0 and below 1 that stays, got 1.5"),
+    ],
+)
+def test_options_that_do_not_belong_together(monkeypatch, capsys, tmp_path, pictures, options, message):
+    command = [
+        "prune",
+        "--model",
+        "test_cli:tiny",
+        "--data",
+        pictures,
+        "--crop",
+        32,
+        "--out",
+        tmp_path / "run",
+    ]
+    code, text = run(monkeypatch, capsys, *command, *options)
+    assert code == 2
+    assert message in " ".join(text.split())
+    assert not (tmp_path / "run" / "run.json").exists()
 
 
 def test_prune_eval_report_and_resume(monkeypatch, capsys, tmp_path, pictures):
