@@ -73,18 +73,18 @@ class Costs:
         groups, ranks = [x for x in groups if not x.reason], ranks or {}
         one = batch.split(1)[0].to(next(net.parameters()).device)
         counts, samples = products.count(net, one), one.samples()
-        shares_of = parts(net, groups)
+        sides = parts(net, groups)
         tensors = dict(net.named_parameters()) | dict(net.named_buffers())
         trained = dict(net.named_parameters())
         weights = dict(counts.weights)
         terms: list[Term] = []
         for name, x in tensors.items():
-            sizes = weights.pop(name, 0) / samples, x.numel() if name in trained else 0, x.nbytes, 0.0
+            sizes = weights.pop(name, 0) / samples, x.numel() if name in trained else 0, x.nbytes
             dims = {
                 dim: {group.name: table(group.units, share) for group, share in shares}
-                for dim, shares in shares_of.get(id(x), {}).items()
+                for dim, shares in sides.get(id(x), {}).items()
             }
-            whole, layer = Term(name, *sizes, tuple(dims.values())), name.removesuffix(".weight")
+            whole, layer = Term(name, *sizes, factors=tuple(dims.values())), name.removesuffix(".weight")
             terms += _thin(whole, layer, x, dims, ranks[layer]) if layer in ranks else [whole]
         terms += [Term(name, macs / samples) for name, macs in weights.items()]
         factors = defaultdict[tuple[str, int], list[Factor]](list)
