@@ -212,6 +212,20 @@ def test_settings_out_of_range(wrong):
         Structured(0.5, of="latency", **wrong)
 
 
+class Lists(torch.nn.Conv2d):
+    """Says its settings in lists."""
+
+    def _conv_forward(self, x, weight, bias):
+        return F.conv2d(x, weight, bias, list(self.stride), list(self.padding))
+
+
+def test_settings_in_lists_are_timed_too():
+    net = torch.nn.Sequential(Lists(4, 6, 3, 2, 1)).eval()
+    ((shape, size),) = shapes(net, Batch.of(torch.zeros(1, 4, 8, 8)))["0"]
+    assert size == shape.call(1, 1, torch.zeros(1))().numel() == 6 * 4 * 4
+    assert Times(torch.zeros(1), Counting()).of(shape).at(1, 1) > 0
+
+
 def test_shapes_tell_layouts_apart():
     net = torch.nn.Sequential(torch.nn.Conv2d(4, 4, 3)).eval()
     x = torch.zeros(1, 4, 8, 8)

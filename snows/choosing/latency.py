@@ -159,7 +159,8 @@ def _shape(layer: Layer, x: torch.Size, stride: tuple[int, ...], settings: Mappi
         return Shape(inputs, outputs, tuple(x), len(x) - 1, True)
     dim = len(x) - 3
     kernel = tuple(layer.weight.shape[2:])
-    return Shape(inputs, outputs, tuple(x), dim, stride[dim] == 1, kernel, tuple(settings.items()))
+    hashable = tuple((key, tuple(x) if isinstance(x, list) else x) for key, x in settings.items())
+    return Shape(inputs, outputs, tuple(x), dim, stride[dim] == 1, kernel, hashable)
 
 
 def latency(
