@@ -66,22 +66,27 @@ def pictures(tmp_path):
     return folder
 
 
+def prune_tiny(pictures, folder):
+    """The command that prunes `tiny` into a folder's `run`, without what is asked."""
+    out = ("--out", folder / "run")
+    return ("prune", "--model", "test_cli:tiny", "--data", pictures, "--crop", 32, *out)
+
+
 @pytest.mark.parametrize(("share", "of"), [("70%", "macs"), ("0.7", "params"), ("0.8", "latency")])
 def test_prune_takes_units_out(monkeypatch, capsys, tmp_path, pictures, share, of):
-    command = [
-        "prune",
-        "--model",
-        "test_cli:tiny",
-        "--data",
-        pictures,
-        "--crop",
-        32,
-        "--out",
-        tmp_path / "run",
-    ]
     if of == "latency":
         monkeypatch.setattr(Stopwatch, "race", Counting.race)  # milliseconds by multiplications
-    code, text = run(monkeypatch, capsys, *command, "--structured", share, "--of", of, "--multiple", 1)
+    code, text = run(
+        monkeypatch,
+        capsys,
+        *prune_tiny(pictures, tmp_path),
+        "--structured",
+        share,
+        "--of",
+        of,
+        "--multiple",
+        1,
+    )
     assert code == 0, text
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     costs = {"macs": report["macs"], "params": report["parameters"]}.get(
@@ -106,18 +111,7 @@ def test_prune_takes_units_out(monkeypatch, capsys, tmp_path, pictures, share, o
     ],
 )
 def test_options_that_do_not_belong_together(monkeypatch, capsys, tmp_path, pictures, options, message):
-    command = [
-        "prune",
-        "--model",
-        "test_cli:tiny",
-        "--data",
-        pictures,
-        "--crop",
-        32,
-        "--out",
-        tmp_path / "run",
-    ]
-    code, text = run(monkeypatch, capsys, *command, *options)
+    code, text = run(monkeypatch, capsys, *prune_tiny(pictures, tmp_path), *options)
     assert code == 2
     assert message in " ".join(text.split())
     assert not (tmp_path / "run" / "run.json").exists()

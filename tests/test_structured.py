@@ -1,7 +1,10 @@
 """Structured pruning from end to end: what goes, what the report says, interruptions, and what bad input gets."""
 
 import copy
+import os
 import re
+import subprocess
+import sys
 from functools import partial
 
 import pytest
@@ -166,6 +169,32 @@ def test_another_function_of_the_same_name_is_not_mixed_in(net, batches, tmp_pat
     bare(half(order=ranked(1), refit=False), resume=True)  # the same again
     with pytest.raises(ValueError, match=r"resume: .* another pattern"):
         bare(half(order=ranked(-1), refit=False), resume=True)
+
+
+def test_a_functions_name_is_the_same_in_every_process():
+    script = """
+from snows.choosing.asked import _name
+def outer():
+    def rule(group):
+        return group.kind in {"channels", "heads", "neurons", "others"} and later(group)
+    name = _name(rule)  # before `later` is there
+    def later(group):
+        return 1
+    return name
+print(outer())
+"""
+    names = {
+        subprocess.run(
+            [sys.executable, "-c", script],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in "123"
+    }
+    assert len(names) == 1
+    assert names.pop().startswith("<rule ")
 
 
 def test_a_refused_share_leaves_the_folder_free(net, batches, tmp_path):

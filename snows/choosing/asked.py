@@ -6,7 +6,7 @@ import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, fields
 from functools import partial
-from types import CodeType, FunctionType
+from types import CellType, CodeType, FunctionType
 from typing import Any
 
 from torch import Tensor, nn
@@ -65,14 +65,26 @@ def _name(select: Any) -> str:
     if isinstance(select, Mapping | nn.Module):
         return "masks"
     name: str = getattr(select, "__name__", type(select).__name__)
-    if not isinstance(select, FunctionType) or select.__module__.partition(".")[0] == "snows":
+    if not isinstance(select, FunctionType) or (select.__module__ or "").partition(".")[0] == "snows":
         return name
-    cells = tuple(x.cell_contents for x in select.__closure__ or ())
-    given = [x for x in (*(select.__defaults__ or ()), *cells) if isinstance(x, int | float | str)]
+    used = [*(select.__defaults__ or ()), *map(_content, select.__closure__ or ())]
+    given = [x for x in used if isinstance(x, int | float | str)]
     return f"<{name.strip('<>')} {zlib.crc32(repr((_code(select.__code__), given)).encode()):x}>"
 
 
 def _code(code: CodeType) -> tuple[Any, ...]:
     """Write down what a function computes, the same in every process of one Python."""
-    constants = [_code(x) if isinstance(x, CodeType) else repr(x) for x in code.co_consts]
-    return code.co_code, code.co_names, constants
+    return code.co_code, code.co_names, [_constant(x) for x in code.co_consts]
+
+
+def _constant(x: Any) -> Any:
+    if isinstance(x, CodeType):
+        return _code(x)
+    return sorted(map(repr, x)) if isinstance(x, frozenset) else repr(x)  # a set's order is the process's own
+
+
+def _content(cell: CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # nothing is in it yet
+        return None

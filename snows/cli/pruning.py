@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -18,15 +19,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-# of the settings of --structured, what they are unless given
-STRUCTURED = {
-    "of": "macs",
-    "using": "channels,heads,neurons,low-rank",
-    "order": "compensated",
-    "multiple": 8,
-    "runtime": "eager",
-    "images": None,
-}
 SAMPLES = 1024  # calibration images, unless another number is asked for
 Rule = Literal[
     "alps",
@@ -219,11 +211,13 @@ def _goal(
     if structured is not None:
         kinds: Any = _names(using)
         return snows.Structured(_share(structured), of, kinds, order, multiple, then=then, **timed)
-    given = {"of": of, "using": using, "order": order, "multiple": multiple, **timed}
-    if others := [name for name, value in given.items() if value != STRUCTURED[name]]:
+    given = {"of": of, "using": using, "order": order, "multiple": multiple}
+    given |= {"runtime": timed["runtime"], "at_a_time": timed["images"]}
+    usual = inspect.signature(prune).parameters
+    if others := [name for name, value in given.items() if value != usual[name].default]:
         raise ValueError(
-            f"--{others[0].replace('images', 'at-a-time')}: expected --structured with a share beside it; a "
-            "pattern alone does not use it"
+            f"--{others[0].replace('_', '-')}: expected --structured with a share beside it; a pattern alone "
+            "does not use it"
         )
     if then is None and not masks:
         raise ValueError(
