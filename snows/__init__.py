@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 from snows import build
 
 if TYPE_CHECKING:
+    from snows.choosing.budgets import Budget, Structured
     from snows.deployment import Deployed, deploy
     from snows.evaluation import evaluate
+    from snows.frontiers import frontier, measure
     from snows.layers import SparseConv2d, SparseLinear
     from snows.matching.losses import Matching
     from snows.networks.masks import mask_of
@@ -31,9 +33,10 @@ build.warn()
 _MODULES = {
     "deployment": ["Deployed", "deploy"],
     "evaluation": ["evaluate"],
+    "frontiers": ["frontier", "measure"],
     "layers": ["SparseConv2d", "SparseLinear"],
     "matching.losses": ["Matching"],
-    "choosing.structured": ["Structured"],
+    "choosing.budgets": ["Budget", "Structured"],
     "networks.channels": ["Group"],
     "networks.masks": ["mask_of"],
     "pruning": ["Pruned", "prune"],
@@ -47,6 +50,7 @@ _HOMES = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
     "NM",
+    "Budget",
     "Deployed",
     "Group",
     "Matching",
@@ -59,11 +63,13 @@ __all__ = [
     "alps",
     "deploy",
     "evaluate",
+    "frontier",
     "groups",
     "least_squares",
     "load",
     "magnitude",
     "mask_of",
+    "measure",
     "parse_pattern",
     "prune",
     "save",

@@ -18,11 +18,11 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from snows import build, memory, zoo
+from snows.choosing.budgets import UNITS, Structured
 from snows.choosing.compiling import frozen
 from snows.choosing.cuts import Cut
 from snows.choosing.measuring import Stopwatch
 from snows.choosing.packing import nbytes
-from snows.choosing.structured import ALL, Structured
 from snows.deployment import Deployed, deploy
 from snows.evaluation import Scores, evaluate, logits_of
 from snows.matching.normalisation import recalibrate_statistics
@@ -255,7 +255,7 @@ def _by_magnitude(name: str, dense: nn.Module, goal: Goal, batches: Sequence[Ten
     left: dict[str, Tensor] = {}
     with judge.timed("pruning"):
         if isinstance(goal, Structured):
-            goal = replace(goal, using=ALL[:3], order="magnitude", uniform=True, refit=False)
+            goal = replace(goal, using=UNITS, order="magnitude", uniform=True, refit=False)
         given = prune(dense, batches, goal, select=magnitude, solver=None, recalibrate=False, progress=False)
         net = given.network
         if given.edits:  # as it is cut, without the intercepts that are fitted to it

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from snows.choosing.after import after_cut
 from snows.choosing.asked import settings
+from snows.choosing.budgets import Budget
 from snows.choosing.goals import Choosing, LayerChoice, Only, PatternChoice, check_goal, excluded, selected
-from snows.choosing.plan import Choice, Plan, checked, decide, refitted
-from snows.choosing.structured import Structured
+from snows.choosing.plan import Choice, Plan, checked, decide
 from snows.matching.fitting import fit
 from snows.matching.losses import Matching, Objective
 from snows.matching.normalisation import recalibrate_statistics
@@ -63,7 +64,7 @@ class Pruned:
 def prune(
     model: nn.Module,
     batches: Iterable[Any],
-    pattern: PatternChoice | Structured,
+    pattern: PatternChoice | Budget,
     *,
     select: Choosing | Pruned = alps,
     solver: Newton | None = Newton(),
@@ -86,7 +87,8 @@ def prune(
             with fewer than four) is held back: each layer keeps the weight that is best there.
         pattern: for all layers, by layer name, or a function of name and module that may return None for
             dense. An `Unstructured` given alone is one exact budget over the prunable weights. None with
-            masks from elsewhere. A `Structured` takes whole units out, so that the network gets smaller.
+            masks from elsewhere. A `Budget` says what stays of a cost, by whatever loses least; a
+            `Structured` is one that takes whole units out, so that the network gets smaller.
         select: a rule, masks by layer name (bool, weight.shape), or a network that is already pruned, also as
             what `prune` returned. By default ALPS: a mask by ADMM and least squares on it.
         solver: Newton's settings; None keeps what `select` gives.
@@ -109,10 +111,10 @@ def prune(
         ValueError: an argument does not fit; the sentence says which, and what to do.
     """
     select = select.network if isinstance(select, Pruned) else select
-    goal = pattern if isinstance(pattern, Structured) else None
+    goal = pattern if isinstance(pattern, Budget) else None
     check_goal(pattern if goal is None else goal.then, select, cap, goal is None)
     _check_settings(solver, matching, out, resume, seed)
-    if goal is not None and goal.then is None and select is not alps:
+    if goal is not None and goal.then is None and not goal.masks and select is not alps:
         raise ValueError(
             "prune: select chooses masks, and a Structured without then= asks for none; leave select out, or "
             "name a pattern with then="
@@ -121,9 +123,7 @@ def prune(
         tell.doing("checking and tracing the network")
         twins = Twins(model, batches)
         only, skip = selected("only", only, twins.sparse), selected("skip", skip, twins.sparse)
-        plan = (
-            Plan({}) if isinstance(pattern, Structured) else decide(twins, pattern, select, only, skip, cap)
-        )
+        plan = Plan({}) if isinstance(pattern, Budget) else decide(twins, pattern, select, only, skip, cap)
         layers = list(plan.patterns) if goal is None else _allowed(twins.sparse, only, skip)
         asked = settings(pattern, select, solver, matching, cap, recalibrate, seed, plan, layers)
         opened = (
@@ -135,12 +135,13 @@ def prune(
             shaping = Shaping(twins, Objective(twins, matching, seed), run, tell, recalibrate)
             if goal is not None:
                 shaping.reduce(goal, only, skip)
-                plan = _plan_then(twins, goal, select, only, skip, cap, solver)
+                patterns, fits = shaping.cut.patterns, solver is not None
+                plan = after_cut(twins, goal, patterns, select, only, skip, cap, fits)
             objective = Objective(twins, matching, seed, None if goal is None else twins.sparse)
             if goal is not None and solver is not None and matching.metric == "output":
                 _ = objective.sensitivity  # of the network before the walk, also where a run goes on in it
             walk = _Walk(twins, objective, solver, run, seed, tell)
-            if goal is not None and goal.then is None and plan.choices:
+            if goal is not None and all(x.select is None for x in plan.choices.values()) and plan.choices:
                 rows = shaping.staged("Newton", lambda: walk.through(plan, recalibrate, shaping.left))
             else:
                 rows = walk.through(plan, recalibrate, shaping.left)
@@ -154,21 +155,6 @@ def prune(
 def _allowed(net: nn.Module, only: Only | None, skip: Only | None) -> list[str]:
     """List the layers that `only` and `skip` leave to be made smaller."""
     return [name for name, layer in prunable(net).items() if not excluded(name, layer, only, skip)]
-
-
-def _plan_then(
-    twins: Twins,
-    goal: Structured,
-    select: Choosing,
-    only: Only | None,
-    skip: Only | None,
-    cap: float,
-    solver: Newton | None,
-) -> Plan:
-    """Decide what becomes of the layers of a cut network: the pattern that was asked for, or a new fit."""
-    if goal.then is not None:
-        return decide(twins, goal.then, select, only, skip, cap)
-    return refitted(twins) if solver is not None else Plan({})
 
 
 @dataclass(frozen=True)

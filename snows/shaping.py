@@ -11,10 +11,10 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from snows.choosing.budgets import Budget
 from snows.choosing.cuts import Cut
+from snows.choosing.deciding import decide_cut
 from snows.choosing.goals import Only
-from snows.choosing.structure import decide_cut
-from snows.choosing.structured import Structured
 from snows.matching.compensation import Intercept, compensate, compensate_thin, unchanged
 from snows.matching.losses import LayerLosses, Objective
 from snows.matching.mismatch import mismatch
@@ -29,7 +29,7 @@ from snows.networks.sites import Site
 from snows.networks.twins import Twins
 from snows.results.progress import Tell
 from snows.results.report import LayerReport, Report
-from snows.results.run import Run
+from snows.results.run import TIMES, Run
 from snows.results.structure import StageReport
 
 Result = TypeVar("Result")
@@ -83,7 +83,7 @@ class Shaping:
         """Of BatchNorms that lost channels, by name, which are left."""
         return self.cut.left_of_norms()
 
-    def reduce(self, goal: Structured, only: Only | None, skip: Only | None) -> None:
+    def reduce(self, goal: Budget, only: Only | None, skip: Only | None) -> None:
         """Take out what the goal asks for, and fit what stays: the intercepts alone, then the weights too."""
         twins, stored = self.twins, self.run.decided() if self.run is not None else None
         if twins.carried:
@@ -95,9 +95,13 @@ class Shaping:
             self.cut = decide_cut(twins, goal, only, skip, self.objective, self.tell.doing)
             if self.run is not None:
                 self.run.decide(self.cut.described())
+                if self.cut.timetable is not None:
+                    self.cut.timetable.save(self.run.folder / TIMES)
         else:
             self.cut = Cut.read(stored)
         twins.notes += self.cut.notes
+        if not self.cut.edits:
+            return
         left, sources = self.cut.left_of_layers(twins.dense), self.cut.sources()
         self.staged("cut", lambda: twins.apply(self.cut.edits, left, sources))
         self.staged("means", lambda: self._sweep("means", False))
@@ -106,7 +110,7 @@ class Shaping:
 
     def reported(self, report: Report) -> Report:
         """Add groups and stages to a report; of a network that was not cut there are none."""
-        if not self.stages:
+        if not self.cut.groups:
             return report
         sizes = tuple(
             sum(p.numel() for p in net.parameters()) for net in (self.twins.dense, self.twins.sparse)

@@ -132,7 +132,7 @@ class NM:
 class Unstructured:
     """Keep the share `1 - sparsity` of a tensor's weights, to the nearest whole weight.
 
-    Given to `prune` alone it is one exact budget over all prunable weights; see `choosing.budgets`.
+    Given to `prune` alone it is one exact budget over all prunable weights; see `choosing.zeros`.
 
     Raises:
         ValueError: not 0 < sparsity < 1.

@@ -102,12 +102,23 @@ def test_prune_takes_units_out(monkeypatch, capsys, tmp_path, pictures, share, o
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--pattern", "2:4", "--of", "params"], "--of: expected --structured with a share beside it"),
-        (["--pattern", "2:4", "--using", "channels"], "--using: expected --structured"),
-        (["--pattern", "2:4", "--order", "hap"], "--order: expected --structured"),
-        (["--pattern", "2:4", "--at-a-time", "8"], "--at-a-time: expected --structured"),
+        (["--pattern", "2:4", "--of", "params"], "--of: expected --budget or --structured beside it"),
+        (["--pattern", "2:4", "--using", "channels"], "--using: expected --budget or --structured"),
+        (["--pattern", "2:4", "--order", "hap"], "--order: expected --budget or --structured"),
+        (["--pattern", "2:4", "--at-a-time", "8"], "--at-a-time: expected --budget or --structured"),
         (["--structured", "half"], "--structured: expected a share such as 0.5 or 50%, got half"),
         (["--structured", "150%"], "expected a share above 0 and below 1 that stays, got 1.5"),
+        (["--budget", "fast"], "--budget: expected a share such as 0.5 or 50%, 12ms or 5MB, got fast"),
+        (["--budget", "50%", "--structured", "50%"], "--structured: expected it alone, got --budget too"),
+        (["--budget", "50%", "--pattern", "2:4"], "--pattern: expected it alone or beside --structured"),
+        (["--budget", "50%", "--using", "magic"], "expected using to name some of channels, heads"),
+        (["--structured", "50%", "--using", "nm"], "Structured: expected using to name some of channels"),
+        (["--budget", "99999ms"], "expected fewer milliseconds than the network takes"),
+        (["--budget", "99999MB"], "expected fewer megabytes than the network has"),
+        (["--budget", "50%", "--latency", "none.json"], "expected times with milliseconds to save"),
+        (["--budget", "50%", "--of", "latency", "--latency", "none.json"], "times: none.json cannot be read"),
+        (["--frontier", "none.json", "--point", "2"], "frontier: none.json cannot be read"),
+        (["--frontier", "none.json"], "--point: expected --frontier with a file and --point with a number"),
     ],
 )
 def test_options_that_do_not_belong_together(monkeypatch, capsys, tmp_path, pictures, options, message):
@@ -115,6 +126,42 @@ def test_options_that_do_not_belong_together(monkeypatch, capsys, tmp_path, pict
     assert code == 2
     assert message in " ".join(text.split())
     assert not (tmp_path / "run" / "run.json").exists()
+
+
+@pytest.mark.parametrize(("asked", "of"), [("60%", "macs"), ("0.001MB", "bytes"), ("70%", "nonzeros")])
+def test_prune_by_a_budget(monkeypatch, capsys, tmp_path, pictures, asked, of):
+    given = [] if of == "bytes" else ["--of", of]
+    command = (*prune_tiny(pictures, tmp_path), "--budget", asked, *given, "--multiple", 1)
+    code, text = run(monkeypatch, capsys, *command)
+    assert code == 0, text
+    network = snows.load(tmp_path / "run" / "model.safetensors", tiny()) if of == "bytes" else None
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    if of == "macs":
+        assert report["macs"][1] <= 0.6 * report["macs"][0]
+    assert any(x["kept"] < x["units"] for x in report["groups"])
+    if network is not None:
+        assert sum(x.numel() for x in network.parameters()) <= sum(x.numel() for x in tiny().parameters())
+
+
+def test_measure_then_frontier_then_prune_a_point(monkeypatch, capsys, tmp_path, pictures):
+    monkeypatch.setattr(Stopwatch, "race", Counting.race)  # milliseconds by multiplications
+    where = ("--model", "test_cli:tiny", "--data", pictures, "--crop", 32)
+    table, folder = tmp_path / "times.json", tmp_path / "frontier"
+    code, text = run(monkeypatch, capsys, "measure", *where, "--out", table, "--at-a-time", 4)
+    assert code == 0, text
+    assert "ms for 4 images at a time, eager, on CPU" in " ".join(text.split())
+    command = ("frontier", *where, "--out", folder, "--latency", table, "--budgets", "90%,75%,60%")
+    code, text = run(monkeypatch, capsys, *command, "--prune", 2, "--multiple", 1, "--judge", 4)
+    assert code == 0, text
+    assert "predicted loss" in text
+    assert (folder / "point-0" / "model.safetensors").is_file()
+    assert (folder / "point-2" / "model.safetensors").is_file()
+    taken = ("--frontier", folder / "frontier.json", "--point", 1, "--judge", 0)
+    code, text = run(monkeypatch, capsys, *prune_tiny(pictures, tmp_path), *taken)
+    assert code == 0, text
+    content = json.loads((folder / "frontier.json").read_text())["points"][1]
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["macs"][1] == content["macs"]
 
 
 def test_prune_eval_report_and_resume(monkeypatch, capsys, tmp_path, pictures):

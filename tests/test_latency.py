@@ -10,10 +10,14 @@ from test_taking import Net
 
 import snows
 from snows import Structured
-from snows.choosing.latency import Fit, Shape, Times, fitted, latency, shapes
+from snows.choosing.choices import Choice
+from snows.choosing.costs import Costs, Term
+from snows.choosing.latency import latency, shapes
 from snows.choosing.measuring import Race, Stopwatch
+from snows.choosing.options import DENSE, Option, treatment
 from snows.choosing.runtimes import Pair, example_of
 from snows.choosing.timed import timed
+from snows.choosing.times import Fit, Shape, Times, fitted
 from snows.networks import proving
 from snows.networks.batches import Batch
 from snows.networks.layers import prunable
@@ -91,7 +95,7 @@ def test_predicted_milliseconds_are_those_of_the_cut_network():
         )
 
     whole = 2 * layers(net)  # half of it is not the layers'
-    costs = latency(net, batch, whole, groups, {}, watch)
+    costs = latency(net, batch, whole, groups, {}, times)
     assert costs.total("latency") == pytest.approx(whole)
     kept = {x.name: torch.arange(max(1, x.units // 2)) for x in groups}
     take, declined = proving.proved(net, batch, groups, kept)
@@ -114,8 +118,12 @@ def test_a_layer_of_low_rank_costs_its_two_thin_ones():
         torch.nn.Conv2d(16, 32, 3, padding=1), torch.nn.ReLU(), torch.nn.Conv2d(32, 8, 1)
     )
     batch, watch = Batch.of(torch.randn(2, 16, 6, 6)), Counting()
-    costs = latency(net.eval(), batch, 1e9, [], {"0": 32}, watch)  # so long that no layer's time is scaled
-    saved = float(costs.saved("latency", {}, "rank of 0", torch.tensor([8]))[0])
+    ladder = [DENSE, Option(0.1, rank=16), Option(0.2, rank=8)]
+    times = Times(torch.zeros(1), watch)
+    costs = latency(
+        net.eval(), batch, 1e9, [], {"0": ladder}, times
+    )  # so long that no layer's time is scaled
+    saved = float(costs.saved("latency", {}, treatment("0"), torch.tensor([0]))[0])
     x = batch.args[0]
     dense, *thin = watch.race(
         [
@@ -133,47 +141,52 @@ class Biased:
     def __init__(self, power, error=0.0):
         self.power, self.error, self.seen = power, error, []
 
-    def beside(self, edits):
-        self.seen.append(edits[0])
-        share = edits[0] ** self.power
-        return Pair(10.0, share, self.error)
+    def beside(self, choice):
+        self.seen.append(choice.share)
+        share = choice.share**self.power
+        return Pair(10.0, share, self.error, share)
 
 
-class Asked(tuple):
-    """A choice that is the share that it was made for."""
+class Asked(Choice):
+    """A choice that takes a share of the predicted time."""
 
-    @property
-    def edits(self):
-        return self
+    def __init__(self, share):
+        super().__init__({}, widths={"all": round(1000 * share)})
+        self.__dict__["share"] = share
+
+
+def predicted(packed):
+    """A cost that is a thousandth of one width."""
+    return Costs([Term("all", latency=10.0, factors=({"all": torch.arange(1001.0) / 1000},))], {"all": 1000})
 
 
 def choose(costs, share):
     if share < 0.1:
         raise ValueError("no")
-    return Asked((share,))
+    return Asked(share)
 
 
 @pytest.mark.parametrize("power", [0.5, 0.8, 1.0, 1.3])
 def test_a_choice_is_made_again_until_its_time_is_near(power):
     clock = Biased(power)
-    choice, pair, notes = timed(clock, None, 0.5, choose, lambda text: None)
+    choice, pair, _, _ = timed(clock, predicted, 0.5, choose, lambda text: None)
     assert pair.share == pytest.approx(0.5, rel=0.03)
-    assert choice.edits[0] ** power == pair.share
-    assert notes == []
+    assert choice.share**power == pair.share
+    assert choice.notes == []
     assert len(clock.seen) <= 5
 
 
 def test_what_cannot_be_reached_is_said():
-    _, pair, notes = timed(Biased(0.1), None, 0.5, choose, lambda text: None)
+    choice, pair, _, _ = timed(Biased(0.1), predicted, 0.5, choose, lambda text: None)
     assert pair.share > 0.75
-    assert "50 % of the milliseconds were asked for; the network that came nearest takes" in notes[0]
+    assert "50 % of the milliseconds were asked for; the network that came nearest takes" in choice.notes[0]
     with pytest.raises(ValueError, match="no"):
-        timed(Biased(1), None, 0.05, choose, lambda text: None)
+        timed(Biased(1), predicted, 0.05, choose, lambda text: None)
 
 
 def test_times_that_scatter_are_near_enough_sooner():
-    clock = Biased(0.9, error=0.25)
-    timed(clock, None, 0.5, choose, lambda text: None)
+    clock = Biased(0.9, error=0.1)
+    timed(clock, predicted, 0.5, choose, lambda text: None)
     assert len(clock.seen) == 1
 
 

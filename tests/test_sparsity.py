@@ -5,7 +5,7 @@ from oracles import best_nm
 
 import snows
 from snows import NM, Unstructured, ops, parse_pattern, reference
-from snows.choosing.budgets import allocate
+from snows.choosing.zeros import allocate
 from snows.packing import packable
 from snows.sparsity import Taps, rows, unrows
 

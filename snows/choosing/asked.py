@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from snows.choosing.budgets import Budget
 from snows.choosing.plan import Plan
-from snows.choosing.structured import Structured
 from snows.matching.losses import Matching
 
 
@@ -33,7 +33,7 @@ def settings(
         "pattern": plan.patterns
         if several
         else _goal(pattern)
-        if isinstance(pattern, Structured)
+        if isinstance(pattern, Budget)
         else str(pattern),
         "select": _name(select),
         "solver": str(solver),
@@ -45,9 +45,10 @@ def settings(
     }
 
 
-def _goal(goal: Structured) -> str:
-    """Write down a structured goal; the same in every process, and whole however long it is."""
-    return f"Structured({', '.join(f'{x.name}={_value(getattr(goal, x.name))}' for x in fields(goal))})"
+def _goal(goal: Budget) -> str:
+    """Write down a budget; the same in every process, and whole however long it is."""
+    values = ", ".join(f"{x.name}={_value(getattr(goal, x.name))}" for x in fields(goal))
+    return f"{type(goal).__name__}({values})"
 
 
 def _value(value: Any) -> str:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from snows.networks.batches import Batch
 
+Runtime = Literal["eager", "compile"]
+RUNTIMES: tuple[Runtime, ...] = ("eager", "compile")
 MOST = 1000  # networks of one class that are compiled in one process
 
 

@@ -5,17 +5,29 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from snows.choosing.options import Ladder, treatment
+from snows.choosing.options import table as of_options
 from snows.networks import products
 from snows.networks.batches import Batch
 from snows.networks.channels import Group
 from snows.networks.layers import groups_of, prunable
 
-Of = Literal["macs", "params", "bytes", "latency"]
+Of = Literal["macs", "params", "bytes", "nonzeros", "latency"]
+WORDS: dict[str, str] = {
+    "macs": "MACs",
+    "params": "parameters",
+    "bytes": "bytes",
+    "nonzeros": "weights that are not zero",
+    "latency": "milliseconds",
+}
+Gone: TypeAlias = NDArray[np.float64]
 Factor = Mapping[str, Tensor]  # by group or other choice: what is left of a size at each width, 0 to all
 
 
@@ -27,9 +39,10 @@ class Term(NamedTuple):
 
     Attributes:
         name: of the parameter, the buffer or the call.
-        macs: multiplications with an addition, per sample.
+        macs: multiplications with an addition, per sample; zeros of a pattern are not multiplied.
         params: numbers that were trained.
         bytes: in memory.
+        nonzeros: those of the numbers that no pattern makes zero.
         latency: milliseconds, see `latency`.
         factors: of its dimensions; each table is float64 of (units + 1,).
     """
@@ -38,6 +51,7 @@ class Term(NamedTuple):
     macs: float = 0.0
     params: float = 0.0
     bytes: float = 0.0
+    nonzeros: float = 0.0
     latency: float = 0.0
     factors: tuple[Factor, ...] = ()
 
@@ -55,7 +69,11 @@ class Costs:
 
     @classmethod
     def of(
-        cls, net: nn.Module, batch: Batch, groups: Sequence[Group], ranks: Mapping[str, int] | None = None
+        cls,
+        net: nn.Module,
+        batch: Batch,
+        groups: Sequence[Group],
+        ladders: Mapping[str, Ladder] | None = None,
     ) -> Costs:
         """Count a network's weights, buffers and multiplications, those of attention too.
 
@@ -64,13 +82,12 @@ class Costs:
             batch: of any number of samples; one of them is run once, and once more for each group where the
                 network multiplies activations with each other.
             groups: those that have a reason to stay do not count as widths.
-            ranks: by name of a layer that may become two thin ones, its full rank. The rank between them is a
-                width too, named as `rank_width` says; at the full rank the layer is one.
+            ladders: by name of a layer, how it may be treated; a width too, as `treatment` names it.
 
         Raises:
             ValueError: the network cannot run the batch.
         """
-        groups, ranks = [x for x in groups if not x.reason], ranks or {}
+        groups, ladders = [x for x in groups if not x.reason], ladders or {}
         one = batch.split(1)[0].to(next(net.parameters()).device)
         counts, samples = products.count(net, one), one.samples()
         sides = parts(net, groups)
@@ -79,13 +96,14 @@ class Costs:
         weights = dict(counts.weights)
         terms: list[Term] = []
         for name, x in tensors.items():
-            sizes = weights.pop(name, 0) / samples, x.numel() if name in trained else 0, x.nbytes
+            own = x.numel() if name in trained else 0
+            sizes = weights.pop(name, 0) / samples, own, x.nbytes, own
             dims = {
                 dim: {group.name: table(group.units, share) for group, share in shares}
                 for dim, shares in sides.get(id(x), {}).items()
             }
             whole, layer = Term(name, *sizes, factors=tuple(dims.values())), name.removesuffix(".weight")
-            terms += _thin(whole, layer, x, dims, ranks[layer]) if layer in ranks else [whole]
+            terms += _treated(whole, layer, x, dims, ladders[layer]) if layer in ladders else [whole]
         terms += [Term(name, macs / samples) for name, macs in weights.items()]
         factors = defaultdict[tuple[str, int], list[Factor]](list)
         for group in groups if counts.products else ():
@@ -97,12 +115,18 @@ class Costs:
             Term(name, macs / samples, factors=tuple(factors[name, i]))
             for (name, i), macs in counts.products.items()
         ]
-        full = {group.name: group.units for group in groups} | {rank_width(x): r for x, r in ranks.items()}
-        return cls(terms, full)
+        return cls(terms, full_widths(groups, ladders))
 
     def total(self, of: Of, widths: Mapping[str, int] | None = None) -> float:
         """Return what the network costs at these widths; a group that is not named keeps all units."""
         return float(self._sum(self.terms, of, widths or {}))
+
+    def by_name(self, of: Of, widths: Mapping[str, int]) -> dict[str, float]:
+        """Return what each weight, buffer or product costs at these widths."""
+        found = defaultdict[str, float](float)
+        for term in self.terms:
+            found[term.name] += float(self._sum([term], of, widths))
+        return dict(found)
 
     def saved(self, of: Of, widths: Mapping[str, int], name: str, to: Tensor) -> Tensor:
         """Return what is saved if one width changes.
@@ -117,7 +141,8 @@ class Costs:
             float64 (n,).
         """
         terms = self._touched.get(name, [])
-        return self._sum(terms, of, widths) - self._sum(terms, of, {**widths, name: to})
+        narrow = self._sum(terms, of, {**widths, name: to.numpy()})
+        return torch.as_tensor(self._sum(terms, of, widths) - narrow).expand(len(to)).double()
 
     def beside(self, name: str) -> set[str]:
         """Return the widths on which depends what a change of this one saves, and itself."""
@@ -131,15 +156,33 @@ class Costs:
                 found[name].append(term)
         return found
 
-    def _sum(self, terms: Sequence[Term], of: Of, widths: Mapping[str, int | Tensor]) -> Tensor:
-        total = torch.zeros((), dtype=torch.float64)
+    def _sum(self, terms: Sequence[Term], of: Of, widths: Mapping[str, int | Gone]) -> Any:
+        """Sum terms at widths, of which one may be an array.
+
+        NumPy and plain numbers: the tables are short, and this is asked for some hundred thousand times.
+        """
+        total: Any = 0.0
         for term in terms:
-            value: Tensor | float = getattr(term, of)
-            for factor in term.factors if value else ():
-                gone = [1 - x[widths.get(name, -1)] for name, x in factor.items()]
-                value = value * (1 - sum(gone))
+            value: Any = getattr(term, of)
+            for factor in self._gone[id(term)] if value else ():
+                left: Any = 1.0
+                for name, (numbers, array) in factor.items():
+                    width = widths.get(name, -1)
+                    left = left - (numbers[width] if isinstance(width, int) else array[width])
+                value = value * left
             total = total + value
         return total
+
+    @cached_property
+    def _gone(self) -> dict[int, list[dict[str, tuple[list[float], Gone]]]]:
+        """Return by term and factor what is gone of a size at each width."""
+        return {
+            id(term): [
+                {name: (x.tolist(), x.numpy()) for name, x in ((n, 1 - y.double()) for n, y in f.items())}
+                for f in term.factors
+            ]
+            for term in self.terms
+        }
 
 
 def parts(net: nn.Module, groups: Sequence[Group]) -> dict[int, dict[int, list[tuple[Group, float]]]]:
@@ -166,21 +209,31 @@ def parts(net: nn.Module, groups: Sequence[Group]) -> dict[int, dict[int, list[t
     return found
 
 
-def rank_width(layer: str) -> str:
-    """Name the width that is the rank of a layer."""
-    return f"rank of {layer}"
+def full_widths(groups: Sequence[Group], ladders: Mapping[str, Ladder]) -> dict[str, int]:
+    """Return the widths of a network as it is."""
+    return {x.name: x.units for x in groups} | {treatment(x): len(y) - 1 for x, y in ladders.items()}
 
 
-def _thin(whole: Term, layer: str, weight: Tensor, dims: Mapping[int, Factor], full: int) -> Iterator[Term]:
-    """Describe a weight that may become two thin ones: as it is at the full rank, else the two."""
-    rank = torch.arange(full + 1, dtype=torch.float64) / full
-    rank[full] = 0
-    dense = (torch.arange(full + 1) == full).double()
-    yield whole._replace(factors=(*whole.factors, {rank_width(layer): dense}))
-    for dim, size in ((1, len(weight)), (0, weight[0].numel())):
-        macs, params, nbytes = (x * full / size for x in (whole.macs, whole.params, whole.bytes))
+def _treated(
+    whole: Term, layer: str, weight: Tensor, dims: Mapping[int, Factor], ladder: Ladder
+) -> Iterator[Term]:
+    """Describe a weight that may be treated: as one layer with or without zeros, else as two thin ones."""
+    width, size = treatment(layer), weight.element_size()
+    kept, one = of_options(ladder, lambda x: x.density), of_options(ladder, lambda x: float(not x.rank))
+    packed = of_options(ladder, lambda x: x.bytes_share(size))
+    for part, left in (
+        (whole._replace(params=0, bytes=0), kept),
+        (Term(whole.name, params=whole.params), one),
+        (Term(whole.name, bytes=whole.bytes), packed),
+    ):
+        yield part._replace(factors=(*whole.factors, {width: left}))
+    rank = {width: of_options(ladder, lambda x: x.rank)}
+    for dim, entries in ((1, len(weight)), (0, weight[0].numel())):
+        macs, params, nbytes, nonzeros = (
+            x / entries for x in (whole.macs, whole.params, whole.bytes, whole.nonzeros)
+        )
         sides = [dims[dim]] if dim in dims else []
-        yield Term(whole.name, macs, params, nbytes, factors=(*sides, {rank_width(layer): rank}))
+        yield Term(whole.name, macs, params, nbytes, nonzeros, factors=(*sides, rank))
 
 
 def table(units: int, share: float) -> Tensor:

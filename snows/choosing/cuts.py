@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from snows.choosing.tables import Timetable
 from snows.networks.edits import Edit, described
 from snows.networks.implants import Implant
 from snows.networks.layers import prunable
@@ -26,6 +27,8 @@ class Cut:
         macs: multiplications of one sample, before and after.
         notes: sentences that a reader should see.
         milliseconds: that the network took before and after; empty where no share of them was asked for.
+        patterns: by layer that is to get zeros, their pattern.
+        timetable: of what was timed to decide; not kept with the rest.
     """
 
     edits: list[Edit] = field(default_factory=list)
@@ -33,13 +36,15 @@ class Cut:
     macs: tuple[int, int] = (0, 0)
     notes: list[str] = field(default_factory=list)
     milliseconds: tuple[float, ...] = ()
+    patterns: dict[str, str] = field(default_factory=dict)
+    timetable: Timetable | None = None
 
     def described(self) -> dict[str, Any]:
         """Describe it as JSON."""
         rows = [{key: None if x != x else x for key, x in asdict(row).items()} for row in self.groups]
         edits = [described(edit) for edit in self.edits]
         numbers = {"macs": list(self.macs), "milliseconds": list(self.milliseconds)}
-        return {"edits": edits, "groups": rows, **numbers, "notes": self.notes}
+        return {"edits": edits, "groups": rows, **numbers, "notes": self.notes, "patterns": self.patterns}
 
     @classmethod
     def read(cls, content: Mapping[str, Any]) -> Cut:
@@ -51,7 +56,8 @@ class Cut:
         ]
         before, after = content["macs"]
         edits = [read_edit(x) for x in content["edits"]]
-        return cls(edits, rows, (before, after), list(content["notes"]), tuple(content["milliseconds"]))
+        times, patterns = tuple(content["milliseconds"]), dict(content["patterns"])
+        return cls(edits, rows, (before, after), list(content["notes"]), times, patterns)
 
     def left_of_norms(self) -> dict[str, Tensor]:
         """Return of BatchNorms that lost channels, by name, which are left: int64."""

@@ -6,8 +6,8 @@ import copy
 import math
 from collections.abc import Sequence
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 from snows.choosing.costs import Costs, Of
 from snows.choosing.widths import Widths
@@ -34,7 +34,8 @@ class Division:
         self.at = dict.fromkeys(self.options, 0)  # places in `Widths.allowed`
         self.widths = {x.name: int(x.allowed[0]) for x in options}
         self.total, self.loss = costs.total(of, self.widths), 0.0
-        self._saved: dict[str, Tensor] = {}
+        self.losses = {x.name: x.loss.numpy() for x in options}
+        self._saved: dict[str, NDArray[np.float64]] = {}
 
     @property
     def over(self) -> float:
@@ -43,20 +44,20 @@ class Division:
 
     def moved(self, name: str, to: int) -> Division:
         """Return another division, with one width in another place of those that are allowed."""
-        other, option = copy.copy(self), self.options[name]
+        other, option, losses = copy.copy(self), self.options[name], self.losses[name]
         other.at = self.at | {name: to}
         other.widths = self.widths | {name: int(option.allowed[to])}
         other.total = self.total - float(self.saved(name)[to])
-        other.loss = self.loss + float(option.loss[to] - option.loss[self.at[name]])
+        other.loss = self.loss + float(losses[to] - losses[self.at[name]])
         stale = self.costs.beside(name)
         other._saved = {x: saved for x, saved in self._saved.items() if x not in stale}
         return other
 
-    def saved(self, name: str) -> Tensor:
-        """Return what is saved at each width that an option may have: float64, below 0 at wider ones."""
+    def saved(self, name: str) -> NDArray[np.float64]:
+        """Return what is saved at each width that an option may have, below 0 at wider ones."""
         if name not in self._saved:
             allowed = self.options[name].allowed
-            self._saved[name] = self.costs.saved(self.of, self.widths, name, allowed)
+            self._saved[name] = self.costs.saved(self.of, self.widths, name, allowed).numpy()
         return self._saved[name]
 
     def step(self, name: str) -> tuple[float, str, int]:
@@ -67,13 +68,14 @@ class Division:
         Returns:
             The loss per cost saved, infinite where no step saves anything; the option; where the step ends.
         """
-        option, at = self.options[name], self.at[name]
+        losses, at = self.losses[name], self.at[name]
         saved = self.saved(name)[at + 1 :]
-        rates = torch.where(saved > 0, (option.loss[at + 1 :] - option.loss[at]) / saved, torch.inf)
+        rates = np.full(len(saved), np.inf)
+        np.divide(losses[at + 1 :] - losses[at], saved, out=rates, where=saved > 0)
         best = float(rates.min()) if len(rates) else math.inf
         if math.isinf(best):
             return best, name, at
-        return best, name, at + 1 + int((rates <= best * (1 + EQUAL)).nonzero()[0])  # the shortest such
+        return best, name, at + 1 + int((rates <= best * (1 + EQUAL)).argmax())  # the shortest such
 
     def fitting(self, name: str) -> tuple[float, str, int]:
         """Find the widest width with which the limit is met, narrower or wider than the present one.
@@ -81,10 +83,10 @@ class Division:
         Returns:
             What the loss changes by, infinite where there is none; the option; the place of that width.
         """
-        option, at = self.options[name], self.at[name]
-        fits = (self.saved(name) >= self.over).nonzero().flatten()
-        to = int(fits[0]) if len(fits) else at
-        return (float(option.loss[to] - option.loss[at]) if len(fits) else math.inf), name, to
+        losses, at = self.losses[name], self.at[name]
+        fits = self.saved(name) >= self.over
+        to = int(fits.argmax())
+        return (float(losses[to] - losses[at]), name, to) if fits[to] else (math.inf, name, at)
 
 
 def settled(division: Division, fixed: str = "") -> Division:

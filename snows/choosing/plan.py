@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from snows.choosing.budgets import spend
 from snows.choosing.goals import Choosing, Given, Only, PatternChoice, excluded, given
+from snows.choosing.zeros import spend
 from snows.matching.statistics import Selector
 from snows.networks.checks import how_computed, shared_weights
 from snows.networks.layers import prunable
@@ -51,6 +51,20 @@ class Plan:
     choices: dict[str, Choice]
     rows: list[LayerReport] = field(default_factory=list)
     patterns: dict[str, str] = field(default_factory=dict)
+
+    def over(self, other: Plan) -> Plan:
+        """Return a plan of all layers of this one, in its order, in which the choices of another come first.
+
+        Args:
+            other: of the same network, with a line for each layer.
+        """
+        order = [x.name for x in other.rows if x.name in {**self.choices, **other.choices}]
+        rows = {x.name: x for x in self.rows}
+        return Plan(
+            {name: {**self.choices, **other.choices}[name] for name in order},
+            [x if x.name in other.choices else rows.get(x.name, x) for x in other.rows],
+            other.patterns,
+        )
 
     def starts(self) -> dict[str, MaskedWeight]:
         """Return masks and first weights from elsewhere, by layer."""
@@ -105,21 +119,6 @@ def decide(
     for name, wanted in chosen.items():
         start = starts.get(name)
         plan.choices[name] = Choice(Given(start) if start is not None else select, wanted, start)
-    return plan
-
-
-def refitted(twins: Twins) -> Plan:
-    """Plan to fit all layers of a cut network anew, each on the mask that it has."""
-    shared, plan = shared_weights(twins.sparse), Plan({})
-    layers = prunable(twins.sparse)
-    for name in twins.order:
-        shape = tuple(layers[name].weight.shape)
-        if twins.calls[name] == 1 and name not in shared:
-            plan.choices[name] = Choice(None, None)
-            plan.rows.append(LayerReport(name, shape, "fitted", math.prod(shape)))
-        else:
-            why = f"it shares its weight with {shared[name]}" if name in shared else "it is called repeatedly"
-            plan.rows.append(LayerReport(name, shape, "dense", math.prod(shape), why))
     return plan
 
 

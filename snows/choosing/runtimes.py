@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from snows.choosing.compiling import frozen
-from snows.choosing.measuring import Stopwatch
+from snows.choosing.choices import Choice
+from snows.choosing.compiling import Runtime, frozen
+from snows.choosing.measuring import Race, Stopwatch
+from snows.choosing.sketches import folded_and_packed, masked
 from snows.networks.batches import Batch
 from snows.networks.copies import as_it_came
-from snows.networks.edits import Edit
 from snows.networks.layers import copied
 from snows.networks.twins import Twins
 
-Runtime = Literal["eager", "compile"]
-RUNTIMES: tuple[Runtime, ...] = ("eager", "compile")
+NEAR = 0.03  # of a share: known so well it is measured long enough
 
 
 class Pair(NamedTuple):
@@ -31,11 +30,13 @@ class Pair(NamedTuple):
         share: median of the rounds' quotients.
         error: how far that median may be off, relative to it: ``1.57 (q₃ - q₁) / √n`` of n rounds (McGill et
             al. 1978).
+        without_zeros: the share of the smaller network with dense weights in place of packed ones.
     """
 
     dense: float
     share: float
     error: float
+    without_zeros: float
 
     @property
     def small(self) -> float:
@@ -60,27 +61,34 @@ class Clock:
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
 
     def __post_init__(self) -> None:
-        self._dense = self._ready(self.twins.sparse, [])
+        self._dense = self._ready(self._chosen(Choice({})))
 
     def dense(self) -> float:
         """Return the median milliseconds of the network as it came."""
         with torch.no_grad():
             return self.stopwatch.network([partial(self.example.through, self._dense)]).medians[0]
 
-    def beside(self, edits: Sequence[Edit]) -> Pair:
-        """Time the network as it came and one with edits, in turns."""
-        nets = self._dense, self._ready(self.twins.sparse, edits)
+    def beside(self, choice: Choice) -> Pair:
+        """Time the network as it came and as it was chosen, in turns, and again while times scatter."""
+        net = self._chosen(choice)
+        dense, packed = folded_and_packed(net, self.example) if choice.patterns else (net, net)
+        nets = [self._dense, self._ready(packed), *([self._ready(dense)] if choice.patterns else [])]
         with torch.no_grad():
-            race = self.stopwatch.network([partial(self.example.through, x) for x in nets])
-        low, share, high = statistics.quantiles([small / dense for dense, small in race.rounds], n=4)
-        return Pair(race.medians[0], share, 1.57 * (high - low) / share / len(race.rounds) ** 0.5)
+            race = self.stopwatch.network(
+                [partial(self.example.through, x) for x in nets], lambda race: _shares(race, 1)[1] > NEAR
+            )
+        share, error = _shares(race, 1)
+        return Pair(race.medians[0], share, error, _shares(race, len(nets) - 1)[0])
 
-    def _ready(self, net: nn.Module, edits: Sequence[Edit]) -> nn.Module:
-        """Return a copy with edits, as a user would run it."""
-        net = copied(net)
-        for edit in edits:
+    def _chosen(self, choice: Choice) -> nn.Module:
+        """Return a copy of the network as it was chosen."""
+        net = copied(self.twins.sparse)
+        for edit in choice.edits:
             edit.apply(net)
-        net = as_it_came(net, self.twins.model, (), {})
+        return as_it_came(net, self.twins.model, (), masked(net, choice.patterns))
+
+    def _ready(self, net: nn.Module) -> nn.Module:
+        """Return a network as a user would run it."""
         if self.runtime == "eager":
             return net
         compiled = frozen(net, self.example)
@@ -90,6 +98,12 @@ class Clock:
                 'ask for the milliseconds of runtime="eager"'
             )
         return compiled
+
+
+def _shares(race: Race, call: int) -> tuple[float, float]:
+    """Return the median of what a call takes as a share of the first one, and how far off it may be."""
+    low, share, high = statistics.quantiles([row[call] / row[0] for row in race.rounds], n=4)
+    return share, 1.57 * (high - low) / share / len(race.rounds) ** 0.5
 
 
 def example_of(batch: Batch, images: int | None, device: torch.device) -> Batch:

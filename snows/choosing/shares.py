@@ -13,13 +13,11 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from snows.choosing.costs import Costs, Of
+from snows.choosing.costs import WORDS, Costs, Of
 from snows.choosing.curves import Curve
 from snows.choosing.exchanges import EQUAL, Division, exchanged, settled
 from snows.choosing.widths import Widths
 from snows.networks.channels import Group
-
-WORDS = {"macs": "MACs", "params": "parameters", "bytes": "bytes", "latency": "milliseconds"}
 
 
 def allocate(
@@ -44,7 +42,7 @@ def allocate(
         multiple: of outputs of a group's first layer that stay, unless all do.
         floor: the least share of a group's units that stays.
         uniform: keep the same share of every group, as near as its multiples allow, whatever the curves say.
-        others: widths of other things that `costs` knows.
+        others: widths of other things that `costs` knows; where the share is uniform they stay as they are.
 
     Returns:
         By group, the units that stay; by name of another width, that.
@@ -54,15 +52,15 @@ def allocate(
     """
     if multiple < 1 or not 0 <= floor <= 1:
         raise ValueError(
-            "Structured: expected a multiple of at least 1 and a floor from 0 to 1, got "
-            f"{multiple} and {floor:g}"
+            f"Budget: expected a multiple of at least 1 and a floor from 0 to 1, got {multiple} and {floor:g}"
         )
     options = [
         Widths.of(x, curves[x.name], multiple, floor) for x in groups if not x.reason and x.name in curves
     ]
-    options += others
     whole = {x.name: x.units for x in groups}
-    return whole | (even(options, costs, share, of) if uniform else divide(options, costs, share, of))
+    if uniform:
+        return whole | even(options, costs, share, of)
+    return whole | divide([*options, *others], costs, share, of)
 
 
 def divide(options: Sequence[Widths], costs: Costs, share: float, of: Of) -> dict[str, int]:
@@ -132,13 +130,20 @@ def _limit(options: Sequence[Widths], costs: Costs, share: float, of: Of) -> flo
         ValueError: no widths leave so little.
     """
     if not 0 < share <= 1:
-        raise ValueError(f"Structured: expected a share above 0 and of at most 1, got {share:g}")
+        raise ValueError(f"Budget: expected a share above 0 and of at most 1, got {share:g}")
     whole = costs.total(of)
-    least = costs.total(of, {x.name: int(x.allowed[-1]) for x in options})
+    narrow = dict[str, int]()
+    for option in options:  # groups first, then layers, whose best treatment depends on their widths
+        saved = costs.saved(of, narrow, option.name, option.allowed)
+        narrow[option.name] = int(option.allowed[int(saved.argmax())])
+    least = costs.total(of, narrow)
     if least > share * whole * (1 + EQUAL):
         possible = math.ceil(1000 * least / whole) / 10
+        parts = costs.by_name(of, narrow)
+        most = sorted(parts, key=lambda name: parts[name], reverse=True)[:3]
         raise ValueError(
-            f"Structured: expected a share of the {WORDS[of]} that the floors allow, {possible:g} % or more, "
-            f"got {100 * share:g} %; raise the share, or lower floor or multiple"
+            f"Budget: expected a share of the {WORDS[of]} that is possible, {possible:g} % or more, got "
+            f"{100 * share:g} %; most of that is of {', '.join(most)}; raise the share, allow more with "
+            "using, or lower floor or multiple"
         )
     return share * whole * (1 + EQUAL)

@@ -2,57 +2,64 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Protocol, TypeVar
+from collections.abc import Callable
+from typing import NamedTuple
 
+from snows.choosing.choices import Choice
 from snows.choosing.costs import Costs
 from snows.choosing.runtimes import Clock, Pair
-from snows.networks.edits import Edit
 
 NEAR = 0.03  # of the share asked for, or how far off its time may be if that is more: near enough
+NOISE = 0.15  # of a time: what is not known better than that is not chosen by
 TRIES = 5
+MOST = 3.0  # times what packed weights save in a layer alone, that they may save in the network
 
 
-class Chosen(Protocol):
-    """Stand for a choice of what stays."""
+class Timed(NamedTuple):
+    """Hold the choice that came nearest, not above the share if that can be.
 
-    @property
-    def edits(self) -> Sequence[Edit]:
-        """The edits that leave it."""
-        ...
+    Attributes:
+        choice: with a note where it falls short.
+        pair: its times.
+        packed: of what packed weights save in layers alone, the part that they were predicted to save.
+        correction: its time, relative to the one predicted for it.
+    """
 
-
-Choice = TypeVar("Choice", bound=Chosen)
+    choice: Choice
+    pair: Pair
+    packed: float
+    correction: float
 
 
 def timed(
     clock: Clock,
-    costs: Costs,
+    predicted: Callable[[float], Costs],
     share: float,
     choose: Callable[[Costs, float], Choice],
     doing: Callable[[str], None],
-) -> tuple[Choice, Pair, list[str]]:
+) -> Timed:
     """Choose so that a share of the network's milliseconds stays, measured on the whole network.
 
     A choice by the predicted milliseconds is timed beside the network as it came. Where it is not near the
-    share, the choice is made again by the share of the prediction that would have been, until it is.
+    share, the choice is made again, by the share of the prediction that would have been, until it is. Packed
+    weights that save another part of the milliseconds in the network than in a layer alone are predicted to
+    save that part from then on.
 
     Args:
         clock: times networks.
-        costs: predicted milliseconds at any widths.
+        predicted: milliseconds at any widths, by the part of what packed weights save in a layer alone that
+            they save in the network.
         share: of the milliseconds that stays.
         choose: makes a choice that leaves at most a share of the predicted milliseconds.
         doing: is told what is done.
 
-    Returns:
-        The choice that came nearest, not above the share if that can be; its times; sentences on what falls
-        short.
-
     Raises:
-        ValueError: the smallest choice is predicted to take more.
+        ValueError: the smallest choice is predicted to take more, or times scatter too much to choose by.
     """
-    asked, best = share, None
+    asked, packed = share, 1.0
+    best: Timed | None = None
     for turn in range(TRIES):
+        costs = predicted(packed)
         try:
             choice = choose(costs, asked)
         except ValueError:
@@ -60,21 +67,36 @@ def timed(
                 raise
             break  # no smaller network is possible
         doing(f"timing what was chosen, {turn + 1} of at most {TRIES}")
-        pair = clock.beside(choice.edits)
-        if best is None or _distance(pair.share, share) < _distance(best[1].share, share):
-            best = choice, pair
+        pair = clock.beside(choice)
+        if pair.error > NOISE:
+            raise ValueError(
+                f"Budget: expected times that are known within {100 * NOISE:.0f} %, got some within "
+                f"{100 * pair.error:.0f} % although they were taken repeatedly; ask on a quieter machine, "
+                "for more images at a time, or for a share of the MACs"
+            )
+        if best is None or _distance(pair.share, share) < _distance(best.pair.share, share):
+            predicted_ms = costs.total("latency", choice.widths)
+            best = Timed(choice, pair, packed, pair.small / predicted_ms)
         if abs(pair.share / share - 1) <= max(NEAR, pair.error):
             break
-        asked = min(asked * share / pair.share, 0.999)
+        if choice.patterns:
+            packed = _part(predicted(1.0), choice, pair)
+            costs = predicted(packed)
+        left = costs.total("latency", choice.widths) / costs.total("latency")
+        asked = min(share * left / pair.share, 0.999)
     assert best is not None
-    choice, pair = best
-    notes = []
-    if abs(pair.share / share - 1) > max(NEAR, pair.error):
-        notes.append(
+    if abs(best.pair.share / share - 1) > max(NEAR, best.pair.error):
+        best.choice.notes.append(
             f"{100 * share:g} % of the milliseconds were asked for; the network that came nearest takes "
-            f"{100 * pair.share:.1f} %."
+            f"{100 * best.pair.share:.1f} %."
         )
-    return choice, pair, notes
+    return best
+
+
+def _part(costs: Costs, choice: Choice, pair: Pair) -> float:
+    """Return of what packed weights save in layers alone the part that they save in the network."""
+    alone = costs.total("latency", choice.without_zeros) - costs.total("latency", choice.widths)
+    return min(max(pair.dense * (pair.without_zeros - pair.share) / alone, 0.0), MOST)
 
 
 def _distance(found: float, share: float) -> float:

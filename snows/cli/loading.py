@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 from snows.cli.terminal import say, warn
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from snows.sources import Data, Network
     from snows.sources.preparation import Preparation
 
@@ -53,3 +55,32 @@ def say_note(images: Data) -> None:
         found = ", ".join(f"{name} ({reason})" for name, reason in images.broken[:5])
         many = f"{len(images.broken)} pictures were" if len(images.broken) > 1 else "1 picture was"
         warn(f"{many} left out: {found}{' and more' if len(images.broken) > 5 else ''}")
+
+
+def example_of(
+    model: str, data: str | None, network: Network, preparation: Preparation, count: int
+) -> Tensor:
+    """Return a batch of so many pictures, prepared for a network; noise where no data are named.
+
+    Of fewer pictures each is taken several times.
+    """
+    import torch
+
+    from snows import sources
+
+    if data is None and model.startswith("zoo:"):
+        data = "zoo:fashion-mnist"
+    if data is None:
+        return _noise(preparation).expand(count, -1, -1, -1).contiguous()
+    found = sources.load_data(data, network, "calibration", preparation=preparation)
+    images = found.first(found.available(count, 0))
+    return torch.cat([images] * -(-count // len(images)))[:count]
+
+
+def _noise(preparation: Preparation) -> Tensor:
+    """Make a picture of noise, prepared for the network."""
+    import numpy as np
+    from PIL import Image
+
+    pixels = np.random.default_rng(0).integers(0, 256, (256, 256, 3), dtype=np.uint8)
+    return preparation(Image.fromarray(pixels))[None]

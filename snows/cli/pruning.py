@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from snows.cli import terminal
+from snows.cli import asking, terminal
 from snows.cli.judging import compared, judge_networks
 from snows.cli.loading import load_network, say_prepared, test_data
 from snows.cli.pages import keep_scores, write_page
@@ -43,34 +42,30 @@ def prune(
     pattern: Annotated[
         str | None, typer.Option(help='"2:4" keeps two of four, "0.7" or "70%" removes that share')
     ] = None,
-    structured: Annotated[
+    budget: Annotated[
         str | None,
         typer.Option(
-            help='"0.5" or "50%": take units out until this share of the cost stays; --pattern comes after'
+            help='"50%" of --of, "12ms" or "5MB": what stays, by units, ranks and zeros, whatever loses least'
         ),
     ] = None,
-    of: Annotated[
-        Literal["macs", "params", "bytes", "latency"],
-        typer.Option(help='the cost that --structured means; "latency" is measured here'),
-    ] = "macs",
-    runtime: Annotated[
-        Literal["eager", "compile"], typer.Option(help="what --of latency measures the network in")
-    ] = "eager",
-    at_a_time: Annotated[
-        int | None,
-        typer.Option("--at-a-time", min=1, help="images that --of latency measures; by default --batch-size"),
+    structured: Annotated[
+        str | None,
+        typer.Option(help='"50%": as --budget, but no zeros; --pattern comes after, for all layers'),
     ] = None,
-    using: Annotated[
-        str, typer.Option(help="what --structured may use, with commas between")
-    ] = "channels,heads,neurons,low-rank",
-    order: Annotated[
-        Literal["compensated", "hap", "fisher", "magnitude"],
-        typer.Option(help="how --structured finds what goes first"),
-    ] = "compensated",
-    multiple: Annotated[int, typer.Option(min=1, help="widths are multiples of this")] = 8,
+    frontier: Annotated[
+        Path | None, typer.Option(help="a file of snows frontier, of which --point is taken up")
+    ] = None,
+    point: Annotated[int | None, typer.Option(min=0, help="of --frontier")] = None,
+    of: asking.Of = "macs",
+    runtime: asking.Runtime = "eager",
+    at_a_time: asking.AtATime = None,
+    latency: asking.Latency = None,
+    using: asking.Using = None,
+    order: asking.Ordering = "compensated",
+    multiple: asking.Multiple = 8,
     only: Annotated[str | None, typer.Option(help='layers by name, such as "blocks.*", with commas')] = None,
     skip: Annotated[
-        str | None, typer.Option(help="layers to leave alone (--structured: whose outputs stay)")
+        str | None, typer.Option(help="layers to leave alone (--budget, --structured: whose outputs stay)")
     ] = None,
     weights: terminal.Weights = None,
     random_weights: terminal.RandomWeights = False,
@@ -116,9 +111,8 @@ def prune(
     from snows import memory, sources
     from snows.sources.source import Source
 
-    chosen = _goal(
-        pattern, structured, masks is not None, of, using, order, multiple, runtime=runtime, images=at_a_time
-    )
+    options = asking.Options(of, using, order, multiple, runtime, at_a_time, latency)
+    chosen = asking.goal(pattern, structured, budget, frontier, point, masks is not None, options)
     if not (horizon == "end" or (horizon.isascii() and horizon.isdigit())):
         raise ValueError(f'--horizon: expected a number or "end", got {horizon!r}')
     solver = snows.Newton(max_iterations=iterations, passes=passes)
@@ -160,8 +154,8 @@ def prune(
                 solver=solver,
                 matching=matching,
                 cap=cap,
-                only=_names(only),
-                skip=_names(skip),
+                only=asking.names(only),
+                skip=asking.names(skip),
                 recalibrate=recalibrate,
                 out=out,
                 resume=resume,
@@ -191,53 +185,6 @@ def prune(
             else []
         ),
     )
-
-
-def _goal(
-    pattern: str | None,
-    structured: str | None,
-    masks: bool,
-    of: Any,
-    using: str,
-    order: Any,
-    multiple: int,
-    **timed: Any,
-) -> Any:
-    """Read what is asked: a pattern, units that go, or both."""
-    import snows
-    from snows.sparsity import parse_pattern
-
-    then = parse_pattern(pattern) if pattern is not None else None
-    if structured is not None:
-        kinds: Any = _names(using)
-        return snows.Structured(_share(structured), of, kinds, order, multiple, then=then, **timed)
-    given = {"of": of, "using": using, "order": order, "multiple": multiple}
-    given |= {"runtime": timed["runtime"], "at_a_time": timed["images"]}
-    usual = inspect.signature(prune).parameters
-    if others := [name for name, value in given.items() if value != usual[name].default]:
-        raise ValueError(
-            f"--{others[0].replace('_', '-')}: expected --structured with a share beside it; a pattern alone "
-            "does not use it"
-        )
-    if then is None and not masks:
-        raise ValueError(
-            "--pattern: expected one such as 2:4 or 0.7, or --structured with a share, got neither (only "
-            "--masks can do without)"
-        )
-    return then
-
-
-def _share(text: str) -> float:
-    """Read a share such as 0.5 or 50%."""
-    try:
-        return float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
-    except ValueError:
-        raise ValueError(f"--structured: expected a share such as 0.5 or 50%, got {text}") from None
-
-
-def _names(text: str | None) -> tuple[str, ...] | None:
-    """Read names with commas between."""
-    return None if text is None else tuple(x.strip() for x in text.split(",") if x.strip())
 
 
 def _rule(name: str) -> Any:

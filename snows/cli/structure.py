@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from snows.cli import terminal
-from snows.cli.loading import load_network
+from snows.cli.loading import example_of, load_network
 from snows.cli.terminal import console, numbers, say
 
 if TYPE_CHECKING:
@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from snows.networks.channels import Group
-    from snows.sources.preparation import Preparation
 
 
 def groups(
@@ -33,31 +32,16 @@ def groups(
 ) -> None:
     """List the channels, heads and neurons that can be taken out of a network, and why others cannot."""
     import snows
-    from snows import sources
 
     place = terminal.device_of(device)
     network = load_network(model, weights, random_weights)
     preparation = network.preparation.override(crop, resize, numbers(mean, "mean"), numbers(std, "std"))
-    if data is None and model.startswith("zoo:"):
-        data = "zoo:fashion-mnist"
-    if data is None:
-        example = _noise(preparation)
-    else:
-        example = sources.load_data(data, network, "calibration", preparation=preparation).first(1)
+    example = example_of(model, data, network, preparation, 1)
     net, example = network.model.to(place), example.to(place)
     found = snows.groups(net, example)
     console.print(_table(net, example, found))
     free = [x for x in found if not x.reason]
     say(f"{sum(x.units for x in free):,} units in {len(free)} of {len(found)} groups can be taken out")
-
-
-def _noise(preparation: Preparation) -> Tensor:
-    """Make a picture of noise, prepared for the network."""
-    import numpy as np
-    from PIL import Image
-
-    pixels = np.random.default_rng(0).integers(0, 256, (256, 256, 3), dtype=np.uint8)
-    return preparation(Image.fromarray(pixels))[None]
 
 
 def _table(net: nn.Module, example: Tensor, found: list[Group]) -> Table:

@@ -101,11 +101,15 @@ class Subject:
 
     def device(self) -> str:
         """Describe the device that is measured, with its threads."""
-        device = self.given.tensors()[0].device
-        if device.type == "cuda":
-            return torch.cuda.get_device_name(device)
-        count, capability = torch.get_num_threads(), torch.backends.cpu.get_cpu_capability()
-        return f"{device.type.upper()}, {count} thread{'s' if count > 1 else ''}, {capability}"
+        return machine(self.given.tensors()[0].device)
+
+
+def machine(device: torch.device) -> str:
+    """Describe a device, with its threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    count, capability = torch.get_num_threads(), torch.backends.cpu.get_cpu_capability()
+    return f"{device.type.upper()}, {count} thread{'s' if count > 1 else ''}, {capability}"
 
 
 def _check_finite(model: nn.Module) -> None:

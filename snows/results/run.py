@@ -35,6 +35,7 @@ RESULTS = (
 )  # of a finished run
 LOCK = "run.lock"
 PLAN = "plan.json"  # of a structured run: what was taken out
+TIMES = "times.json"  # what was timed to decide that
 _CALLED = {
     "data": "set of calibration data (is it shuffled anew each time?)",
     "layers": "choice of layers (only, skip)",
@@ -86,7 +87,7 @@ class Run:
         asked = {
             "version": VERSION,
             **settings,
-            "model": digest({**model.state_dict(), **dict(model.named_buffers())}, _architecture(model)),
+            "model": fingerprint(model),
             "data": digest(*_data(batches)),
             "masks": digest(given),
         }
@@ -185,6 +186,11 @@ class Run:
         write(self.folder / "masks.safetensors", save({k: v.cpu().contiguous() for k, v in masks.items()}))
         write(self.folder / "report.json", report.to_json().encode())
         write(self.folder / "report.html", page.encode())
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Return the SHA-256 of a network: its tensors, and the class and settings of every module."""
+    return digest({**model.state_dict(), **dict(model.named_buffers())}, _architecture(model))
 
 
 def _architecture(model: nn.Module) -> str:

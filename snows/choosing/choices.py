@@ -1,0 +1,172 @@
+"""Choices of what stays of a network, made from one set of statistics for any share of any cost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from snows.choosing.budgets import Budget
+from snows.choosing.costs import Costs
+from snows.choosing.curves import Curve
+from snows.choosing.options import Ladder, Option, Zeros, chosen, treatment, widths
+from snows.choosing.ranks import implants
+from snows.choosing.shares import allocate
+from snows.networks import proving
+from snows.networks.batches import Batch
+from snows.networks.channels import Group
+from snows.networks.copies import sharing
+from snows.networks.edits import Edit
+from snows.networks.layers import prunable
+
+
+class Possible(NamedTuple):
+    """Hold what may be done to a network.
+
+    Attributes:
+        groups: all of the network; those that have to stay whole say why.
+        ladders: by layer that may be treated, how.
+    """
+
+    groups: list[Group]
+    ladders: dict[str, Ladder]
+
+    @property
+    def free(self) -> list[Group]:
+        """The groups that can lose units."""
+        return [x for x in self.groups if not x.reason]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Hold what was chosen to stay, and the edits that leave it.
+
+    Attributes:
+        kept: by group that loses units, the numbers of those that stay, int64.
+        options: by layer that is treated, how.
+        widths: of groups and layers that are not left as they are, as `Costs` takes them.
+        edits: in order.
+        whole: by name, groups that stay whole all the same, with the reason.
+        notes: sentences on what stays.
+    """
+
+    kept: dict[str, Tensor]
+    options: dict[str, Option] = field(default_factory=dict)
+    widths: dict[str, int] = field(default_factory=dict)
+    edits: list[Edit] = field(default_factory=list)
+    whole: dict[str, Group] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def patterns(self) -> dict[str, Zeros]:
+        """By layer that gets zeros, their pattern."""
+        return {name: x.pattern for name, x in self.options.items() if x.pattern is not None}
+
+    @property
+    def without_zeros(self) -> dict[str, int]:
+        """The widths, layers that get zeros being left as they are."""
+        patterned = {treatment(name) for name in self.patterns}
+        return {name: x for name, x in self.widths.items() if name not in patterned}
+
+
+@dataclass(frozen=True)
+class Chooser:
+    """Choose what stays of a network.
+
+    Attributes:
+        net: the network.
+        example: one sample.
+        goal: what is asked.
+        possible: what may be done.
+        curves: by group, what its units are ordered by; empty where they were given.
+    """
+
+    net: nn.Module
+    example: Batch
+    goal: Budget
+    possible: Possible
+    curves: dict[str, Curve]
+
+    def __call__(self, costs: Costs, share: float) -> Choice:
+        """Choose by the share of a cost that stays.
+
+        Raises:
+            ValueError: so small a share is not possible.
+        """
+        return self.edited(self.divided(costs, share))
+
+    def divided(self, costs: Costs, share: float) -> Choice:
+        """Divide a share of a cost over groups and layers, without the edits that leave it.
+
+        Raises:
+            ValueError: so small a share is not possible.
+        """
+        goal, ladders = self.goal, self.possible.ladders
+        found = allocate(
+            self.possible.free,
+            self.curves,
+            costs,
+            share,
+            goal.of,
+            goal.multiple,
+            goal.floor,
+            goal.uniform,
+            [widths(name, ladder) for name, ladder in ladders.items()],
+        )
+        kept = {x.name: self.curves[x.name].kept(found[x.name]) for x in self.possible.free}
+        options = chosen(ladders, found)
+        return Choice(kept, options, self.widths(kept, options))
+
+    def widths(self, kept: Mapping[str, Tensor], options: Mapping[str, Option]) -> dict[str, int]:
+        """Return the widths of groups and layers, as `Costs` takes them; others are left as they are.
+
+        Args:
+            kept: by group, the units that stay.
+            options: by layer, how it is treated.
+        """
+        ladders = self.possible.ladders
+        found = {name: len(x) for name, x in kept.items()}
+        return found | {
+            treatment(name): len(ladders[name]) - 1 - ladders[name].index(x) for name, x in options.items()
+        }
+
+    def loss(self, choice: Choice) -> float:
+        """Return what a choice is predicted to lose: the sum over groups and layers."""
+        units = (float(self.curves[name].cost[-1 - len(x)]) for name, x in choice.kept.items())
+        return sum(units) + sum(x.loss for x in choice.options.values())
+
+    def edited(self, choice: Choice) -> Choice:
+        """Make the edits of a choice, and leave out what cannot be done.
+
+        Raises:
+            ValueError: nothing of it can be cut.
+        """
+        kept, free = choice.kept, self.possible.free
+        fewer = {x.name: kept[x.name] for x in free if x.name in kept and len(kept[x.name]) < x.units}
+        edits: list[Edit] = []
+        whole: dict[str, Group] = {}
+        if fewer:
+            take, whole = proving.proved(self.net, self.example, free, fewer)
+            edits.append(take)
+        ranks = {name: x.rank for name, x in choice.options.items() if x.rank}
+        thin, notes = implants(self.net, self.example, edits, ranks)
+        notes += [f"{x.name} stays whole: {x.reason}." for x in whole.values()]
+        made = {x.layer for x in thin}
+        options = {name: x for name, x in choice.options.items() if not x.rank or name in made}
+        unfit = _unfit(self.net, edits, options)
+        notes += [f"{name} gets no zeros: {why}." for name, why in unfit.items()]
+        options = {name: x for name, x in options.items() if name not in unfit}
+        at = self.widths({name: x for name, x in fewer.items() if name not in whole}, options)
+        return Choice(fewer, options, at, [*edits, *thin], whole, notes)
+
+
+def _unfit(net: nn.Module, cut: list[Edit], options: Mapping[str, Option]) -> dict[str, str]:
+    """Say of which layers of the cut network the weights do not fit the pattern, and why."""
+    small = sharing(net)
+    for edit in cut:
+        edit.apply(small)
+    layers = prunable(small)
+    why = {name: x.pattern.fits(layers[name].weight.shape) for name, x in options.items() if x.pattern}
+    return {name: reason for name, reason in why.items() if reason}

@@ -1,0 +1,148 @@
+"""Choices of what is done to a network: by a share of its cost, by milliseconds, or as they were given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+from typing import NamedTuple
+
+from torch import Tensor
+
+from snows.choosing.budgets import Budget
+from snows.choosing.choices import Choice
+from snows.choosing.costs import Costs
+from snows.choosing.cuts import Cut
+from snows.choosing.goals import Only
+from snows.choosing.latency import latency
+from snows.choosing.runtimes import Clock, example_of
+from snows.choosing.structure import Deciding
+from snows.choosing.tables import Timetable
+from snows.choosing.timed import timed
+from snows.choosing.widths import given_units
+from snows.matching.losses import Objective
+from snows.networks.batches import Batch
+from snows.networks.twins import Twins
+
+MOST = 0.999  # of a cost, the largest share that anything is chosen by
+
+
+def decide_cut(
+    twins: Twins,
+    goal: Budget,
+    only: Only | None,
+    skip: Only | None,
+    objective: Objective,
+    doing: Callable[[str], None],
+) -> Cut:
+    """Decide what is done to a network; arguments are those of `Deciding.of`.
+
+    Raises:
+        ValueError: nothing can be done, or not so much.
+    """
+    return decided(Deciding.of(twins, goal, only, skip, objective, doing))
+
+
+def decided(deciding: Deciding) -> Cut:
+    """Choose what was asked for.
+
+    Raises:
+        ValueError: it is not possible.
+    """
+    goal = deciding.goal
+    if isinstance(goal.share, Mapping):
+        return _given(deciding, goal.share)
+    if deciding.table is not None:
+        return _by_table(deciding, deciding.table)
+    if goal.of == "latency":
+        return _in_time(deciding)
+    share = goal.share
+    if share is None:
+        share = _part(goal.mb, deciding.costs.total("bytes") / 1e6, "megabytes than the network has", "mb")
+    return deciding.described(deciding.choose(deciding.costs, share))
+
+
+class Settled(NamedTuple):
+    """Hold costs by which any number of choices can be made.
+
+    Attributes:
+        costs: at any widths.
+        correction: what makes a total of them, milliseconds, the one that was measured near the goal's share.
+    """
+
+    costs: Costs
+    correction: float = 1.0
+
+
+def settled(deciding: Deciding) -> Settled:
+    """Return the costs that a goal is of; milliseconds are measured, by whole networks too.
+
+    Raises:
+        ValueError: the goal's own share is not possible.
+    """
+    if deciding.goal.of != "latency":
+        return Settled(deciding.costs)
+    table = deciding.table or _in_time(deciding).timetable
+    assert table is not None
+    example = example_of(deciding.twins.batches[0], table.images, deciding.twins.device)
+    return Settled(_milliseconds(deciding, table, example, table.packed), table.correction)
+
+
+def _part(asked: float | None, whole: float, of: str, name: str) -> float:
+    """Return what is asked as a share of the whole."""
+    assert asked is not None
+    if asked >= whole:
+        raise ValueError(f"Budget: expected fewer {of}, {whole:.4g}, got {name}={asked:g}")
+    return asked / whole
+
+
+def _share(goal: Budget, table: Timetable) -> float:
+    """Return the share of the milliseconds that stays."""
+    if goal.share is None:
+        of = f"milliseconds than the network takes for {table.images} images at a time"
+        return _part(goal.ms, table.whole, of, "ms")
+    assert not isinstance(goal.share, Mapping)
+    return goal.share
+
+
+def _given(deciding: Deciding, share: Mapping[str, Tensor]) -> Cut:
+    """Take units, ranks and patterns as they were given; time them where milliseconds are asked for."""
+    possible, choose = deciding.choose.possible, deciding.choose
+    options = {name: ladder[1] for name, ladder in possible.ladders.items()}
+    choice = choose.edited(Choice(given_units(possible.groups, share), options))
+    if deciding.goal.of != "latency" or deciding.table is not None:
+        return deciding.described(choice)
+    deciding.doing("timing what was chosen")
+    pair = clock_of(deciding.twins, deciding.goal).beside(choice)
+    return deciding.described(choice, (pair.dense, pair.small))
+
+
+def _in_time(deciding: Deciding) -> Cut:
+    """Choose by milliseconds that are measured."""
+    clock = clock_of(deciding.twins, deciding.goal)
+    deciding.doing("timing the network and its layers")
+    table = Timetable.begin(clock)
+    costs = partial(_milliseconds, deciding, table, clock.example)
+    found = timed(clock, costs, _share(deciding.goal, table), deciding.choose, deciding.doing)
+    table.packed, table.correction = found.packed, found.correction
+    cut = deciding.described(found.choice, (found.pair.dense, found.pair.small))
+    return replace(cut, timetable=table)
+
+
+def _by_table(deciding: Deciding, table: Timetable) -> Cut:
+    """Choose by the milliseconds of a timetable; nothing is timed."""
+    (costs, correction), share = settled(deciding), _share(deciding.goal, table)
+    choice = deciding.choose(costs, min(share / correction, MOST))
+    choice.notes.append(f"Milliseconds are predicted, by a timetable of {table.machine}; none was measured.")
+    small = correction * costs.total("latency", choice.widths)
+    return deciding.described(choice, (table.whole, small))
+
+
+def _milliseconds(deciding: Deciding, table: Timetable, example: Batch, packed: float) -> Costs:
+    net, possible = deciding.choose.net, deciding.choose.possible
+    return latency(net, example, table.whole, possible.free, possible.ladders, table.times, packed)
+
+
+def clock_of(twins: Twins, goal: Budget) -> Clock:
+    """Make a clock for the runtime and number of images that are asked for."""
+    return Clock(twins, example_of(twins.batches[0], goal.images, twins.device), goal.runtime)

@@ -1,0 +1,65 @@
+"""Networks with zeros chosen by magnitude, to find out what they take before any weight is fitted."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from snows.choosing.options import Zeros
+from snows.choosing.times import INNERMOST
+from snows.layers import SparseConv2d, SparseLinear
+from snows.networks.attention import close_attention
+from snows.networks.batches import Batch
+from snows.networks.edits import Pack
+from snows.networks.folding import stock
+from snows.networks.layers import prunable
+from snows.networks.masks import give_mask, mask_of
+from snows.networks.subject import Subject
+
+
+def masked(net: nn.Module, patterns: Mapping[str, Zeros]) -> dict[str, Tensor]:
+    """Make the smallest weights of layers zero, in place, and return the masks.
+
+    Args:
+        net: with open attention.
+        patterns: by layer.
+    """
+    layers, masks = prunable(net), {}
+    for name, pattern in patterns.items():
+        layer = layers[name]
+        masks[name] = pattern.mask(layer.weight.detach().abs())
+        with torch.no_grad():
+            layer.weight.mul_(masks[name])
+        give_mask(layer, masks[name])
+    return masks
+
+
+def folded_and_packed(net: nn.Module, example: Batch) -> tuple[nn.Module, nn.Module]:
+    """Copy a network twice, as `deploy` would leave it: with dense layers, and with packed ones.
+
+    Args:
+        net: with masks beside its weights.
+        example: that it is run on.
+    """
+    subject = Subject(net, example, None)
+    dense, _ = subject.dense()
+    for name, (layer, use) in subject.layers().items():
+        if use.oddity:
+            continue
+        own, activation = stock(layer, use), subject.activation(name)
+        follow: Literal["relu", "gelu"] | None = None
+        if activation is not None:
+            follow = "relu" if isinstance(activation[1], nn.ReLU) else "gelu"
+        mask = mask_of(own, name)
+        packed: SparseLinear | SparseConv2d
+        if isinstance(own, nn.Linear):
+            packed = SparseLinear.from_dense(own, mask=mask, activation=follow)
+        else:
+            packed = SparseConv2d.from_dense(own, mask=mask, activation=follow)
+            packed.innermost = subject.on_cpu and example.samples() % INNERMOST == 0
+        Pack.of(name, packed, activation[0] if activation is not None else "").put(subject.network, packed)
+    close_attention(subject.network)
+    return dense, subject.network

@@ -1,0 +1,279 @@
+"""`frontier`: what a network loses at many budgets, predicted from one set of statistics; and `measure`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch import nn
+
+from snows.choosing.budgets import Budget
+from snows.choosing.choices import Choice
+from snows.choosing.compiling import Runtime
+from snows.choosing.costs import WORDS
+from snows.choosing.deciding import MOST, clock_of, decide_cut, settled
+from snows.choosing.goals import LayerChoice, selected
+from snows.choosing.ladders import GROUPED, SCATTERED, has_kernel
+from snows.choosing.latency import second
+from snows.choosing.options import Zeros
+from snows.choosing.structure import Deciding
+from snows.choosing.tables import Timetable
+from snows.matching.losses import Matching, Objective
+from snows.networks.checks import autocast_off
+from snows.networks.implants import why_not
+from snows.networks.layers import groups_of, prunable
+from snows.networks.twins import Twins
+from snows.results.progress import shown
+from snows.results.run import fingerprint
+from snows.results.storage import write
+from snows.results.tables import render
+from snows.sparsity import parse_pattern
+
+KIND, VERSION = "snows frontier", 1
+SHARES = tuple(round(0.9 - 0.05 * i, 2) for i in range(12))  # 90 % to 35 %
+
+
+@dataclass(frozen=True)
+class Point:
+    """Hold one budget of a frontier.
+
+    Attributes:
+        share: of the cost that stays.
+        cost: that stays, of what the frontier's goal is of; milliseconds are predicted, by times of whole
+            networks near the middle of the frontier.
+        loss: predicted; comparable between points, too small or too large as a whole.
+        macs: multiplications of one sample.
+        units: by group that loses some, the numbers of the units that stay.
+        layers: by layer, its rank, or the pattern of its weight as text.
+    """
+
+    share: float
+    cost: float
+    loss: float
+    macs: int
+    units: dict[str, list[int]]
+    layers: dict[str, int | str]
+
+
+@dataclass(frozen=True)
+class Frontier:
+    """Hold what a network is predicted to lose at many budgets.
+
+    Attributes:
+        goal: of all points but for the share.
+        model: SHA-256 of the dense network.
+        whole: cost of the dense network.
+        points: from the largest share down.
+        notes: sentences that a reader should see.
+    """
+
+    goal: Budget
+    model: str
+    whole: float
+    points: list[Point]
+    notes: list[str] = field(default_factory=list)
+
+    def budget(self, index: int) -> Budget:
+        """Return the goal that takes up a point: `prune` decides nothing again.
+
+        Raises:
+            ValueError: there is no such point.
+        """
+        if not 0 <= index < len(self.points):
+            raise ValueError(f"frontier: expected a point from 0 to {len(self.points) - 1}, got {index}")
+        point = self.points[index]
+        layers = {name: x if isinstance(x, int) else _zeros(x) for name, x in point.layers.items()}
+        units = {name: torch.tensor(x) for name, x in point.units.items()}
+        return replace(self.goal, share=units, layers=layers, ms=None, mb=None)
+
+    def table(self) -> Table:
+        """Make the table of points."""
+        table = Table(pad_edge=False)
+        for heading in ("point", "stays", WORDS[self.goal.of], "MACs", "predicted loss", "treated layers"):
+            table.add_column(heading, justify="right", no_wrap=True)
+        for i, x in enumerate(self.points):
+            cost = f"{x.cost:.4g}" if self.goal.of == "latency" else f"{x.cost:,.0f}"
+            treated = f"{len(x.units)} groups, {len(x.layers)} layers"
+            table.add_row(str(i), f"{x.share:.1%}", cost, f"{x.macs / 1e6:.4g} M", f"{x.loss:.3g}", treated)
+        return table
+
+    def __str__(self) -> str:
+        return "\n".join([render(self.table(), width=160), *self.notes])
+
+    def save(self, path: Path | str) -> None:
+        """Write the frontier as JSON, whole or not at all.
+
+        Raises:
+            ValueError: it cannot be written.
+        """
+        goal = {key: getattr(self.goal, key) for key in KEPT}
+        content = {
+            "kind": KIND,
+            "version": VERSION,
+            "goal": {**goal, "using": list(self.goal.using)},
+            "model": self.model,
+            "whole": self.whole,
+            "points": [asdict(x) for x in self.points],
+            "notes": self.notes,
+        }
+        write(Path(path), (json.dumps(content, indent=1) + "\n").encode())
+
+    @classmethod
+    def read(cls, path: Path | str) -> Frontier:
+        """Read what `save` wrote.
+
+        Raises:
+            ValueError: there is no such file, or it is another one.
+        """
+        try:
+            content = json.loads(Path(path).read_text())
+            if content["kind"] != KIND or content["version"] != VERSION:
+                raise ValueError("it is of another kind or version")
+            points = [_point(x) for x in content["points"]]
+            goal = Budget(0.5, **{key: content["goal"][key] for key in KEPT})
+            return cls(goal, str(content["model"]), float(content["whole"]), points, list(content["notes"]))
+        except OSError as error:
+            raise ValueError(f"frontier: {path} cannot be read ({error.strerror})") from error
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ValueError(
+                f"frontier: expected a file that snows frontier wrote, got {path} ({error})"
+            ) from error
+
+
+KEPT = ("of", "using", "multiple", "floor", "refit", "runtime", "images")
+
+
+def _point(entry: Any) -> Point:
+    units = {str(name): [int(i) for i in x] for name, x in entry["units"].items()}
+    layers = {str(name): x if isinstance(x, int) else str(_zeros(x)) for name, x in entry["layers"].items()}
+    return Point(**{**entry, "units": units, "layers": layers})
+
+
+def _zeros(text: str) -> Any:
+    return parse_pattern(text)
+
+
+def frontier(
+    model: nn.Module,
+    batches: Iterable[Any],
+    goal: Budget = Budget(0.5, of="latency"),
+    shares: Sequence[float] = SHARES,
+    *,
+    matching: Matching = Matching(),
+    only: LayerChoice | None = None,
+    skip: LayerChoice | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> Frontier:
+    """Predict what a network loses at many budgets, from one set of statistics.
+
+    Nothing is fitted. Milliseconds are of layers timed at a few widths, corrected by whole networks that are
+    timed at the middle one of the shares; a share that is not possible is left out with a note.
+
+    Args:
+        model: as for `prune`.
+        batches: as for `prune`.
+        goal: what is asked; its own share does not matter.
+        shares: of the cost that stay, each above 0 and below 1.
+        matching: as for `prune`.
+        only: as for `prune`.
+        skip: as for `prune`.
+        seed: of all that is random.
+        progress: show a progress bar.
+
+    Returns:
+        The points; `prune(model, batches, frontier.budget(3))` takes one up.
+
+    Raises:
+        ValueError: an argument does not fit, or no share is possible.
+    """
+    shares = sorted(shares, reverse=True)
+    if not shares or not all(isinstance(x, int | float) and 0 < x < 1 for x in shares):
+        raise ValueError(f"frontier: expected shares above 0 and below 1, got {shares}")
+    if isinstance(goal.order, str) is False or goal.then is not None:
+        raise ValueError("frontier: expected a goal with an order by name and without then=, got another")
+    with shown(progress) as tell, autocast_off(model):
+        tell.doing("checking and tracing the network")
+        twins = Twins(model, batches)
+        only, skip = selected("only", only, twins.sparse), selected("skip", skip, twins.sparse)
+        middle = replace(goal, share=shares[len(shares) // 2], ms=None, mb=None, layers=None)
+        objective = Objective(twins, matching, seed)
+        deciding = Deciding.of(twins, middle, only, skip, objective, tell.doing)
+        tell.doing("choosing")
+        costs, correction = settled(deciding)
+        points, notes = [], list[str]()
+        for share in shares:
+            try:
+                choice = deciding.choose.divided(costs, min(share / correction, MOST))
+            except ValueError as error:
+                notes.append(f"{share:.1%} is left out: {error}")
+                continue
+            cost = correction * costs.total(goal.of, choice.widths)
+            points.append(_point_of(deciding, choice, share, cost))
+        if not points:
+            raise ValueError(notes[0])
+        return Frontier(middle, fingerprint(model), costs.total(goal.of), points, notes)
+
+
+def _point_of(deciding: Deciding, choice: Choice, share: float, cost: float) -> Point:
+    """Write down a choice as a point."""
+    units = {x.name: x.units for x in deciding.choose.possible.free}
+    fewer = {name: x.tolist() for name, x in choice.kept.items() if len(x) < units[name]}
+    layers: dict[str, int | str] = {name: x.rank or str(x.pattern) for name, x in choice.options.items()}
+    macs = round(deciding.costs.total("macs", choice.widths))
+    return Point(share, cost, deciding.choose.loss(choice), macs, fewer, layers)
+
+
+def measure(
+    model: nn.Module,
+    example: Any,
+    *,
+    runtime: Runtime = "eager",
+    images: int | None = None,
+    progress: bool = True,
+) -> Timetable:
+    """Measure what a network and its layers take here, at any widths, ranks and patterns.
+
+    Whole networks of about half the milliseconds, chosen by magnitude, correct what layers alone predict.
+
+    Args:
+        model: any module in evaluation mode; left as it was.
+        example: one batch, as `prune` takes them.
+        runtime: of the whole networks: "eager", or "compile" (`torch.compile` with constant weights).
+        images: at a time; None for as many as the example has.
+        progress: show a progress bar.
+
+    Returns:
+        A timetable; `Timetable.save` writes it for `Budget(..., times=file)`, also on another machine.
+
+    Raises:
+        ValueError: the model cannot run the example, or times scatter too much.
+    """
+    with shown(progress) as tell, autocast_off(model):
+        tell.doing("checking and tracing the network")
+        twins = Twins(model, [example, example])
+        goal = Budget(0.5, of="latency", order="magnitude", runtime=runtime, images=images)
+        try:
+            objective = Objective(twins, Matching(metric="none"), 0)
+            table = decide_cut(twins, goal, None, None, objective, tell.doing).timetable
+            assert table is not None
+        except ValueError:  # so little is not possible, or nothing
+            table = Timetable.begin(clock_of(twins, goal))
+        layers = prunable(twins.sparse)
+        for name, calls in table.layers.items():
+            tell.doing(f"timing {name}")
+            layer = layers[name]
+            kinds: list[Zeros] = [] if groups_of(layer) > 1 else [*GROUPED, *SCATTERED]
+            for shape in calls:
+                table.times.of(shape)
+                if not why_not(twins.sparse, twins.trace, name):
+                    table.times.of(second(shape))
+                for pattern in kinds:
+                    if not pattern.fits(layer.weight.shape) and has_kernel("latency", name, layer, pattern):
+                        table.times.of(shape, pattern)
+        return table
