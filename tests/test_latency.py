@@ -208,7 +208,9 @@ def test_a_share_of_the_milliseconds_stays(monkeypatch, tmp_path, using, share):
 
 @pytest.mark.parametrize("wrong", [{"runtime": "onnx"}, {"images": 0}, {"images": 2.5}])
 def test_settings_out_of_range(wrong):
-    with pytest.raises(ValueError, match="expected a runtime of eager or compile and a number of images"):
+    with pytest.raises(
+        ValueError, match="expected a runtime of eager or compile or cuda-graph and a number of images"
+    ):
         Structured(0.5, of="latency", **wrong)
 
 

@@ -6,21 +6,20 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from snows.choosing.compiling import frozen
+from snows.choosing.compiling import RUNTIMES as RUNTIMES
+from snows.choosing.compiling import Runtime as Runtime
+from snows.choosing.compiling import UnavailableError, ready
 from snows.choosing.measuring import Stopwatch
 from snows.networks.batches import Batch
 from snows.networks.copies import as_it_came
 from snows.networks.edits import Edit
 from snows.networks.layers import copied
 from snows.networks.twins import Twins
-
-Runtime = Literal["eager", "compile"]
-RUNTIMES: tuple[Runtime, ...] = ("eager", "compile")
 
 
 class Pair(NamedTuple):
@@ -50,7 +49,7 @@ class Clock:
     Attributes:
         twins: of the network.
         example: what is run, on the network's device.
-        runtime: "eager", or "compile": `torch.compile` with constant weights.
+        runtime: that they are made ready in.
         stopwatch: that times calls in turns.
     """
 
@@ -81,15 +80,10 @@ class Clock:
         for edit in edits:
             edit.apply(net)
         net = as_it_came(net, self.twins.model, (), {})
-        if self.runtime == "eager":
-            return net
-        compiled = frozen(net, self.example)
-        if compiled is None:
-            raise ValueError(
-                "prune: torch.compile cannot compile this network here, without a C++ compiler for example; "
-                'ask for the milliseconds of runtime="eager"'
-            )
-        return compiled
+        try:
+            return ready(net, self.example, self.runtime)
+        except UnavailableError as error:
+            raise ValueError(f'prune: {error}; ask for the milliseconds of runtime="eager"') from error
 
 
 def example_of(batch: Batch, images: int | None, device: torch.device) -> Batch:
