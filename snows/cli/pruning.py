@@ -54,7 +54,8 @@ def prune(
         typer.Option(help='the cost that --structured means; "latency" is measured here'),
     ] = "macs",
     runtime: Annotated[
-        Literal["eager", "compile"], typer.Option(help="what --of latency measures the network in")
+        Literal["eager", "compile", "cuda-graph"],
+        typer.Option(help="what --of latency measures the network in"),
     ] = "eager",
     at_a_time: Annotated[
         int | None,
