@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -14,6 +16,7 @@ from snows.ops import graphs
 
 log = logging.getLogger(__name__)
 MOST = 1000  # networks of one class that are compiled in one process
+CALLS = 20  # of a layer in one CUDA graph
 
 Runtime = Literal["eager", "compile", "cuda-graph"]
 RUNTIMES: tuple[Runtime, ...] = ("eager", "compile", "cuda-graph")
@@ -123,3 +126,34 @@ class Captured(nn.Module):
             static.copy_(x)
         self._graph.replay()
         return self._output
+
+
+def repeated(
+    runs: Sequence[Callable[[], object]], batch: Batch
+) -> tuple[Sequence[Callable[[], object]], int]:
+    """Repeat calls in CUDA graphs, so that the device is timed and not how long it takes to launch its work.
+
+    Args:
+        runs: that are timed beside each other.
+        batch: that they are called with.
+
+    Returns:
+        What to call instead, and for how many calls it stands: the same calls where there is no CUDA, or
+        where one of them cannot be captured.
+    """
+    if not on_cuda(batch):
+        return runs, 1
+    device = batch.tensors()[0].device
+
+    def several(run: Callable[[], object]) -> None:
+        for _ in range(CALLS):
+            run()
+
+    try:
+        with graphs.aside(device):
+            for run in runs:
+                run()
+        return [graphs.captured(partial(several, run), device)[0].replay for run in runs], CALLS
+    except RuntimeError as error:
+        log.debug("layers are timed call by call: %s", error)
+        return runs, 1

@@ -20,8 +20,8 @@ class DeployedLayer:
         name: of the layer.
         shape: of its weight.
         pattern: found in its zeros.
-        kernel: what would run or runs it packed: "native", or "reference" (unpack and multiply); and the
-            layout it is in.
+        kernel: what would run or runs it packed: "native", "cuSPARSELt", or "reference" (unpack and
+            multiply); and the layout it is in.
         dense_ms, sparse_ms: median time of all its calls on the example, with the activation that both
             compute.
         dense_bytes, sparse_bytes: of weight and bias.
