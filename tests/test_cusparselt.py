@@ -269,3 +269,22 @@ def test_calls_are_repeated_in_graphs_where_there_are_any(monkeypatch):
     monkeypatch.setattr(graphs, "captured", refuse)
     assert repeated(runs, batch) == (runs, 1)
     assert Race([(20.0, 40.0), (60.0, 80.0)]).each(20).rounds == [(1.0, 2.0), (3.0, 4.0)]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tokens", [1, 5, 197, 1024])
+def test_the_library_itself_on_a_gpu(tokens, dtype):
+    linear = dense(512, 256, dtype).cuda()
+    layer = by_library(linear, "gelu")
+    if layer.kernel != "cuSPARSELt":
+        pytest.skip("it is not with this torch or GPU")
+    x = torch.randn(tokens, 256, device="cuda", dtype=dtype)
+    with torch.no_grad():
+        want = F.gelu(copy.deepcopy(linear).double()(x.double()))
+        for _ in range(2):
+            torch.testing.assert_close(layer(x).double(), want, rtol=2e-2, atol=2e-2)
+    (run,), count = repeated([lambda: layer(x)], Batch.of(x))
+    run()
+    assert count == CALLS

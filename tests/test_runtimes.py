@@ -211,3 +211,19 @@ def test_a_network_is_compiled_and_comes_back_as_it_is(net, tmp_path):
     loaded = ready(snows.load(tmp_path / "x.safetensors", net), x, "compile")
     with torch.no_grad():
         torch.testing.assert_close(loaded(x), net(x))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_every_runtime_of_a_gpu():
+    net, first, second = masked(settle(Mapped())).cuda(), *torch.randn(2, 2, 3, 16, 16).cuda()
+    first, second = {"pixel_values": first}, {"pixel_values": second}
+    fast = ready(net, first, "cuda-graph")
+    with torch.no_grad():
+        for x in (second, first):
+            found = Batch.of(x).through(fast)["logits"]
+            torch.testing.assert_close(found, net(**x)["logits"], rtol=1e-4, atol=1e-4)
+    report = snows.deploy(
+        net, first, runtime="fastest", objective="size", stopwatch=QUICK, progress=False
+    ).report
+    assert {"eager", "cuda-graph"} <= {row.runtime for row in report.runtimes}
