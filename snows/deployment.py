@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from snows.choosing.candidates import Choice, fastest
+from snows.choosing.compiling import HOW, RUNTIMES, Runtime, there
 from snows.choosing.measuring import Stopwatch
 from snows.choosing.packing import nbytes
 from snows.networks.batches import difference, outputs
@@ -33,6 +34,11 @@ class Deployed:
     report: Deployment
     edits: list[Edit]
 
+    @property
+    def runtime(self) -> str:
+        """The runtime that the network was chosen for; the report says how to run it so."""
+        return self.report.runtime
+
     def __iter__(self) -> Iterator[Any]:
         return iter((self.network, self.report))
 
@@ -42,6 +48,7 @@ def deploy(
     example: Any,
     *,
     objective: Literal["speed", "size"] = "speed",
+    runtime: Runtime | Literal["fastest"] = "eager",
     dtype: torch.dtype | None = None,
     stopwatch: Stopwatch = Stopwatch(),
     progress: bool = True,
@@ -51,14 +58,18 @@ def deploy(
     BatchNorm is folded into a convolution whose output goes to it alone. Then every layer with zeros is timed
     on the example, dense against packed, and the better one stays. With 16 images or a multiple of it,
     convolutions are also tried with the images innermost in memory, a layout that they hand on; the faster
-    network stays. No layer is changed that the network uses in another way than by calling it. The result
-    computes what the masked network computed, on any machine.
+    network stays. Whole networks are timed in the runtime that is asked for, because what is faster eagerly
+    need not be under `torch.compile`. No layer is changed that the network uses in another way than by
+    calling it. The result computes what the masked network computed, on any machine.
 
     Args:
         model: any module in evaluation mode with zeros in its weights, whoever pruned it; left as it was.
         example: one batch: a tensor, `(images, labels)` or a mapping of keyword inputs. Its shapes, device
             and layout are what the choice is made for; a few tenths of a second are spent on each layer.
         objective: "speed" keeps the faster of dense and packed; "size" packs whatever becomes smaller.
+        runtime: that whole networks are raced in: "eager"; "compile", `torch.compile` with constant weights;
+            "cuda-graph", on a CUDA device; or "fastest", all that this machine has. The network that comes
+            back is not compiled or captured; the report says how it is.
         dtype: of the result's weights and inputs; None keeps the model's.
         stopwatch: how long layers and networks are timed.
         progress: show a progress bar.
@@ -68,14 +79,18 @@ def deploy(
         two.
 
     Raises:
-        ValueError: the model is in training mode, has no zeros, holds NaN, or is packed already; or cannot
-            run the example.
+        ValueError: the model is in training mode, has no zeros, holds NaN, or is packed already; cannot run
+            the example, or not in that runtime.
     """
     if objective not in ("speed", "size"):
         raise ValueError(f'deploy: expected an objective of "speed" or "size", got {objective!r}')
+    if runtime not in (*RUNTIMES, "fastest"):
+        expected = ", ".join(f'"{x}"' for x in RUNTIMES)
+        raise ValueError(f'deploy: expected a runtime of {expected} or "fastest", got {runtime!r}')
     with autocast_off(model):
         subject = Subject(model, example, dtype)
-        choice = fastest(subject, objective, stopwatch, progress)
+        runtimes = there(subject.given) if runtime == "fastest" else [runtime]
+        choice = fastest(subject, objective, runtimes, stopwatch, progress)
         return Deployed(choice.candidate.network, _report(subject, choice), choice.candidate.edits)
 
 
@@ -90,6 +105,8 @@ def _report(subject: Subject, choice: Choice) -> Deployment:
         layers=candidate.rows,
         device=subject.device(),
         samples=subject.given.samples(),
+        runtime=choice.runtime,
+        runtimes=choice.raced,
         dense_ms=choice.model_ms,
         sparse_ms=choice.network_ms,
         dense_bytes=nbytes(subject.model),
@@ -98,5 +115,5 @@ def _report(subject: Subject, choice: Choice) -> Deployment:
         sparse_flops=sparse_flops,
         difference=difference(subject.expected, found) if subject.expected else float("nan"),
         folded=folded + absorbed,
-        notes=choice.notes,
+        notes=[*choice.notes, *filter(None, [HOW[choice.runtime]])],
     )

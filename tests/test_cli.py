@@ -20,6 +20,7 @@ from torch import nn
 
 import snows
 from snows import cli, demo, ops, sources, zoo
+from snows.choosing import candidates
 from snows.choosing.measuring import Race, Stopwatch
 from snows.deployment import deploy
 from snows.sources import Network, Plain
@@ -480,6 +481,33 @@ def test_deploy_bench_export_and_eval_of_a_run(monkeypatch, capsys, pruned, pict
     )
 
 
+def test_deploy_and_bench_race_in_the_runtime_that_the_goal_named(monkeypatch, capsys, pruned):
+    monkeypatch.setattr(candidates, "ready", lambda net, example, runtime: net)
+    deploy = ["deploy", pruned, "--objective", "size", "--batch-size", 2, "--trust"]
+
+    def raced(*more):
+        code, text = run(monkeypatch, capsys, *deploy, *more)
+        assert code == 0, text
+        found = json.loads((pruned / "deployment.json").read_text())
+        return found["runtime"], [row["runtime"] for row in found["runtimes"]]
+
+    assert raced() == ("eager", ["eager"])
+    assert raced("--runtime", "fastest")[1] == ["eager", "compile"]
+    path = pruned / "report.json"
+    content = json.loads(path.read_text())
+    content["settings"]["runtime"] = "compile"  # as `prune --of latency --runtime compile` writes it
+    path.write_text(json.dumps(content))
+    assert raced() == ("compile", ["compile"])
+    assert raced("--runtime", "eager") == ("eager", ["eager"])
+    code, text = run(monkeypatch, capsys, "bench", pruned, "--batch-sizes", "2", "--trust")
+    assert code == 0, text
+    assert json.loads((pruned / "bench.json").read_text())["batches"][0]["runtime"] == "compile"
+    content["settings"]["runtime"] = ["x"]
+    path.write_text(json.dumps(content))
+    code, text = run(monkeypatch, capsys, *deploy)
+    assert (code, "names no runtime (['x']); say which with --runtime" in text) == (2, True)
+
+
 def test_what_deploy_bench_and_export_refuse(monkeypatch, capsys, pruned, tmp_path):
     out = tmp_path / "x.safetensors"
     for arguments, sentence in (
@@ -488,6 +516,8 @@ def test_what_deploy_bench_and_export_refuse(monkeypatch, capsys, pruned, tmp_pa
         (["deploy", pruned, "--out", out, "--batch-size", 0], "Invalid value for '--batch-size'"),
         (["deploy", pruned, "--out", out, "--batch-size", 99, "--trust"], "asked for 99 images, but"),
         (["deploy", pruned, "--out", out, "--objective", "fast"], "Invalid value for '--objective'"),
+        (["deploy", pruned, "--out", out, "--runtime", "onnx"], "Invalid value for '--runtime'"),
+        (["deploy", pruned, "--runtime", "cuda-graph", "--trust"], "a CUDA graph needs a network on a CUDA"),
         (
             ["deploy", pruned, "--out", tmp_path / "no" / "x", "--objective", "size", "--trust"],
             "cannot be written",

@@ -210,6 +210,7 @@ def test_a_share_of_the_milliseconds_stays(monkeypatch, tmp_path, using, share):
     goal = Structured(share, of="latency", using=using, multiple=1, images=4)
     small, report = snows.prune(net, batches, goal, solver=None, progress=False, out=tmp_path)
     assert 0.85 * share < report.small_ms / report.dense_ms <= 1.03 * share
+    assert report.settings["runtime"] == "eager"
     assert f"{report.small_ms:.3g} of {report.dense_ms:.3g} ms" in report.summary()
     assert {x.kind for x in report.groups if x.kept < x.units} & {"channels", "low-rank"}
     assert sum(x.weight.numel() for x in prunable(small).values()) < sum(
@@ -221,7 +222,9 @@ def test_a_share_of_the_milliseconds_stays(monkeypatch, tmp_path, using, share):
 
 @pytest.mark.parametrize("wrong", [{"runtime": "onnx"}, {"images": 0}, {"images": 2.5}])
 def test_settings_out_of_range(wrong):
-    with pytest.raises(ValueError, match="expected a runtime of eager or compile and a number of images"):
+    with pytest.raises(
+        ValueError, match="expected a runtime of eager or compile or cuda-graph and a number of images"
+    ):
         Structured(0.5, of="latency", **wrong)
 
 

@@ -395,7 +395,10 @@ class Plain(nn.Module):
         (lambda: Structured(1.0), "expected a share above 0 and below 1"),
         (lambda: Structured("half"), "expected a share"),
         (lambda: Structured({}), "expected the units of at least one group"),
-        (lambda: Structured(0.5, of="ms"), "expected of to be macs, params, bytes, nonzeros, latency, got 'ms'"),
+        (
+            lambda: Structured(0.5, of="ms"),
+            "expected of to be macs, params, bytes, nonzeros, latency, got 'ms'",
+        ),
         (lambda: Structured(0.5, using=("filters",)), "expected using to name some of channels"),
         (lambda: Structured(0.5, using="heads"), "expected using to name some of"),
         (lambda: Structured(0.5, order="taylor"), "expected order to be compensated, .* got 'taylor'"),

@@ -29,6 +29,7 @@ def settings(
 ) -> dict[str, Any]:
     """Write down what was asked; a run that was interrupted goes on with the same alone."""
     several = isinstance(pattern, Mapping) or callable(pattern)
+    timed = isinstance(pattern, Budget) and pattern.of == "latency"
     return {
         "pattern": plan.patterns
         if several
@@ -42,6 +43,7 @@ def settings(
         "recalibrate": recalibrate,
         "seed": seed,
         "layers": list(layers),
+        **({"runtime": pattern.runtime} if timed else {}),  # that `deploy` takes too
     }
 
 

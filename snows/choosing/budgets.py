@@ -45,7 +45,8 @@ class Budget:
         uniform: take the same share from every group; layers stay as they are otherwise.
         refit: fit what stays by least squares.
         then: a pattern for all layers of the smaller network, where `using` names none.
-        runtime: of the milliseconds: "eager", or "compile" (`torch.compile` with constant weights).
+        runtime: of the milliseconds: "eager", "compile" (`torch.compile` with constant weights), or
+            "cuda-graph".
         images: of the milliseconds: how many at a time; None for as many as the first batch has.
         ms: milliseconds that stay, in place of a share.
         mb: megabytes that stay, in place of a share.

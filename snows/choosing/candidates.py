@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Literal
@@ -12,15 +13,16 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
 
+from snows.choosing.compiling import Runtime, UnavailableError, ready
 from snows.choosing.measuring import Race, Stopwatch
-from snows.choosing.packing import SCATTERS, Packing, Terms, nbytes
+from snows.choosing.packing import SCATTERS, Packing, Terms
 from snows.layers import SparseConv2d
 from snows.networks.attention import OpenAttention, close_attention
-from snows.networks.batches import difference, outputs
+from snows.networks.batches import Batch, difference, outputs
 from snows.networks.edits import Edit, Open
 from snows.networks.layers import copied
 from snows.networks.subject import Subject
-from snows.results.deployment import DeployedLayer
+from snows.results.deployment import DeployedLayer, DeployedRuntime
 
 # A layer is packed if it is so many times as fast alone. The second is tried if the first makes a slower
 # network.
@@ -50,71 +52,146 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Choice:
-    """Hold the network that was chosen, and by which times.
+    """Hold the network that was chosen, where, and by which times.
 
     Attributes:
         candidate: the network.
-        model_ms, network_ms: median times of the model as it came, and of the network.
+        runtime: in which it was the fastest.
+        model_ms, network_ms: median times of the model as it came, and of the network, in that runtime.
+        raced: the times in every runtime.
+        run: a call of the network in that runtime.
         notes: sentences that a reader should see.
     """
 
     candidate: Candidate
+    runtime: Runtime
     model_ms: float
     network_ms: float
+    raced: list[DeployedRuntime]
+    run: Callable[[], object]
     notes: list[str] = field(default_factory=list)
 
 
 def fastest(
-    subject: Subject, objective: Literal["speed", "size"], stopwatch: Stopwatch, progress: bool
+    subject: Subject,
+    objective: Literal["speed", "size"],
+    runtimes: Sequence[Runtime],
+    stopwatch: Stopwatch,
+    progress: bool,
 ) -> Choice:
-    """Pack by one margin after the other until the network as a whole is not slower for it.
+    """Choose between dense and packed networks in each runtime, and of what was chosen the fastest.
 
     Args:
         subject: the network.
         objective: "speed" takes the fastest, "size" packs whatever gets smaller.
+        runtimes: to race in. One of several in which this network cannot be run is left out with a note.
         stopwatch: that layers and networks are timed with.
         progress: show a progress bar.
+
+    Raises:
+        ValueError: the network cannot be run in the only runtime.
     """
-    packing = Packing(stopwatch)
-    dense, folded = subject.dense()
+    entrants = Entrants(subject, objective, stopwatch, progress)
+    choices, notes = list[Choice](), list[str]()
+    for runtime in runtimes:
+        try:
+            choices.append(_chosen(entrants, runtime))
+        except UnavailableError as error:
+            if len(runtimes) == 1:
+                raise ValueError(f'deploy: {error}; ask for runtime="eager"') from error
+            notes.append(f"There was no race in runtime {runtime}: {error}.")
+    best = choices[0]
+    if len(choices) > 1:  # in turns, because what a machine is slowed down by changes
+        ms = stopwatch.network([x.run for x in choices], partial(_cannot_tell, first=0)).medians
+        best = choices[ms.index(min(ms))]
+        took = " and ".join(f"{t:.2f} ms in runtime {x.runtime}" for t, x in zip(ms, choices, strict=True))
+        notes.append(f"Timed in turns, what was chosen took {took}.")
+    raced = [row for choice in choices for row in choice.raced]
+    return replace(best, raced=raced, notes=[*best.notes, *notes])
+
+
+def _chosen(entrants: Entrants, runtime: Runtime) -> Choice:
+    """Pack by one margin after the other until the network as a whole is not slower for it."""
+    subject, size, packed_ms = entrants.subject, entrants.objective == "size", math.nan
+    fixed = [_call(subject.model, subject.given, runtime), _call(entrants.dense, subject.batch, runtime)]
     for margin in MARGINS:
-        candidates = _candidates(subject, packing, Terms(objective, margin), progress)
-        wanted = outputs(dense, subject.batch)
-        moved = [difference(wanted, outputs(x.network, subject.batch)) for x in candidates]
-        candidates = [x for x, error in zip(candidates, moved, strict=True) if error <= _tolerance(wanted)]
-        if not candidates:
-            changed = (
-                f"Packed layers changed the outputs by {min(moved):.1e} of the largest, so all stay dense."
-            )
-            return _kept_dense(subject, dense, folded, stopwatch, changed)
-        networks = [(dense, subject.batch), *((x.network, subject.batch) for x in candidates)]
-        runs = [partial(outputs, *pair) for pair in ((subject.model, subject.given), *networks)]
-        race = stopwatch.network(runs, _cannot_tell)
+        packed, rows, notes = entrants.packed(margin)
+        runs = [_call(x.network, subject.batch, runtime) for x in packed]
+        race = entrants.stopwatch.network([*fixed, *runs], _cannot_tell)
         model_ms, dense_ms, *taken = race.medians
-        ms, best = min(zip(taken, candidates, strict=True), key=lambda x: x[0])
-        notes = _scatter(packing, race, margin) if objective == "speed" else []
-        if objective == "size" or ms <= AS_FAST * dense_ms or best.is_dense:
-            return Choice(best, model_ms, ms, notes)
-    slower = (
-        f"Layer by layer the packed ones were faster, the network as a whole was not ({ms:.2f} ms, "
-        f"{dense_ms:.2f} ms with dense layers), so all stay dense."
-    )
-    rows = [replace(x, reason=x.reason or "the network as a whole was faster without it") for x in best.rows]
-    return Choice(Candidate(dense, folded, rows), model_ms, dense_ms, [slower, *notes])
+        notes = notes if size else [*notes, *_scatter(entrants.packing, race, margin)]
+        if not packed:
+            break
+        packed_ms, best, run = min(zip(taken, packed, runs, strict=True), key=lambda x: x[0])
+        if size or packed_ms <= AS_FAST * dense_ms:
+            row = DeployedRuntime(runtime, dense_ms, packed_ms, "packed")
+            return Choice(best, runtime, model_ms, packed_ms, [row], run, notes)
+        why = "the network as a whole was faster without it"
+        rows = [replace(x, reason=x.reason or why) for x in best.rows]
+    else:
+        slower = (
+            "Layer by layer the packed ones were faster, the network as a whole was not "
+            f"({packed_ms:.2f} ms, {dense_ms:.2f} ms with dense layers), so all stay dense."
+        )
+        notes = [slower, *notes]
+    dense = Candidate(entrants.dense, entrants.folded, rows)
+    row = DeployedRuntime(runtime, dense_ms, packed_ms, "dense")
+    return Choice(dense, runtime, model_ms, dense_ms, [row], fixed[1], notes)
 
 
-def _kept_dense(
-    subject: Subject, dense: nn.Module, folded: list[Edit], stopwatch: Stopwatch, note: str
-) -> Choice:
-    """Keep the network with dense layers, because packed ones would not compute the same."""
-    pairs = (subject.model, subject.given), (dense, subject.batch)
-    model_ms, dense_ms = stopwatch.network([partial(outputs, *pair) for pair in pairs]).medians
-    why = "the network would not compute the same"
-    rows = [
-        DeployedLayer(name, tuple(layer.weight.shape), dense_bytes=nbytes(layer), reason=why)
-        for name, (layer, _) in subject.layers().items()
-    ]
-    return Choice(Candidate(dense, folded, rows), model_ms, dense_ms, [note])
+def _call(net: nn.Module, batch: Batch, runtime: Runtime) -> Callable[[], object]:
+    """Make a network ready in a runtime; return a call of it on a copy of a batch, for inference."""
+    if runtime == "eager":
+        return partial(outputs, net, batch)
+    made = ready(net, batch.map(torch.clone), runtime)
+
+    def call() -> None:
+        with torch.no_grad():  # a program that was compiled so would be compiled again for inference mode
+            batch.map(torch.clone).through(made)
+
+    return call
+
+
+class Entrants:
+    """Make the networks that race, each once whatever the runtimes.
+
+    Attributes:
+        dense: the network with dense layers, its normalisations folded.
+        folded: the edits that made it.
+        packing: chooses layer by layer.
+    """
+
+    def __init__(
+        self, subject: Subject, objective: Literal["speed", "size"], stopwatch: Stopwatch, progress: bool
+    ) -> None:
+        self.subject, self.objective, self.stopwatch, self.progress = subject, objective, stopwatch, progress
+        self.dense, self.folded = subject.dense()
+        self.packing = Packing(stopwatch)
+        self._made: dict[float, tuple[list[Candidate], list[DeployedLayer], list[str]]] = {}
+
+    def packed(self, margin: float) -> tuple[list[Candidate], list[DeployedLayer], list[str]]:
+        """Return the networks with layers that are packed by a margin, and compute the same.
+
+        Where there is none, also what is said of each layer, and notes.
+        """
+        if margin not in self._made:
+            self._made[margin] = self._pack(margin)
+        return self._made[margin]
+
+    def _pack(self, margin: float) -> tuple[list[Candidate], list[DeployedLayer], list[str]]:
+        if not self.subject.layers():
+            return [], [], []
+        made = _candidates(self.subject, self.packing, Terms(self.objective, margin), self.progress)
+        packed = [x for x in made if not x.is_dense]
+        if not packed:
+            return [], made[0].rows, []
+        wanted = outputs(self.dense, self.subject.batch)
+        moved = [difference(wanted, outputs(x.network, self.subject.batch)) for x in packed]
+        same = [x for x, error in zip(packed, moved, strict=True) if error <= _tolerance(wanted)]
+        why = "the network would not compute the same"
+        note = f"Packed layers changed the outputs by {min(moved):.1e} of the largest, so all stay dense."
+        rows = [replace(x, reason=x.reason or why) for x in packed[0].rows]
+        return same, rows, [] if same else [note]
 
 
 def _tolerance(tensors: list[Tensor]) -> float:
@@ -153,9 +230,9 @@ def _was_closed(net: nn.Module, edit: Edit) -> bool:
     return isinstance(edit, Open) and not isinstance(net.get_submodule(edit.module), OpenAttention)
 
 
-def _cannot_tell(race: Race) -> bool:
-    """Say whether times cannot tell a packed network from the dense one, the second run of the race."""
-    return any(race.scatters(1, i) for i in range(2, len(race.rounds[0])))
+def _cannot_tell(race: Race, first: int = 1) -> bool:
+    """Say whether times cannot tell a later network from the first, in most races the second run: dense."""
+    return any(race.scatters(first, i) for i in range(first + 1, len(race.rounds[0])))
 
 
 def _scatter(packing: Packing, race: Race, margin: float) -> list[str]:

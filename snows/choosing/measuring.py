@@ -37,6 +37,10 @@ class Race(NamedTuple):
         """Median milliseconds of each call."""
         return [statistics.median(times) for times in zip(*self.rounds, strict=True)]
 
+    def each(self, calls: int) -> Race:
+        """Return the times of one call, where so many were timed as one."""
+        return Race([tuple(ms / calls for ms in times) for times in self.rounds])
+
     def scatters(self, slow: int, fast: int, margin: float = 1.0) -> bool:
         """Say whether the times do not tell if call `fast` is `margin` times as fast as call `slow`.
 

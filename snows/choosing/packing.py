@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
+from snows.choosing.compiling import repeated
 from snows.choosing.measuring import REPEATS, SCATTER, Race, Stopwatch
 from snows.layers import SparseConv2d, SparseLinear
+from snows.networks.batches import Batch
 from snows.networks.edits import Pack
 from snows.networks.folding import stock
 from snows.networks.layers import Layer, groups_of
 from snows.networks.masks import mask_of
 from snows.networks.trace import Use
+from snows.ops import cusparselt
 from snows.reference import innermost_images
 from snows.results.deployment import DeployedLayer
 from snows.sparsity import NM
@@ -71,42 +75,47 @@ class Packing:
             return None, row
         dense = stock(layer, use)
         try:
-            packed = _packed(dense, mask_of(layer, name), activation, terms)
+            ways = _packed(dense, mask_of(layer, name), activation, terms)
         except ValueError as error:
             return None, replace(row, reason=str(error))
-        row = replace(row, sparse_bytes=nbytes(packed), kernel=_kernel(packed), pattern=_pattern(packed))
         run = dense if activation is None else nn.Sequential(dense, activation[1])
-        race = self._race(run, packed, use, terms)
-        row = replace(row, dense_ms=race.medians[0], sparse_ms=race.medians[1])
+        dense_ms, *taken = self._race(run, ways, use, terms).medians
+        sparse_ms, packed = min(zip(taken, ways, strict=True), key=lambda x: x[0])
+        row = replace(row, sparse_bytes=nbytes(packed), kernel=_kernel(packed), pattern=_pattern(packed))
+        row = replace(row, dense_ms=dense_ms, sparse_ms=sparse_ms)
         row = replace(row, reason=_why_dense(row, packed, layer.weight.dtype, terms))
         absorbs = activation[0] if activation is not None else ""
         return (None if row.reason else (Pack.of(name, packed, absorbs), packed)), row
 
-    def _race(self, dense: nn.Module, packed: Packed, use: Use, terms: Terms) -> Race:
-        innermost = isinstance(packed, SparseConv2d) and packed.innermost
+    def _race(self, dense: nn.Module, ways: list[Packed], use: Use, terms: Terms) -> Race:
+        first = ways[0]
         key = (
-            type(packed),
-            packed.shape,
+            type(first),
+            first.shape,
             tuple(use.calls),
-            _pattern(packed),
-            packed.activation,
+            _pattern(first),
+            first.activation,
             str(use.settings),
-            packed.values.dtype,
-            innermost,
+            first.values.dtype,
+            tuple(map(_kernel, ways)),
         )
         if key not in self.times:
-            x = [_random(shape, stride, packed.values) for shape, stride in use.calls]
+            x = [_random(shape, stride, first.values) for shape, stride in use.calls]
+            innermost = isinstance(first, SparseConv2d) and first.innermost
             laid = [innermost_images(a) for a in x] if innermost else x
             with torch.inference_mode():
-                self.times[key] = self.stopwatch.layer(
-                    [lambda: [dense(a) for a in x], lambda: [packed(a) for a in laid]],
-                    lambda race: terms.objective == "speed" and race.scatters(0, 1, terms.margin),
+                runs, calls = repeated(
+                    [partial(_each, dense, x), *(partial(_each, way, laid) for way in ways)], Batch((x,), {})
                 )
+                race = self.stopwatch.layer(
+                    runs, lambda race: terms.objective == "speed" and _unsure(race, terms.margin)
+                )
+            self.times[key] = race.each(calls)
         return self.times[key]
 
     def scatter(self, margin: float) -> list[str]:
         """Say of which choices the times mean little."""
-        unsure = sum(race.scatters(0, 1, margin) for race in self.times.values())
+        unsure = sum(_unsure(race, margin) for race in self.times.values())
         return (
             [
                 f"The times of {unsure} of {len(self.times)} kinds of layer {SCATTERS}, so that choosing "
@@ -120,15 +129,31 @@ class Packing:
 SCATTERS = f"scatter by more than {100 * SCATTER:.0f} % although they were taken {REPEATS} times"
 
 
-def _packed(dense: Layer, mask: Tensor, activation: tuple[str, nn.Module] | None, terms: Terms) -> Packed:
+def _each(layer: nn.Module, inputs: list[Tensor]) -> None:
+    for x in inputs:
+        layer(x)
+
+
+def _unsure(race: Race, margin: float) -> bool:
+    """Say whether the times do not tell a packed layer from the dense one, the first of the race."""
+    return any(race.scatters(0, i, margin) for i in range(1, len(race.rounds[0])))
+
+
+def _packed(
+    dense: Layer, mask: Tensor, activation: tuple[str, nn.Module] | None, terms: Terms
+) -> list[Packed]:
+    """Pack a layer; return it once for each way that there is to run it."""
     follow: Literal["relu", "gelu"] | None = None
     if activation is not None:
         follow = "relu" if isinstance(activation[1], nn.ReLU) else "gelu"
     if isinstance(dense, nn.Linear):
-        return SparseLinear.from_dense(dense, mask=mask, activation=follow)
+        ours = SparseLinear.from_dense(dense, mask=mask, activation=follow)
+        if not cusparselt.takes(ours.values, ours.shape, *ours.packed.group):
+            return [ours]
+        return [ours, SparseLinear(ours.packed, ours.bias, follow, cusparselt=True)]
     packed = SparseConv2d.from_dense(dense, mask=mask, activation=follow)
     packed.innermost = terms.innermost
-    return packed
+    return [packed]
 
 
 def _kernel(packed: Packed) -> str:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from snows.choosing.choices import Choice
-from snows.choosing.compiling import Runtime, frozen
+from snows.choosing.compiling import Runtime, UnavailableError, ready
 from snows.choosing.measuring import Race, Stopwatch
 from snows.choosing.sketches import folded_and_packed, masked
 from snows.networks.batches import Batch
@@ -51,7 +51,7 @@ class Clock:
     Attributes:
         twins: of the network.
         example: what is run, on the network's device.
-        runtime: "eager", or "compile": `torch.compile` with constant weights.
+        runtime: that they are made ready in.
         stopwatch: that times calls in turns.
     """
 
@@ -89,15 +89,10 @@ class Clock:
 
     def _ready(self, net: nn.Module) -> nn.Module:
         """Return a network as a user would run it."""
-        if self.runtime == "eager":
-            return net
-        compiled = frozen(net, self.example)
-        if compiled is None:
-            raise ValueError(
-                "prune: torch.compile cannot compile this network here, without a C++ compiler for example; "
-                'ask for the milliseconds of runtime="eager"'
-            )
-        return compiled
+        try:
+            return ready(net, self.example, self.runtime)
+        except UnavailableError as error:
+            raise ValueError(f'prune: {error}; ask for the milliseconds of runtime="eager"') from error
 
 
 def _shares(race: Race, call: int) -> tuple[float, float]:

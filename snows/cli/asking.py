@@ -17,7 +17,7 @@ Of = Annotated[
     typer.Option(help='the cost that a share is of; "latency" is milliseconds, measured here'),
 ]
 Runtime = Annotated[
-    Literal["eager", "compile"], typer.Option(help="what --of latency measures the network in")
+    Literal["eager", "compile", "cuda-graph"], typer.Option(help="what --of latency measures the network in")
 ]
 AtATime = Annotated[
     int | None,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -26,6 +26,13 @@ Model = Annotated[
 ]
 Data = Annotated[
     str | None, typer.Option("--data", help="where the example comes from, instead of what source.json names")
+]
+Runtime = Annotated[
+    Literal["eager", "compile", "cuda-graph", "fastest"] | None,
+    typer.Option(
+        "--runtime",
+        help="what whole networks are timed in; by default what prune --of latency measured in, or eager",
+    ),
 ]
 
 
@@ -84,6 +91,18 @@ def _load_run(
     return network.model.to(place), found.first(images).to(place), source
 
 
+def _runtime(run: Path, asked: Any) -> Any:
+    """Return the runtime that was asked for, else the one whose milliseconds the run's goal meant."""
+    from snows.choosing.compiling import RUNTIMES
+
+    if asked is not None or not (run / "report.json").is_file():
+        return asked or "eager"
+    named = read_report(run).settings.get("runtime", "eager")
+    if named not in RUNTIMES:
+        raise ValueError(f"{run / 'report.json'} names no runtime ({named!r:.40}); say which with --runtime")
+    return named
+
+
 def deploy(
     run: Folder,
     out: Annotated[
@@ -99,6 +118,7 @@ def deploy(
     dtype: Annotated[
         Literal["float32", "float16", "bfloat16"], typer.Option(help="of the packed network")
     ] = "float32",
+    runtime: Runtime = None,
     batch_size: Annotated[int, typer.Option(min=1, help="images at a time that layers are timed with")] = 8,
     device: terminal.Device = "auto",
     trust: Trust = False,
@@ -115,7 +135,12 @@ def deploy(
     _not_its_own(run, path)
     net, example, source = _load_run(run, batch_size, device, trust, model, data)
     deployed = snows.deploy(
-        net, example, objective=objective, dtype=getattr(torch, dtype), progress=terminal.errors.is_terminal
+        net,
+        example,
+        objective=objective,
+        runtime=_runtime(run, runtime),
+        dtype=getattr(torch, dtype),
+        progress=terminal.errors.is_terminal,
     )
     found = deployed.report
     show(found)
@@ -152,6 +177,7 @@ def bench(
     out: Annotated[
         Path | None, typer.Option(help="JSON file for the figures; by default bench.json in the run's folder")
     ] = None,
+    runtime: Runtime = None,
     device: terminal.Device = "auto",
     trust: Trust = False,
     model: Model = None,
@@ -175,9 +201,10 @@ def bench(
     path = out or run / "bench.json"
     _not_its_own(run, path)
     net, images, _ = _load_run(run, max(sizes), device, trust, model, data)
-    rows = []
+    rows, where = [], _runtime(run, runtime)
     for size in sizes:
-        found = snows.deploy(net, images[:size], progress=terminal.errors.is_terminal).report
+        progress = terminal.errors.is_terminal
+        found = snows.deploy(net, images[:size], runtime=where, progress=progress).report
         show(found, f"{size} at a time")
         rows.append(asdict(found))
     write(

@@ -87,8 +87,11 @@ class PackedLayer(nn.Module):
 
     def _arrange(self) -> None:
         # No buffer, even a non-persistent one: torch.export would write that into its file.
-        self.order = ops.kernel_order(self.values, self.codes, self.shape, *self.packed.group)
+        self.order = self._ordered()
         self._arranged = self.values, self.codes, version_of(self.values), version_of(self.codes)
+
+    def _ordered(self) -> Tensor:
+        return ops.kernel_order(self.values, self.codes, self.shape, *self.packed.group)
 
     def kernel_order(self) -> Tensor | None:
         """Return the kernel order, made anew if the weight was changed; None for an exported program.

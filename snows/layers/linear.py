@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import cast
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from snows import ops
+from snows import ops, packing
 from snows.layers.base import Activation, PackedLayer, filled, packed_from
+from snows.ops import cusparselt
 from snows.packing import Packed
 from snows.sparsity import NM, Unstructured
+
+AFTER: dict[Activation, Callable[[Tensor], Tensor]] = {None: lambda x: x, "relu": F.relu, "gelu": F.gelu}
 
 
 class SparseLinear(PackedLayer):
@@ -19,6 +25,8 @@ class SparseLinear(PackedLayer):
         packed: what `packing.pack` made of an (out, in) weight.
         bias: (out,) or None.
         activation: None, "relu" or "gelu" (by erf), applied to the output.
+        cusparselt: multiply by cuSPARSELt for inference wherever it is there and takes this weight. What is
+            packed is the same, so that the layer runs on any machine.
 
     Raises:
         ValueError: they do not belong together.
@@ -30,11 +38,22 @@ class SparseLinear(PackedLayer):
         SparseLinear(in_features=8, out_features=2, bias=True, pattern=2:4)
     """
 
-    def __init__(self, packed: Packed, bias: Tensor | None = None, activation: Activation = None) -> None:
+    cusparselt = False
+
+    def __init__(
+        self,
+        packed: Packed,
+        bias: Tensor | None = None,
+        activation: Activation = None,
+        cusparselt: bool = False,
+    ) -> None:
         if len(packed.shape) != 2:
             raise ValueError(f"SparseLinear: expected a packed weight of (out, in), got {packed.shape}")
         super().__init__(packed, bias, activation)
         self.out_features, self.in_features = packed.shape
+        if cusparselt:
+            self.cusparselt = True
+            self._arrange()
 
     @classmethod
     def from_dense(
@@ -67,8 +86,33 @@ class SparseLinear(PackedLayer):
         layer = nn.Linear(inputs, out, bias=self.bias is not None, device="meta")
         return cast(nn.Linear, filled(layer, self))
 
+    def _ordered(self) -> Tensor:
+        group = self.packed.group
+        self._by_library = self.cusparselt and cusparselt.takes(self.values, self.shape, *group)
+        return cusparselt.compress(packing.unpack(self.packed)) if self._by_library else super()._ordered()
+
+    @property
+    def kernel(self) -> str:
+        """What runs the layer where it is: "cuSPARSELt", "native", or "reference" (unpack and multiply)."""
+        return "cuSPARSELt" if self._by_library else super().kernel
+
+    def _is_plain(self, input: Tensor) -> bool:
+        """Say whether the library computes all that is wanted: no gradients, no dtypes of autocast."""
+        learns = input.requires_grad or (self.bias is not None and self.bias.requires_grad)
+        return (
+            input.shape[-1:] == (self.in_features,)
+            and input.dtype == self.values.dtype
+            and not torch.is_autocast_enabled(input.device.type)
+            and not (learns and torch.is_grad_enabled())
+        )
+
     def forward(self, input: Tensor) -> Tensor:
         """Apply the layer: (..., in_features) to (..., out_features)."""
+        order = self.kernel_order()
+        if order is not None and self._by_library:
+            if self._is_plain(input):
+                return AFTER[self.activation](cusparselt.linear(input, order, self.bias, self.out_features))
+            order = None  # what is compressed is no order of ours
         return ops.sparse_linear(
             input,
             self.values,
@@ -77,7 +121,7 @@ class SparseLinear(PackedLayer):
             self.shape,
             *self.packed.group,
             self.activation or "none",
-            self.kernel_order(),
+            order,
         )
 
     def extra_repr(self) -> str:

@@ -164,7 +164,7 @@ class Pack:
         activation: that it computes too, or None.
         absorbs: the module of that activation, whose place is left empty; empty for none.
         settings: a convolution's stride, padding, dilation and padding mode, and whether images lie
-            innermost.
+            innermost; of a linear layer that cuSPARSELt multiplies where it can, that alone.
     """
 
     layer: str
@@ -185,6 +185,8 @@ class Pack:
                 for key in CONVOLUTION
             }
             settings["innermost"] = layer.innermost
+        elif layer.cusparselt:
+            settings["cusparselt"] = True
         return cls(name, str(layer.pattern), tuple(layer.shape), layer.activation, absorbs, settings)
 
     def apply(self, net: nn.Module) -> None:

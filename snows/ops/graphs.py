@@ -1,10 +1,10 @@
-"""Products captured once into a CUDA graph and replayed: hundreds of launches become one.
+"""CUDA graphs: calls captured once and replayed, so that hundreds of launches become one.
 
-A graph lives and dies with one operator, and its memory with it. The first product runs eagerly, which also
-warms up what must not happen while capturing (libraries that start, kernels that compile); the second is
-captured, which costs about as many launches again and an emptied cache; from the third on a product is one
-launch. A solver asks for up to ``1 + max_iterations`` of each operator. Where the device is the slower side
-nothing is gained, and little lost.
+A graph of curvature products lives and dies with one operator, and its memory with it. The first product
+runs eagerly, which also warms up what must not happen while capturing (libraries that start, kernels that
+compile); the second is captured, which costs about as many launches again and an emptied cache; from the
+third on a product is one launch. A solver asks for up to ``1 + max_iterations`` of each operator. Where the
+device is the slower side nothing is gained, and little lost.
 
 One graph for all operators of a horizon would be captured once a layer. It would have to hold the forward
 pass too, which is the network's own Python and ends by an exception, for each size of batch, and would keep
@@ -17,11 +17,12 @@ import functools
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
+T = TypeVar("T")
 log = logging.getLogger(__name__)
 _side = functools.cache(torch.cuda.Stream)
 
@@ -52,11 +53,16 @@ def aside(device: torch.device) -> Iterator[None]:
     here.wait_stream(side)
 
 
+def captured(function: Callable[[], T], device: torch.device) -> tuple[Graph, T]:
+    """Capture a graph of a call on a device; return it, and what the call returned: the memory it writes."""
+    graph = torch.cuda.CUDAGraph()
+    with aside(device), torch.cuda.graph(graph, stream=torch.cuda.current_stream(device)):
+        return graph, function()
+
+
 def capture(function: Callable[[Tensor], Tensor], v: Tensor) -> tuple[Graph, Tensor]:
     """Capture a graph that applies `function` to what `v` holds; return it and the tensor it writes."""
-    graph = torch.cuda.CUDAGraph()
-    with aside(v.device), torch.cuda.graph(graph, stream=torch.cuda.current_stream(v.device)):
-        return graph, function(v)
+    return captured(lambda: function(v), v.device)
 
 
 class Replayed:

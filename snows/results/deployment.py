@@ -20,8 +20,8 @@ class DeployedLayer:
         name: of the layer.
         shape: of its weight.
         pattern: found in its zeros.
-        kernel: what would run or runs it packed: "native", or "reference" (unpack and multiply); and the
-            layout it is in.
+        kernel: what would run or runs it packed: "native", "cuSPARSELt", or "reference" (unpack and
+            multiply); and the layout it is in.
         dense_ms, sparse_ms: median time of all its calls on the example, with the activation that both
             compute.
         dense_bytes, sparse_bytes: of weight and bias.
@@ -39,6 +39,23 @@ class DeployedLayer:
     reason: str = ""
 
 
+@dataclass(frozen=True)
+class DeployedRuntime:
+    """Record the race of whole networks in one runtime.
+
+    Attributes:
+        runtime: "eager", "compile" or "cuda-graph".
+        dense_ms: of the network with dense layers, its normalisations folded.
+        packed_ms: of the fastest network with packed layers; NaN where none was raced.
+        chosen: "dense" or "packed".
+    """
+
+    runtime: str
+    dense_ms: float = float("nan")
+    packed_ms: float = float("nan")
+    chosen: str = ""
+
+
 @dataclass
 class Deployment(Record):
     """Record what `deploy` did. Times are medians on the example, sizes of all that a file would hold.
@@ -47,7 +64,9 @@ class Deployment(Record):
         layers: those with zeros, in order of execution.
         device: that was measured, with its threads.
         samples: in the example.
-        dense_ms, sparse_ms: of the network as it came, and as it runs now.
+        runtime: that the network was chosen for.
+        runtimes: all in which networks were raced.
+        dense_ms, sparse_ms: of the network as it came, and as it runs now, in that runtime.
         dense_bytes, sparse_bytes: of the two.
         dense_flops, sparse_flops: of Linear and Conv2d on the example, a multiplication and an addition being
             two.
@@ -58,10 +77,12 @@ class Deployment(Record):
         notes: sentences that a reader should see.
     """
 
-    rows: ClassVar[dict[str, type]] = {"layers": DeployedLayer}
+    rows: ClassVar[dict[str, type]] = {"layers": DeployedLayer, "runtimes": DeployedRuntime}
     layers: list[DeployedLayer] = field(default_factory=list)
     device: str = ""
     samples: int = 0
+    runtime: str = "eager"
+    runtimes: list[DeployedRuntime] = field(default_factory=list)
     dense_ms: float = float("nan")
     sparse_ms: float = float("nan")
     dense_bytes: int = 0
@@ -94,6 +115,23 @@ class Deployment(Record):
             )
         return table
 
+    def tables(self) -> list[Table]:
+        """Make all tables: of layers, if there are any, and of runtimes other than eager alone."""
+        eager = all(x.runtime == "eager" for x in self.runtimes)
+        return [*super().tables(), *([] if eager else [self._races()])]
+
+    def _races(self) -> Table:
+        """Make the table of runtimes."""
+        table = Table("runtime", pad_edge=False)
+        for heading in ("dense ms", "packed ms"):
+            table.add_column(heading, justify="right", no_wrap=True)
+        table.add_column("chosen")
+        for x in self.runtimes:
+            best = ", the fastest" if len(self.runtimes) > 1 and x.runtime == self.runtime else ""
+            times = (f"{ms:.2f}" if ms == ms else "" for ms in (x.dense_ms, x.packed_ms))
+            add_row(table, x.runtime, *times, x.chosen + best)
+        return table
+
     def summary(self) -> str:
         """Say in a sentence what came of it."""
         packed = sum(not x.reason for x in self.layers)
@@ -102,11 +140,12 @@ class Deployment(Record):
             if self.layers
             else "no layer has zeros"
         )
+        runtime = _RUNTIMES.get(self.runtime, f", {self.runtime}")
         return (
             f"{zeros}; {self.dense_ms:.2f} ms {'dense' if self.layers else 'before'}, "
             f"{self.sparse_ms:.2f} ms now ({_quotient(self.dense_ms, self.sparse_ms):.2f} times as fast, "
             f"{_quotient(1e3 * self.samples, self.sparse_ms):.0f} images/s; {self.samples} at a time on "
-            f"{self.device}); {self.sparse_bytes / 1e6:.2f} of {self.dense_bytes / 1e6:.2f} MB, "
+            f"{self.device}{runtime}); {self.sparse_bytes / 1e6:.2f} of {self.dense_bytes / 1e6:.2f} MB, "
             f"{self.sparse_flops / 1e9:.3g} of {self.dense_flops / 1e9:.3g} GFLOP; "
             + (
                 f"outputs differ by at most {self.difference:.1e} of the largest"
@@ -116,6 +155,9 @@ class Deployment(Record):
             + "; layers are timed alone, equal ones once"
             + ("; what is gained is from folded normalisations" if not packed and self.folded else "")
         )
+
+
+_RUNTIMES = {"eager": "", "compile": ", under torch.compile", "cuda-graph": ", in a CUDA graph"}
 
 
 def _quotient(a: float, b: float) -> float:

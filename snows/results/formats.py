@@ -12,7 +12,9 @@ from snows.networks.implants import Implant
 from snows.networks.taking import Selection, Take
 from snows.packing import packable
 
-VERSION = 4  # 1 had no remainders; 1 and 2 held lists of modules, and not edits; 3 had packed layers alone
+# 1 had no remainders; 1 and 2 held lists of modules, and not edits; 3 had packed layers alone; 4 no settings
+# of linear layers
+VERSION = 5
 
 
 def edits_in(path: Path, text: str) -> list[Edit]:
@@ -93,7 +95,11 @@ def _pack(entry: dict[str, Any]) -> Pack:
         raise ValueError(f"layer is {name!r:.60}, absorbs {absorbs!r:.60}")
     settings = entry["settings"]
     linear = isinstance(entry["shape"], list) and len(entry["shape"]) == 2
-    if not isinstance(settings, dict) or set(settings) != (set() if linear else {*CONVOLUTION, "innermost"}):
+    if not isinstance(settings, dict) or not (
+        settings == {} or (set(settings) == {"cusparselt"} and settings["cusparselt"] is True)
+        if linear
+        else set(settings) == {*CONVOLUTION, "innermost"}
+    ):
         raise ValueError(f"settings of {name} is {settings!r:.60}")
     return _packed(name, entry | settings, absorbs)
 
@@ -107,6 +113,8 @@ def _packed(name: str, entry: Any, absorbs: str = "") -> Pack:
     settings = {key: entry[key] for key in CONVOLUTION} if len(entry["shape"]) == 4 else {}
     if settings:
         settings["innermost"] = entry.get("innermost", False)
+    elif "cusparselt" in entry:
+        settings["cusparselt"] = True
     return Pack(name, entry["pattern"], tuple(entry["shape"]), entry["activation"], absorbs, settings)
 
 

@@ -35,7 +35,7 @@ def run_page(
     title = str(report.settings.get("pattern", "pruned"))
     compared = Comparison("Accuracy", list(found), [(title[:40], list(found.values()))], "%")
     if deployment is not None:
-        tables.append(Folded("Deployment, layer by layer", [deployment.table()]))
+        tables.append(Folded("Deployment, layer by layer", deployment.tables()))
         notes += [deployment.summary(), *deployment.notes]
         machine = {"machine": deployment.device}
     return page(
