@@ -1,4 +1,4 @@
-"""The command line: `snows prune`, `groups`, `eval`, `report`, `deploy`, `bench`, `export`, `demo`, `info`.
+"""The command line: `snows prune`, `groups`, `eval`, `verify`, `report`, `deploy`, `bench` and more.
 
 A command's module declares its options, and imports torch when the command runs: `--help` answers at once.
 """
@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 import snows
-from snows.cli import judging, machine, pruning, runs, structure
+from snows.cli import judging, machine, pruning, runs, structure, verifying
 from snows.cli.terminal import console, errors
 
 app = typer.Typer(
@@ -34,6 +34,7 @@ def _version(
 app.command()(pruning.prune)
 app.command()(structure.groups)
 app.command("eval")(judging.evaluate)
+app.command()(verifying.verify)
 for _command in (runs.report, runs.deploy, runs.bench, runs.export, machine.demo, machine.info):
     app.command()(_command)
 
