@@ -103,7 +103,7 @@ class Certificate:
     """Hold what a file claims.
 
     Attributes:
-        layers: a line for each weight with zeros, or with indices kept of a larger one.
+        layers: a line for each weight with zeros, or that was larger.
         zeros: in all weights.
         bytes: of all tensors in the file.
         parameters: of the network, a packed weight's with its zeros.
@@ -152,9 +152,10 @@ class Certificate:
         """
         origin, kept, claims = Origin.beside(net), given.kept(), []
         weights, _ = given.weights()
+        smaller = {*kept, *given.factors}
         for name, weight in weights.items():
             zeros = zeros_of(weight)
-            if zeros or name in kept:
+            if zeros or name in smaller:
                 pattern = pattern_of(weight, patterns.get(name, ""))
                 claims.append(WeightClaim(name, tuple(weight.shape), zeros, pattern, kept.get(name, "")))
         return cls(
@@ -210,7 +211,7 @@ def _known(row: Any) -> dict[str, Any]:
         value, usual = getattr(row, x.name), x.default
         if isinstance(value, list):
             value = [_known(y) if hasattr(y, "__dataclass_fields__") else y for y in value]
-            usual = []
+            usual = MISSING if x.default_factory is MISSING else []
         if value != value or (usual is not MISSING and value == usual):
             continue
         found[x.name] = value
@@ -265,7 +266,10 @@ def amend(path: Path, **known: Any) -> None:
     """
     tensors, metadata = read_file(path, KEY, "verify")
     if KEY not in metadata or seal(tensors, metadata, metadata[KEY]) != metadata.get(SEAL):
-        raise ValueError(f"{path} was changed since it was written; nothing was added to its certificate")
+        raise ValueError(
+            f"expected {path} to have the certificate that it was written with, got none or a changed file; "
+            "nothing was added to it"
+        )
     text = replace(Certificate.read(path, metadata[KEY]), **known).text()
     write(path, encode(tensors, {**metadata, **_sealed(tensors, metadata, text)}))
 

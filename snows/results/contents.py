@@ -84,6 +84,12 @@ class Contents(NamedTuple):
                     found[tensor].append((dim, entry.size, entry.left))
         return {name: hashlib.sha256(json.dumps(x).encode()).hexdigest()[:16] for name, x in found.items()}
 
+    @property
+    def factors(self) -> set[str]:
+        """The weights that stand for one of low rank."""
+        thin = [edit.layer for edit in self.edits if isinstance(edit, Implant)]
+        return {inside(layer, f"{part}.weight") for layer in thin for part in (0, 1)}
+
     def misfits(self) -> tuple[int, list[str]]:
         """Compare the sizes of tensors with what the edits leave of them.
 
