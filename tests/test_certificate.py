@@ -13,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from safetensors.torch import save as to_bytes
 from test_cli import pictures, prune_tiny, run, tiny  # noqa: F401  # pictures is a fixture
+from test_latency import Counting
 from torch import nn
 
 import snows
@@ -440,6 +441,31 @@ def test_one_image_in_a_thousand_may_differ(tmp_path):
     assert not snows.verify(path, net, [(x, labels)]).holds
     amend(path, judged=[replace(known, divergence=1e-5)])
     assert snows.verify(path, net, [(x, (labels + 1) % 4)]).holds  # they are not the images
+
+
+def test_the_milliseconds_that_were_asked_for_are_claimed(monkeypatch, capsys, tmp_path, pictures):  # noqa: F811
+    monkeypatch.setattr(Stopwatch, "race", Counting.race)  # milliseconds by multiplications
+    asked = ("--structured", "0.8", "--of", "latency", "--multiple", 1, "--at-a-time", 3)
+    code, text = run(monkeypatch, capsys, *prune_tiny(pictures, tmp_path), *asked, "--judge", 0)
+    assert code == 0, text
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    claim = claims(tmp_path / "run" / "model.safetensors")
+    (timed,) = claim["timed"]
+    assert (timed["milliseconds"], timed["images"], timed["runtime"]) == (report["small_ms"], 3, "eager")
+    assert "judged" not in claim
+    assert "seconds" not in json.dumps(claim).replace("milliseconds", "")
+
+
+def test_a_model_that_is_not_at_hand_leaves_what_the_file_tells(monkeypatch, capsys, made):
+    source = json.loads((made / "source.json").read_text())
+    (made / "source.json").write_text(json.dumps(source | {"model": "nowhere:net"}))
+    code, text = verified(monkeypatch, capsys, made / "model.safetensors", "--trust")
+    assert code == 0, text
+    assert "what the file alone tells is checked: model: nowhere:net" in text
+    given = ("--model", "nowhere:net")
+    code, text = verified(monkeypatch, capsys, made / "model.safetensors", "--trust", *given)
+    assert code == 2, text
+    assert len(text.strip().splitlines()) == 1
 
 
 def test_times_are_compared_on_the_same_machine_alone(tmp_path):

@@ -65,7 +65,13 @@ def verify(
     }
     known = {name: x for name, x in given.items() if x is not None}
     source = replace(_source(file.parent, known, trust), **known)  # type: ignore[arg-type]
-    nets, batches = _loaded(file, source, certificate, images, batch_size, trust or data is not None)
+    try:
+        nets, batches = _loaded(source, certificate, images, batch_size, trust or data is not None)
+    except ValueError as error:
+        if known:
+            raise
+        warn(f"what the file alone tells is checked: {error}")
+        nets, batches = (None, None), None
     network, dense = (None if net is None else net.to(place) for net in nets)
     found = snows.verify(file, network, batches, reference=dense)
     console.print(found.table())
@@ -87,7 +93,7 @@ def _source(folder: Path, given: dict[str, Any], trust: bool) -> Source:
 
 
 def _loaded(
-    file: Path, source: Source, certificate: Certificate, count: int | None, batch_size: int, fetch: bool
+    source: Source, certificate: Certificate, count: int | None, batch_size: int, fetch: bool
 ) -> tuple[tuple[nn.Module | None, nn.Module | None], Iterable[Any] | None]:
     """Load the architecture of the file, the dense network, and the images that claims are about."""
     from snows import sources
