@@ -117,7 +117,7 @@ def _counted(file: Claims, network: nn.Module) -> Iterator[Finding]:
             yield same("MACs of one sample", claim, found)
         else:
             why = unchecked("they cannot be counted for the inputs that the certificate names")
-            yield Finding("MACs of one sample", str(claim), "", why)
+            yield Finding("MACs of one sample", f"{claim:,}", "", why)
 
 
 def _judged(file: Claims, dense: nn.Module, network: nn.Module, seen: Seen) -> Iterator[Finding]:

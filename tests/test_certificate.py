@@ -491,6 +491,7 @@ def test_times_are_compared_on_the_same_machine_alone(tmp_path):
         verification = snows.verify(path, net, batches, stopwatch=Told())
         (row,) = (x for x in verification.findings if x.of.startswith("milliseconds"))
         assert row.verdict.startswith(verdict)
+        assert ("times that differ: 1" in verification.summary()) == (verdict == DIFFERS)
         assert verification.holds
 
 

@@ -68,11 +68,13 @@ class Verification:
 
     def summary(self) -> str:
         """Say in a sentence what came of it."""
-        held = sum(x.verdict == HOLDS for x in self.findings)
-        failed = sum(x.verdict == FAILS for x in self.findings)
+        held, failed = (sum(x.verdict == verdict for x in self.findings) for verdict in (HOLDS, FAILS))
+        left = sum(x.verdict.startswith(unchecked("")) for x in self.findings)
+        differ = len(self.findings) - held - failed - left
+        times = f", times that differ: {differ}" if differ else ""
         return (
-            f"{held} claims hold, {failed} do not, {len(self.findings) - held - failed} were not compared; "
-            f"written by snows {self.certificate.snows} with torch {self.certificate.torch}"
+            f"{held} claims hold, {failed} do not, {left} were not checked{times}; written by snows "
+            f"{self.certificate.snows} with torch {self.certificate.torch}"
         )
 
     def __str__(self) -> str:
@@ -137,7 +139,7 @@ class Claims:
         for of, claim in (
             ("dense network: architecture", self.certificate.architecture[:12]),
             ("dense network: tensors", self.certificate.dense[:12]),
-            ("MACs of one sample", str(self.certificate.macs or "")),
+            ("MACs of one sample", f"{self.certificate.macs:,}" if self.certificate.macs else ""),
         ):
             if claim:
                 yield Finding(of, claim, "", unchecked(why))
