@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from snows.selectors.sparsegpt import sparsegpt
     from snows.solving.newton import Newton
     from snows.sparsity import NM, Unstructured, parse_pattern
+    from snows.verification import verify
 
 __version__ = "0.1.0"
 
@@ -45,6 +46,7 @@ _MODULES = {
     "selectors": ["alps", "least_squares", "magnitude", "sparsegpt", "wanda"],
     "solving.newton": ["Newton"],
     "sparsity": ["NM", "Unstructured", "parse_pattern"],
+    "verification": ["verify"],
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}
 
@@ -74,6 +76,7 @@ __all__ = [
     "prune",
     "save",
     "sparsegpt",
+    "verify",
     "wanda",
 ]
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import hashlib
+from collections.abc import Iterable, Iterator
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from snows.networks.batches import Batch, labels_of, output_of, output_tensors
 
@@ -109,6 +112,51 @@ class Tally:
             100 * share(self.same, self.compared),
             share(self.divergence, self.compared),
         )
+
+
+class Seen:
+    """Batches whose images and labels are told apart from others by a digest, once all were read.
+
+    Args:
+        batches: as `evaluate` takes them.
+    """
+
+    def __init__(self, batches: Iterable[Any]) -> None:
+        self._rest = iter(batches)
+        self._first: list[Any] = []
+        self._found: dict[str, Any] = {}
+
+    def first(self) -> Any:
+        """Return the first batch.
+
+        Raises:
+            ValueError: there is none.
+        """
+        for batch in self._rest if not self._first else ():
+            self._first.append(batch)
+            break
+        if not self._first:
+            raise ValueError("verify: expected batches of images, got none")
+        return self._first[0]
+
+    def __iter__(self) -> Iterator[Any]:
+        self.first()
+        for batch in chain(self._first, self._rest):
+            leaves = tree_leaves(tuple(Batch.of(batch)))
+            for i, x in enumerate([*leaves, labels_of(batch)]):
+                self._add("labels" if i == len(leaves) else str(i), x)
+            yield batch
+
+    def _add(self, place: str, x: Any) -> None:
+        if isinstance(x, Tensor):
+            kind = f"{place} {x.dtype} {tuple(x.shape[1:])}"
+            found = self._found.setdefault(kind, hashlib.sha256())
+            found.update(x.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+
+    def digest(self) -> str:
+        """Return the SHA-256 of all images and labels that were read, in however large batches."""
+        parts = [f"{kind} {x.hexdigest()}" for kind, x in sorted(self._found.items())]
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 def evaluate(

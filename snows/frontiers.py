@@ -28,8 +28,8 @@ from snows.networks.checks import autocast_off
 from snows.networks.implants import why_not
 from snows.networks.layers import groups_of, prunable
 from snows.networks.twins import Twins
+from snows.results.origin import fingerprint
 from snows.results.progress import shown
-from snows.results.run import fingerprint
 from snows.results.storage import write
 from snows.results.tables import render
 from snows.sparsity import parse_pattern

@@ -29,6 +29,7 @@ from snows.networks.layers import prunable
 from snows.networks.masks import kept_mask
 from snows.networks.sites import Site
 from snows.networks.twins import Twins
+from snows.results.origin import Origin
 from snows.results.progress import Tell, shown
 from snows.results.report import LayerReport, Report
 from snows.results.run import Run
@@ -145,7 +146,7 @@ def prune(
                 rows = shaping.staged("Newton", lambda: walk.through(plan, recalibrate, shaping.left))
             else:
                 rows = walk.through(plan, recalibrate, shaping.left)
-            network = twins.closed()
+            network = Origin.of(model, twins.batches).note(twins.closed())
             report = shaping.reported(_report(twins, plan, rows, asked, run))
             if run is not None:
                 run.finish(network, twins.masks, report, run_page(report))
@@ -199,8 +200,7 @@ class _Walk:
         key, like = f"{index:04d}", {"weight": weight, "mask": torch.empty_like(weight, dtype=torch.bool)}
         done = self.run.finished(key, name, like) if self.run is not None else None
         if done is None:
-            began = time.perf_counter()
-            site = self.twins.at(name)
+            began, site = time.perf_counter(), self.twins.at(name)
             if not site.training:
                 shape, size = tuple(weight.shape), weight.numel()
                 return LayerReport(name, shape, "dense", size, "no calibration batch reaches it")

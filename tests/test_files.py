@@ -315,11 +315,11 @@ def test_ten_thousand_damaged_files_are_refused_or_load_what_was_saved(tmp_path,
             loaded = snows.load(damaged, net)
         except ValueError:
             refused += 1
-        else:  # a change that means nothing, such as a space for another
+        else:  # a change that means nothing: a space for another, or one of the certificate
             state = loaded.state_dict()
             assert state.keys() == want.keys()
             assert all(torch.equal(v, want[k]) for k, v in state.items())
-    assert refused > 9_500
+    assert refused > 9_000
 
 
 def test_a_path_that_cannot_be_written_leaves_nothing(chain, tmp_path):

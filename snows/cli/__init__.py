@@ -1,4 +1,4 @@
-"""The command line: `snows prune`, `frontier`, `deploy`, `eval` and others; `snows --help` lists them.
+"""The command line: `snows prune`, `frontier`, `deploy`, `verify` and others; `snows --help` lists them.
 
 A command's module declares its options, and imports torch when the command runs: `--help` answers at once.
 """
@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 import snows
-from snows.cli import judging, machine, measuring, pruning, runs, structure
+from snows.cli import judging, machine, measuring, pruning, runs, structure, verifying
 from snows.cli.terminal import console, errors
 
 app = typer.Typer(
@@ -36,6 +36,7 @@ app.command()(structure.groups)
 app.command()(measuring.frontier)
 app.command()(measuring.measure)
 app.command("eval")(judging.evaluate)
+app.command()(verifying.verify)
 for _command in (runs.report, runs.deploy, runs.bench, runs.export, machine.demo, machine.info):
     app.command()(_command)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from snows.evaluation import Scores
+    from snows.results.certificate import Judged
     from snows.sources import Data
 
 
@@ -84,7 +86,7 @@ def judge_networks(
     used: list[int] | None,
     count: int,
     batch_size: int,
-) -> dict[str, float]:
+) -> tuple[dict[str, Scores], Judged]:
     """Compare networks with the dense one on test images, by class too where the data has labels.
 
     Args:
@@ -97,25 +99,30 @@ def judge_networks(
         batch_size: images a batch.
 
     Returns:
-        Accuracies in percent by name; NaN where there are no labels.
+        Scores by name, and what can be claimed of the last network.
     """
     from snows import evaluation
+    from snows.verification import judgement
 
-    left = len(test) - len(used or ())
     rows: dict[str, Scores] = {}
     for name, net in others:
-        batches = test.spread(count, batch_size, used if used and left else ())
-        rows["dense"], rows[name] = evaluation.compare(dense, net, batches)
+        seen = evaluation.Seen(judging_batches(test, used, count, batch_size))
+        rows["dense"], rows[name] = evaluation.compare(dense, net, seen)
         say_note(test)
         if not rows["dense"].images:
             raise ValueError(f"none of the pictures in {test.origin} can be read")
     show_scores(list(rows.items()))
     if used is not None:
-        but = ", but not of these images" if used and left else ""
+        but = ", but not of these images" if len(test) > len(used) > 0 else ""
         say(f"of the same data as the calibration images, which has no test split{but}")
     elif count < len(test):
         say(f"on {rows['dense'].images} of {len(test)} test images; snows eval judges on all")
-    return {name: scores.top1 for name, scores in rows.items()}
+    return rows, replace(judgement(test.origin, seen, rows["dense"], rows[name]), asked=count)
+
+
+def judging_batches(test: Data, used: list[int] | None, count: int, batch_size: int) -> Iterator[Any]:
+    """Take test images; of data that has one split alone not those that calibrated, if others are left."""
+    return test.spread(count, batch_size, used if used and len(test) > len(used) else ())
 
 
 def compared(

@@ -7,11 +7,12 @@ import math
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from snows.results.certificate import Judged
     from snows.results.deployment import Deployment
     from snows.results.report import Report
 
@@ -41,6 +42,36 @@ def keep_scores(run: Path, accuracies: Mapping[str, float]) -> None:
     from snows.results.storage import write
 
     write(run / SCORES, (to_json(accuracies) + "\n").encode())
+
+
+def claim(run: Path, judged: Judged) -> None:
+    """Add to the certificate of a run's weights how good they are."""
+    from snows.results.certificate import amend
+
+    amend(run / "model.safetensors", judged=[judged])
+
+
+def claim_time(run: Path, report: Report, batch: Any, images: int | None, device: str, runtime: str) -> None:
+    """Add to the certificate of a run's weights how long they take, if that was measured.
+
+    Args:
+        run: the folder.
+        report: of the run that has just ended.
+        batch: the first that calibrated.
+        images: at a time; None for as many as the batch has.
+        device: that was measured.
+        runtime: that was measured.
+    """
+    import torch
+
+    from snows.networks.batches import Batch
+    from snows.results.certificate import Timed, amend
+    from snows.results.machine import processor
+
+    if report.small_ms > 0:
+        count, threads = images or Batch.of(batch).samples(), torch.get_num_threads()
+        timed = Timed(report.small_ms, count, processor(device), threads, device, runtime)
+        amend(run / "model.safetensors", timed=[timed])
 
 
 def keep_deployment(run: Path, deployment: Deployment) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -11,7 +12,7 @@ import typer
 from snows.cli import asking, terminal
 from snows.cli.judging import compared, judge_networks
 from snows.cli.loading import load_network, say_prepared, test_data
-from snows.cli.pages import keep_scores, write_page
+from snows.cli.pages import claim, claim_time, keep_scores, write_page
 from snows.cli.terminal import next_command, numbers, say, show, warn
 
 if TYPE_CHECKING:
@@ -165,13 +166,17 @@ def prune(
         warn(f"stopped; finished layers are kept in {out}. Add --resume to the same command to go on.")
         raise typer.Exit(130) from None
     source.save(out)
+    if of == "latency" and not resume:  # a run that goes on may have been timed on another machine
+        claim_time(out, report, batches[0], at_a_time, place.type, runtime)
     show(report)
     say(f"weights, masks and report are in {out}")
     if test is not None:
         used = images.drawn(count, seed) if test.origin == images.origin else None
         try:
             others = compared(net, batches, chosen, cap, sparse)
-            keep_scores(out, judge_networks(net, others, test, used, judge, batch_size))
+            scores, judged = judge_networks(net, others, test, used, judge, batch_size)
+            keep_scores(out, {name: x.top1 for name, x in scores.items()})
+            claim(out, replace(judged, data=data, samples=len(used or ()), seed=seed))
         except ValueError as error:  # what was pruned is there all the same
             warn(f"not judged: {error}")
     write_page(out)

@@ -54,6 +54,20 @@ def _not_its_own(run: Path, out: Path) -> None:
         raise ValueError(f"--out: {out} is a file of the run itself; name another")
 
 
+def refused(folder: Path, option: str, named: str, trust: bool) -> str:
+    """Say why what a folder's source.json names is not opened; empty if it is."""
+    from snows import sources
+    from snows.sources.source import SOURCE
+
+    is_folder = option == "data" and Path(named).is_dir()
+    if trust or is_folder or not sources.runs_code(named):
+        return ""
+    return (
+        f"{folder / SOURCE} names {named}, Python code that would be imported and called; add --trust "
+        f"if you trust whoever made this folder, or say what to use instead with --{option}"
+    )
+
+
 def _load_run(
     run: Path, images: int, device: str, trust: bool, model: str | None, data: str | None
 ) -> tuple[nn.Module, Tensor, Source]:
@@ -72,13 +86,9 @@ def _load_run(
     if files.has_edits(weights, Pack):
         raise ValueError(f"{weights} is packed; expected the pruned weights as snows prune wrote them there")
     source = Source.read(run)
-    for option, given, named in (("--model", model, source.model), ("--data", data, source.data)):
-        is_folder = option == "--data" and Path(named).is_dir()
-        if given is None and sources.runs_code(named) and not is_folder and not trust:
-            raise ValueError(
-                f"{run / SOURCE} names {named}, Python code that would be imported and called; add --trust "
-                f"if you trust whoever made this folder, or say what to use instead with {option}"
-            )
+    for option, given, named in (("model", model, source.model), ("data", data, source.data)):
+        if given is None and (sentence := refused(run, option, named, trust)):
+            raise ValueError(sentence)
     source = replace(source, model=model or source.model, data=data or source.data)
     network = sources.load_model(source.model, weights)
     found = sources.load_data(

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+import torch
 from rich.table import Table
 
+from snows.results.certificate import Timed
+from snows.results.machine import processor
 from snows.results.report import Record
 from snows.results.tables import add_row, named_table
 
@@ -131,6 +135,15 @@ class Deployment(Record):
             times = (f"{ms:.2f}" if ms == ms else "" for ms in (x.dense_ms, x.packed_ms))
             add_row(table, x.runtime, *times, x.chosen + best)
         return table
+
+    def timed(self) -> list[Timed]:
+        """Return how long the network takes on this machine, if that was measured."""
+        if not self.sparse_ms > 0:
+            return []
+        device, threads = "cpu" if self.device.startswith("CPU") else "cuda", torch.get_num_threads()
+        if found := re.search(r"(\d+) thread", self.device):
+            threads = int(found[1])
+        return [Timed(self.sparse_ms, self.samples, processor(device), threads, device, self.runtime)]
 
     def summary(self) -> str:
         """Say in a sentence what came of it."""

@@ -2,7 +2,8 @@
 
 Such a network is one safetensors file: its tensors as they are, and as metadata the edits that made it from
 the dense architecture, one JSON text under the key ``snows`` with the format's version. ``sha256`` is over
-that text and all tensors. `load` replays the edits on a dense network. Nothing in a file is executed.
+that text and all tensors. `load` replays the edits on a dense network. Nothing in a file is executed. Beside
+them is the file's certificate.
 """
 
 from __future__ import annotations
@@ -13,14 +14,15 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from snows.networks.attention import close_attention
 from snows.networks.edits import CONVOLUTION, SMALLER, Edit, Pack, described, edits_of, inside
 from snows.networks.layers import copied, module_at, prunable
+from snows.results.certificate import Timed, certified, origin_in
+from snows.results.deployment import Deployment
 from snows.results.formats import VERSION, edits_in
-from snows.results.storage import digest, state, write
+from snows.results.storage import digest, read_file, state, write
 
 MAKES = (Pack, *SMALLER)  # edits without which a state_dict would not load
 ACTIVATIONS: dict[str | None, tuple[type[nn.Module], ...]] = {"relu": (nn.ReLU,), "gelu": (nn.GELU,)}
@@ -45,16 +47,32 @@ def save(network: Any, path: Path | str) -> None:
             "save: expected a model with packed layers, or one that was made smaller, got none; deploy "
             "it first, or save its state_dict as it is"
         )
-    write(Path(path), encoded(model), "save")
+    write(Path(path), encoded(model, getattr(network, "report", None)), "save")
 
 
-def encoded(model: nn.Module) -> bytes:
-    """Return the safetensors of a network, with the edits that made it if it needs them."""
+def encoded(model: nn.Module, report: Any = None) -> bytes:
+    """Return the safetensors of a network: the edits that made it, if it needs them, and a certificate.
+
+    Args:
+        model: the network.
+        report: of what made it, for patterns that layers were asked to follow, and milliseconds.
+    """
     tensors, edits = state(model), edits_of(model)
-    if not any(isinstance(edit, MAKES) for edit in edits):
-        return to_bytes(tensors)
-    text = json.dumps({"version": VERSION, "edits": [described(x) for x in edits]}, sort_keys=True)
-    return to_bytes(tensors, {"snows": text, "sha256": digest(dict(sorted(tensors.items())), text)})
+    metadata = {}
+    if any(isinstance(edit, MAKES) for edit in edits):
+        text = json.dumps({"version": VERSION, "edits": [described(x) for x in edits]}, sort_keys=True)
+        metadata = {"snows": text, "sha256": digest(dict(sorted(tensors.items())), text)}
+    else:
+        edits = []
+    patterns, timed = _told(report)
+    return certified(model, tensors, edits, metadata, patterns, timed)
+
+
+def _told(report: Any) -> tuple[dict[str, str], list[Timed]]:
+    """Read off a report the patterns of weights, by name, and what was timed."""
+    layers = getattr(report, "layers", [])
+    patterns = {inside(x.name, "weight"): x.pattern for x in layers if not x.reason}
+    return patterns, report.timed() if isinstance(report, Deployment) else []
 
 
 def load(path: Path | str, model: nn.Module) -> nn.Module:
@@ -72,18 +90,7 @@ def load(path: Path | str, model: nn.Module) -> nn.Module:
         ValueError: it is not such a file, it is damaged, of a newer format, or of another architecture.
     """
     path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"load: there is no file {path}")
-    try:
-        with safe_open(
-            path, "pt"
-        ) as file:  # has seen to it that the header claims no more than the file holds
-            metadata = file.metadata() or {}
-            tensors = (
-                {name: file.get_tensor(name) for name in sorted(file.keys())} if "sha256" in metadata else {}
-            )
-    except (SafetensorError, OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"load: {path} is not a whole safetensors file ({error})") from error
+    tensors, metadata = read_file(path, "sha256", "load")
     if "snows" not in metadata or "sha256" not in metadata:
         raise ValueError(
             f"load: {path} was not written by snows.save; weights of a dense network load with "
@@ -106,9 +113,10 @@ def load(path: Path | str, model: nn.Module) -> nn.Module:
         raise ValueError(f"load: {path} does not match the model: {error}") from error
     device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
     try:
-        return _filled(net, packs, {name: x.to(device) for name, x in tensors.items()})
+        network = _filled(net, packs, {name: x.to(device) for name, x in tensors.items()})
     except ValueError as error:
         raise ValueError(f"load: {path}: {error}") from error
+    return origin_in(path, tensors, metadata).note(network)
 
 
 def has_edits(path: Path, kinds: type[Edit] | None = None) -> bool:

@@ -15,10 +15,10 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten
 
 from snows.networks.batches import Batch
 from snows.results.files import encoded
+from snows.results.origin import contents, fingerprint
 from snows.results.report import LayerReport, Report
 from snows.results.storage import digest, write
 from snows.sparsity import MaskedWeight
@@ -88,7 +88,7 @@ class Run:
             "version": VERSION,
             **settings,
             "model": fingerprint(model),
-            "data": digest(*_data(batches)),
+            "data": digest(*contents(batches)),
             "masks": digest(given),
         }
         wanted = json.loads(json.dumps(asked))
@@ -182,38 +182,10 @@ class Run:
 
     def finish(self, net: nn.Module, masks: Mapping[str, Tensor], report: Report, page: str) -> None:
         """Write the whole network, its masks, the report and its page."""
-        write(self.folder / "model.safetensors", encoded(net))
+        write(self.folder / "model.safetensors", encoded(net, report))
         write(self.folder / "masks.safetensors", save({k: v.cpu().contiguous() for k, v in masks.items()}))
         write(self.folder / "report.json", report.to_json().encode())
         write(self.folder / "report.html", page.encode())
-
-
-def fingerprint(model: nn.Module) -> str:
-    """Return the SHA-256 of a network: its tensors, and the class and settings of every module."""
-    return digest({**model.state_dict(), **dict(model.named_buffers())}, _architecture(model))
-
-
-def _architecture(model: nn.Module) -> str:
-    """Describe what a network computes beside its tensors: the class and settings of every module."""
-    lines = []
-    for name, module in model.named_modules():
-        kind = f"{type(module).__module__}.{type(module).__qualname__}"
-        lines.append(f"{name} {kind} {module.extra_repr()}")
-    return "\n".join(lines)
-
-
-def _data(batches: Sequence[Batch]) -> tuple[dict[str, Tensor], str]:
-    """Return all tensors of the batches, and how they stand in them, with what is no tensor."""
-    tensors, texts = {}, []
-    for i, batch in enumerate(batches):
-        leaves, shape = tree_flatten(tuple(batch))
-        texts.append(str(shape))
-        for j, leaf in enumerate(leaves):
-            if isinstance(leaf, Tensor):
-                tensors[f"{i}.{j}"] = leaf
-            else:
-                texts.append(f"{i}.{j} {leaf!r}")
-    return tensors, "\n".join(texts)
 
 
 def _locked(folder: Path) -> FileLock:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import tempfile
 from collections.abc import Mapping
@@ -10,6 +11,8 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor, nn
 
 
@@ -23,6 +26,42 @@ def state(net: nn.Module) -> dict[str, Tensor]:
         for name, x in net.state_dict().items()
         if isinstance(x, Tensor)
     }
+
+
+def encode(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """Write tensors and metadata as safetensors, whose own writer orders the metadata anew each time."""
+    content = save(dict(tensors), dict(metadata))
+    size = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:size])
+    header["__metadata__"] = dict(sorted(metadata.items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + content[size:]
+
+
+def read_file(path: Path, key: str, asked: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read a safetensors file.
+
+    Args:
+        path: of the file.
+        key: of the metadata without which the tensors are not read.
+        asked: the function that is to read it; the error begins with it.
+
+    Returns:
+        Tensors by name, in the names' order, and the metadata.
+
+    Raises:
+        ValueError: there is no such file, or it is no whole one.
+    """
+    if not path.is_file():
+        raise ValueError(f"{asked}: there is no file {path}")
+    try:
+        with safe_open(path, "pt") as file:  # sees to it that the header claims no more than the file holds
+            metadata = file.metadata() or {}
+            names = sorted(file.keys()) if key in metadata else []
+            return {name: file.get_tensor(name) for name in names}, metadata
+    except (SafetensorError, OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{asked}: {path} is not a whole safetensors file ({error})") from error
 
 
 def write(path: Path, content: bytes, asked: str = "out") -> None:

@@ -16,6 +16,7 @@ from torch import nn
 from snows import zoo
 from snows.networks.batches import first_line
 from snows.results import files
+from snows.results.certificate import origin_at
 from snows.sources import classes, preparation
 from snows.sources.checkpoints import MismatchError, load_weights
 from snows.sources.preparation import Plain, Preparation
@@ -115,6 +116,7 @@ def load_model(name: str, weights: Path | None = None, *, random_weights: bool =
         return replace(network, model=files.load(weights, network.model))
     if weights is not None:
         load_weights(network.model, weights)
+        origin_at(weights).note(network.model)
     network.model.eval()
     return network
 
