@@ -134,7 +134,8 @@ def prune(
             else nullcontext()
         )
         with opened as run:
-            shaping = Shaping(twins, Objective(twins, matching, seed), run, tell, recalibrate)
+            sweeps = None if deadline is None else Pace(deadline, twins, None, matching, recalibrate)
+            shaping = Shaping(twins, Objective(twins, matching, seed), run, tell, recalibrate, sweeps)
             if goal is not None:
                 shaping.reduce(goal, only, skip)
                 plan = _plan_then(twins, goal, select, only, skip, cap, solver)
