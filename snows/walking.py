@@ -72,6 +72,8 @@ class Walk:
         batches = self.twins.batches
         if self.pace is not None:
             batches = self.pace.recalibration()
+            if self.pace.recalibrate and not batches:
+                self.twins.notes.append("No time was left to correct BatchNorm's statistics.")
         if recalibrate and batches:
             self.tell.doing("correcting BatchNorm's statistics")
             recalibrate_statistics(self.twins.sparse, self.twins.dense, batches, left)

@@ -113,7 +113,8 @@ def test_no_time_at_all_leaves_a_whole_network(clock, monkeypatch):
     whole(found, report, 1)
     assert {row.stop for row in pruned(report).values()} == {NOT_SELECTED}
     assert report.notes == [
-        "The limit was 20 seconds: 0 of 3 layers were fitted and 3 not; the masks of 3 are by magnitude."
+        "No time was left to correct BatchNorm's statistics.",
+        "The limit was 20 seconds: 0 of 3 layers were fitted and 3 not; the masks of 3 are by magnitude.",
     ]
     masks = {name: snows.mask_of(found.get_submodule(name)) for name in pruned(report)}
     given, told = quiet(net, batches, None, select=masks, seconds=20)
@@ -171,7 +172,7 @@ def test_all_layers_get_the_most_batches_that_end_in_time(clock):
     for works in pace._works.values():
         works.update({stage: works[stage]._replace(batch=10.0, fixed=0.0) for stage in works})
     pace._speed = (
-        1.0  # 30 seconds a batch: 97 are enough for one in each of three layers, and no steps on two
+        1.0  # 30 seconds a batch: 98 are enough for one in each of three layers, and no steps on two
     )
     ration = pace.ration("left")
     assert (ration.batches, ration.select, ration.step) == (1, True, False)

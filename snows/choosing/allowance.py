@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 
 from snows.matching.losses import Matching
+from snows.matching.normalisation import statistics_of
 from snows.networks.attention import plain_forward
 from snows.networks.batches import Batch
 from snows.networks.functions import known
@@ -21,9 +22,10 @@ from snows.networks.twins import Twins
 from snows.solving.models import never
 from snows.solving.newton import Newton
 
-MARGIN = 0.03  # of the limit, for what comes after the last layer: closing and writing the network
+MARGIN = 0.02  # of the limit, for what comes after the last layer: closing and writing the network
 PARTS = 16  # that the calibration samples are divided into where there is not time for all of them
 FEWEST = 2  # of these that a Newton step is still worth its time on
+FADING = 0.7  # what a layer says of the speed weighs this much less from one layer to the next
 ELEMENT = 50  # operations that reading and writing an element of an activation takes as long as
 RECALIBRATION = 3  # forward passes that correcting BatchNorm's statistics takes as long as
 
@@ -113,7 +115,7 @@ class Pace:
         self, deadline: Deadline, twins: Twins, solver: Newton | None, matching: Matching, recalibrate: bool
     ) -> None:
         self.deadline, self.twins, self.solver, self.matching = deadline, twins, solver, matching
-        self.recalibrate = recalibrate
+        self.recalibrate = recalibrate and bool(statistics_of(twins.sparse))
         self.names: list[str] = []
         self.samples: set[int] = set()  # that layers used
         self._seen = {stage: (0.0, 0.0) for stage in STAGES}
@@ -170,7 +172,7 @@ class Pace:
     def _learn(self, name: str, batches: int, began: list[float], stage: str) -> None:
         """Learn from what a stage of a layer took."""
         now, work = self.deadline.now(), self._works[name][stage]
-        took, units = self._seen[stage]
+        took, units = (FADING * x for x in self._seen[stage])
         self._seen[stage] = (took + now - began[0], units + work.batch * batches + work.fixed)
         self.samples.add(sum(self.sizes[:batches]))
         began[0] = now
