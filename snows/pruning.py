@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import math
-import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,30 +12,26 @@ import torch
 from torch import Tensor, nn
 
 from snows.choosing.after import after_cut
+from snows.choosing.allowance import Deadline, Pace, check_seconds
 from snows.choosing.asked import settings
 from snows.choosing.budgets import Budget
 from snows.choosing.goals import Choosing, LayerChoice, Only, PatternChoice, check_goal, excluded, selected
-from snows.choosing.plan import Choice, Plan, checked, decide
-from snows.matching.fitting import fit
+from snows.choosing.plan import Plan, decide
 from snows.matching.losses import Matching, Objective
-from snows.matching.normalisation import recalibrate_statistics
-from snows.matching.statistics import LayerStatistics
 from snows.networks.checks import autocast_off
 from snows.networks.edits import Edit
 from snows.networks.layers import prunable
-from snows.networks.masks import kept_mask
-from snows.networks.sites import Site
 from snows.networks.twins import Twins
 from snows.results.origin import Origin
-from snows.results.progress import Tell, shown
+from snows.results.progress import shown
 from snows.results.report import LayerReport, Report
 from snows.results.run import Run
 from snows.results.story import run_page
 from snows.selectors import alps
 from snows.shaping import Shaping
 from snows.solving.cg import Stop
-from snows.solving.newton import Fit, Newton
-from snows.sparsity import MaskedWeight
+from snows.solving.newton import Newton
+from snows.walking import Walk, time_notes
 
 
 @dataclass(frozen=True)
@@ -74,6 +67,7 @@ def prune(
     only: LayerChoice | None = None,
     skip: LayerChoice | None = None,
     recalibrate: bool = True,
+    seconds: float | None = None,
     out: Path | str | None = None,
     resume: bool = False,
     seed: int = 0,
@@ -100,6 +94,11 @@ def prune(
         skip: which of those to leave alone, said in the same way. Of a `Structured` both say which layers'
             outputs may be taken out; weights are fitted in all layers.
         recalibrate: correct the statistics of BatchNorm at the end by how far pruning moved them.
+        seconds: a limit for all of this call, from its start to its end. The arguments above are then what is
+            done at most: where time is short, layers get fewer samples, fewer iterations or no Newton steps,
+            at last masks by magnitude, and the report's notes say so. Results then depend on how fast the
+            machine is, and are not the same bits twice. A run in `out` may go on with another limit or none;
+            it takes finished layers as they are.
         out: a folder; every finished layer is saved there at once.
         resume: go on with the run in `out`.
         seed: of all that is random.
@@ -111,6 +110,8 @@ def prune(
     Raises:
         ValueError: an argument does not fit; the sentence says which, and what to do.
     """
+    check_seconds(seconds)
+    deadline = Deadline(seconds) if seconds is not None else None
     select = select.network if isinstance(select, Pruned) else select
     goal = pattern if isinstance(pattern, Budget) else None
     check_goal(pattern if goal is None else goal.then, select, cap, goal is None)
@@ -123,6 +124,7 @@ def prune(
     with shown(progress) as tell, autocast_off(model):
         tell.doing("checking and tracing the network")
         twins = Twins(model, batches)
+        pace = None if deadline is None else Pace(deadline, twins, solver, matching, recalibrate)
         only, skip = selected("only", only, twins.sparse), selected("skip", skip, twins.sparse)
         plan = Plan({}) if isinstance(pattern, Budget) else decide(twins, pattern, select, only, skip, cap)
         layers = list(plan.patterns) if goal is None else _allowed(twins.sparse, only, skip)
@@ -133,7 +135,8 @@ def prune(
             else nullcontext()
         )
         with opened as run:
-            shaping = Shaping(twins, Objective(twins, matching, seed), run, tell, recalibrate)
+            sweeps = None if deadline is None else Pace(deadline, twins, None, matching, recalibrate)
+            shaping = Shaping(twins, Objective(twins, matching, seed), run, tell, recalibrate, sweeps)
             if goal is not None:
                 shaping.reduce(goal, only, skip)
                 patterns, fits = shaping.cut.patterns, solver is not None
@@ -141,13 +144,14 @@ def prune(
             objective = Objective(twins, matching, seed, None if goal is None else twins.sparse)
             if goal is not None and solver is not None and matching.metric == "output":
                 _ = objective.sensitivity  # of the network before the walk, also where a run goes on in it
-            walk = _Walk(twins, objective, solver, run, seed, tell)
+            walk = Walk(twins, objective, solver, run, seed, tell, pace)
             if goal is not None and all(x.select is None for x in plan.choices.values()) and plan.choices:
                 rows = shaping.staged("Newton", lambda: walk.through(plan, recalibrate, shaping.left))
             else:
                 rows = walk.through(plan, recalibrate, shaping.left)
             network = Origin.of(model, twins.batches).note(twins.closed())
             report = shaping.reported(_report(twins, plan, rows, asked, run))
+            report.notes += [] if pace is None else time_notes(rows, pace)
             if run is not None:
                 run.finish(network, twins.masks, report, run_page(report))
     return Pruned(network, report, twins.masks, twins.edits)
@@ -156,98 +160,6 @@ def prune(
 def _allowed(net: nn.Module, only: Only | None, skip: Only | None) -> list[str]:
     """List the layers that `only` and `skip` leave to be made smaller."""
     return [name for name, layer in prunable(net).items() if not excluded(name, layer, only, skip)]
-
-
-@dataclass(frozen=True)
-class _Walk:
-    """Prune one layer after the other.
-
-    Attributes:
-        twins: the networks, and the batches in both.
-        objective: gives each layer its losses.
-        solver: re-fits what stays; None for nothing.
-        run: keeps finished layers; None for nowhere.
-        seed: of all that is random.
-        tell: says what is done.
-    """
-
-    twins: Twins
-    objective: Objective
-    solver: Newton | None
-    run: Run | None
-    seed: int
-    tell: Tell
-
-    def through(self, plan: Plan, recalibrate: bool, left: Mapping[str, Tensor]) -> list[LayerReport]:
-        """Prune all layers of a plan, and return their lines of the report.
-
-        Args:
-            plan: what was decided.
-            recalibrate: correct BatchNorm's statistics at the end.
-            left: of BatchNorms that lost channels, by name, which are left.
-        """
-        self.tell.layers(len(plan.choices))
-        self.twins.begin_again()
-        rows = [self.layer(i, name, choice) for i, (name, choice) in enumerate(plan.choices.items())]
-        if recalibrate:
-            self.tell.doing("correcting BatchNorm's statistics")
-            recalibrate_statistics(self.twins.sparse, self.twins.dense, self.twins.batches, left)
-        return rows
-
-    def layer(self, index: int, name: str, choice: Choice) -> LayerReport:
-        """Prune one layer, or take it from the run's folder; return its line of the report."""
-        weight: Tensor = self.twins.sparse.get_submodule(name).weight  # type: ignore[assignment]
-        key, like = f"{index:04d}", {"weight": weight, "mask": torch.empty_like(weight, dtype=torch.bool)}
-        done = self.run.finished(key, name, like) if self.run is not None else None
-        if done is None:
-            began, site = time.perf_counter(), self.twins.at(name)
-            if not site.training:
-                shape, size = tuple(weight.shape), weight.numel()
-                return LayerReport(name, shape, "dense", size, "no calibration batch reaches it")
-            found = self._fit(site, choice, torch.Generator().manual_seed(self.seed * 100_003 + index))
-            row = _row(site, choice, found, self.solver, time.perf_counter() - began)
-            done = found.masked._asdict(), row
-            if self.run is not None:
-                self.run.keep(key, *done)
-        tensors, row = done
-        self.twins.write(name, MaskedWeight(**tensors), keep=choice.select is not None)
-        self.tell.done(row)
-        return row
-
-    def _fit(self, site: Site, choice: Choice, generator: torch.Generator) -> Fit:
-        """Choose one layer's mask, then re-fit what stays."""
-        self.tell.doing(f"{site.name}: statistics and mask")
-        losses = self.objective.at(site)
-        statistics = LayerStatistics.of(site, losses.sensitivity)
-        if choice.select is None:
-            mask = kept_mask(site.layer)
-            start = MaskedWeight(site.weight, torch.ones_like(site.weight).bool() if mask is None else mask)
-        else:
-            found = choice.select(site.weight, statistics, choice.pattern)
-            start = checked(choice.select, site.name, found, site.weight, choice.pattern)
-        if self.solver is None:
-            return Fit(start, [], math.nan, math.nan)
-        return fit(self.solver, losses, statistics, start, generator, partial(self.tell.step, site.name))
-
-
-def _row(site: Site, choice: Choice, found: Fit, solver: Newton | None, seconds: float) -> LayerReport:
-    """Write a fitted layer's line of the report."""
-    stop = found.steps[-1].stop if found.steps else None
-    said = "" if stop is None else stop.value
-    if stop is Stop.ITERATIONS and solver is not None:
-        said = f"{solver.max_iterations} iterations, as set"
-    return LayerReport(
-        name=site.name,
-        shape=tuple(site.weight.shape),
-        pattern=str(choice.pattern or ("mask" if choice.select is not None else "fitted")),
-        kept=int(found.masked.mask.sum()),
-        before=found.before,
-        after=found.after,
-        iterations=sum(s.iterations for s in found.steps),
-        steps=len(found.steps),
-        stop=said,
-        seconds=seconds,
-    )
 
 
 def _report(

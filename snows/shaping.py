@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from snows.choosing.allowance import Pace, Ration
 from snows.choosing.budgets import Budget
 from snows.choosing.cuts import Cut
 from snows.choosing.deciding import decide_cut
@@ -66,6 +67,7 @@ class Shaping:
         run: keeps what was decided, and finished layers; None for nowhere.
         tell: says what is done.
         recalibrate: correct BatchNorm's statistics after each walk.
+        pace: of a limited time, for sweeps, says how many batches a layer may use; None for no limit.
         cut: what was decided.
         stages: what each stage left of the loss.
     """
@@ -75,6 +77,7 @@ class Shaping:
     run: Run | None
     tell: Tell
     recalibrate: bool
+    pace: Pace | None = None
     cut: Cut = field(default_factory=Cut)
     stages: list[StageReport] = field(default_factory=list)
 
@@ -144,12 +147,16 @@ class Shaping:
     def _sweep(self, stage: str, weights: bool) -> None:
         """Fit all layers in order, each to what is left of the dense layer's output."""
         twins, shared = self.twins, shared_weights(self.twins.sparse)
-        twins.begin_again()
+        if self.pace is None:
+            twins.begin_again()
+        else:
+            self.pace.begin(twins.order)
         for index, name in enumerate(twins.order):
             if twins.calls[name] == 1 and name not in shared:
                 self._layer(f"{stage}-{index:04d}", name, weights)
-        if self.recalibrate:
-            recalibrate_statistics(twins.sparse, twins.dense, twins.batches, self.left)
+        batches = twins.batches if self.pace is None else self.pace.recalibration()
+        if self.recalibrate and batches:
+            recalibrate_statistics(twins.sparse, twins.dense, batches, self.left)
 
     def _layer(self, key: str, name: str, weights: bool) -> None:
         """Fit one layer, or take it from the run's folder."""
@@ -169,7 +176,11 @@ class Shaping:
             return
         began = time.perf_counter()
         self.tell.doing(f"{name}: {'least squares' if weights else 'means'}")
-        site = twins.at(name)
+        ration = Ration() if self.pace is None else self.pace.ration(name)
+        if not ration.select:
+            return
+        site = twins.at(name, ration.batches)
+        ration.lap("advance")
         if site.training and not unchanged(site):
             losses = self.objective.at(site)
             seen = LayerStatistics.of(site, losses.sensitivity, whole=True)
@@ -177,6 +188,7 @@ class Shaping:
                 compensate_thin(seen, both, _metric(site, losses), intercept.exists)
             else:
                 compensate(site, seen, intercept, weights and implant is None)
+            ration.lap("select")
         if self.run is not None:
             size, seconds = site.weight.numel(), time.perf_counter() - began
             row = LayerReport(name, tuple(site.weight.shape), "fitted", size, seconds=seconds)

@@ -73,6 +73,15 @@ def prune_tiny(pictures, folder):
     return ("prune", "--model", "test_cli:tiny", "--data", pictures, "--crop", 32, *out)
 
 
+@pytest.mark.parametrize(
+    ("minutes", "code", "said"), [(5, 0, "The limit was 300 seconds"), (0, 2, "--minutes")]
+)
+def test_prune_takes_a_limit_of_time(monkeypatch, capsys, tmp_path, pictures, minutes, code, said):
+    command = (*prune_tiny(pictures, tmp_path), "--pattern", "2:4", "--judge", 0, "--minutes", minutes)
+    found, text = run(monkeypatch, capsys, *command)
+    assert (found, said in " ".join(text.split())) == (code, True), text
+
+
 @pytest.mark.parametrize(("share", "of"), [("70%", "macs"), ("0.7", "params"), ("0.8", "latency")])
 def test_prune_takes_units_out(monkeypatch, capsys, tmp_path, pictures, share, of):
     if of == "latency":

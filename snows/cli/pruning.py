@@ -91,6 +91,9 @@ def prune(
     iterations: Annotated[int, typer.Option(min=1, help="conjugate-gradient iterations a step, at most")] = 5,
     cap: Annotated[float, typer.Option(help="largest share a layer may lose under a sparsity budget")] = 0.95,
     recalibrate: Annotated[bool, typer.Option(help="re-estimate BatchNorm statistics")] = True,
+    minutes: Annotated[
+        float | None, typer.Option(help="limit for pruning; the settings are then what is done at most")
+    ] = None,
     judge: Annotated[
         int,
         typer.Option(
@@ -110,6 +113,7 @@ def prune(
     """Prune a trained network in one shot."""
     import snows
     from snows import memory, sources
+    from snows.choosing.allowance import check_seconds
     from snows.sources.source import Source
 
     options = asking.Options(of, using, order, multiple, runtime, at_a_time, latency)
@@ -117,6 +121,7 @@ def prune(
     if not (horizon == "end" or (horizon.isascii() and horizon.isdigit())):
         raise ValueError(f'--horizon: expected a number or "end", got {horizon!r}')
     solver = snows.Newton(max_iterations=iterations, passes=passes)
+    check_seconds(minutes, "--minutes: expected minutes")
     place = terminal.device_of(device)
     if (out / "run.json").exists() and not resume:
         raise ValueError(
@@ -158,6 +163,7 @@ def prune(
                 only=asking.names(only),
                 skip=asking.names(skip),
                 recalibrate=recalibrate,
+                seconds=None if minutes is None else 60 * minutes,
                 out=out,
                 resume=resume,
                 seed=seed,

@@ -9,6 +9,7 @@ import torch
 from snows.matching.losses import LayerLosses
 from snows.matching.statistics import LayerStatistics
 from snows.networks.batches import first_line
+from snows.solving.models import never
 from snows.solving.newton import Fit, Newton, Step
 from snows.sparsity import MaskedWeight
 
@@ -22,6 +23,7 @@ def fit(
     start: MaskedWeight,
     generator: torch.Generator,
     tell: Callable[[Step], None],
+    late: Callable[[float], bool] = never,
 ) -> Fit:
     """Solve for a layer's weights; where a derivative is missing, match fewer operations.
 
@@ -35,6 +37,7 @@ def fit(
         start: mask and first weight.
         generator: source of random numbers, on the CPU.
         tell: called after every step.
+        late: says whether so many seconds more are too many.
 
     Raises:
         RuntimeError: what PyTorch raises for any other reason.
@@ -43,7 +46,7 @@ def fit(
     while True:
         try:
             return solver.solve(
-                losses, start, held=losses.held, factors=factors, generator=generator, tell=tell
+                losses, start, held=losses.held, factors=factors, generator=generator, tell=tell, late=late
             )
         except torch.OutOfMemoryError:
             raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -39,6 +40,7 @@ class Twins:
         held: the samples to judge by; None where there are too few.
         masks: of the layers that were pruned, by name.
         edits: that were made on the working copy.
+        parts: that each batch is divided into, so that fewer samples can be taken.
         reduction: what it has left of the dense network's features.
         carried: masks of `torch.nn.utils.prune` that the model came with.
         notes: sentences that a reader should see.
@@ -62,6 +64,7 @@ class Twins:
         self.masks: dict[str, Tensor] = {}
         self.notes: list[str] = []
         self.edits: list[Edit] = []
+        self.parts = 1
         self.reduction = Reduction()
         self._channels_last(self._first())
         self._trace()
@@ -96,13 +99,29 @@ class Twins:
 
     def begin_again(self) -> None:
         """Put all batches at the beginning of both networks, for another walk."""
-        training, held = hold_back(self.batches)
+        training, held = self._divided()
         self.held = held
         self._streams = [
             Pair(*(Stream(schedule, x) for schedule in self.schedules))
             for x in (*training, *([held] if held is not None else []))
         ]
         self._held = len(training) if held is not None else 0
+
+    def _divided(self) -> tuple[list[Batch], Batch | None]:
+        """Return the batches to fit to, divided as asked, and the samples to judge by.
+
+        The first parts of all batches come first, so that a few of them are of all batches.
+        """
+        training, held = hold_back(self.batches)
+        if self.parts == 1:
+            return training, held
+        divided = [x.split(math.ceil(x.samples() / self.parts)) for x in training]
+        parts = [x[i] for i in range(self.parts) for x in divided if i < len(x)]
+        return parts, held if held is None else held.split(parts[0].samples())[0]
+
+    def pieces(self) -> list[Batch]:
+        """Return the batches to fit to, divided as asked."""
+        return self._divided()[0]
 
     def apply(self, edits: Sequence[Edit], left: Mapping[str, Tensor], sources: Mapping[str, str]) -> None:
         """Change the working copy, and find out what it has left of the dense network's features.
@@ -197,14 +216,21 @@ class Twins:
             .to(self.device)
         )
 
-    def at(self, name: str) -> Site:
-        """Take all batches up to a layer, in both networks.
+    def at(self, name: str, most: int | None = None) -> Site:
+        """Take batches up to a layer, in both networks.
+
+        Args:
+            name: of the layer.
+            most: of the batches to fit to that reach it; by default all.
 
         Raises:
             ValueError: the layer's inputs are not finite.
         """
-        reached, source = [], self.reduction.source(name)
+        reached: list[tuple[int, Pair]] = []
+        source = self.reduction.source(name)
         for i, (dense, sparse) in enumerate(self._streams):
+            if i != self._held and len(reached) == most:
+                continue
             call, other = sparse.advance(name), dense.advance(source)
             if call is None or other is None:
                 continue

@@ -132,6 +132,10 @@ class Run:
     def _layer(self, key: str) -> Path:
         return self.folder / "layers" / f"{key}.safetensors"
 
+    def held(self) -> set[str]:
+        """Return the keys of the layers that are on disk, whole or not."""
+        return {path.stem for path in (self.folder / "layers").iterdir()}
+
     def finished(
         self, key: str, name: str, like: Mapping[str, Tensor]
     ) -> tuple[dict[str, Tensor], LayerReport] | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -22,6 +23,7 @@ class Stop(enum.Enum):
         "a direction of negative or zero curvature was met; the descent found so far is returned"
     )
     ZERO = "the right-hand side is zero: nothing to solve"
+    TIME = "the time for the layer was over"
     NOT_FINITE = "a number stopped being finite; look at the loss and its scale"
 
 
@@ -58,6 +60,7 @@ def cg(
     rtol: float = 1e-2,
     max_iterations: int = 50,
     check_every: int | None = None,
+    late: Callable[[], bool] = lambda: False,
 ) -> Solution:
     """Solve ``A x = b`` from zero by preconditioned conjugate gradients (Hestenes & Stiefel 1952).
 
@@ -72,17 +75,20 @@ def cg(
         check_every: iterations from one look at the status to the next; until then a state that has stopped
             leaves everything as it is. By default 1 on a CPU, and 8 where the host has to wait for the
             device.
+        late: says whether to stop before the next product.
     """
-    r = b.clone(memory_format=torch.contiguous_format)
+    r, over = b.clone(memory_format=torch.contiguous_format), False
     x, p = torch.zeros_like(r), torch.zeros_like(r)
     state = _start(r)
     for iteration in range(max_iterations):
         if _looks(iteration, r, check_every) and state[reference.STATUS].item() != reference.RUNNING:
             break
+        if over := late():
+            break
         ops.cg_direction(p, r, r if preconditioner is None else preconditioner @ r, state)
         ops.cg_update(x, r, p, A @ p, state, rtol)
     status, iterations, _, rr, bb = state.tolist()
-    stop = _STOPS[int(status)]
+    stop = Stop.TIME if over else _STOPS[int(status)]
     residual = math.nan if stop is Stop.NOT_FINITE else math.sqrt(rr / bb) if bb > 0 else 0.0
     return Solution(x, int(iterations), residual, stop)
 

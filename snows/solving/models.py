@@ -23,6 +23,41 @@ class Losses(Protocol):
     def __iter__(self) -> Iterator[Loss]: ...
 
 
+def never(seconds: float) -> bool:
+    """Say that it is not too late."""
+    return False
+
+
+class OverdueError(Exception):
+    """Say that a step cannot be finished in time."""
+
+
+class Timed:
+    """Give losses for as long as there is time.
+
+    Args:
+        losses: one a batch.
+        late: says whether so many seconds more are too many.
+    """
+
+    def __init__(self, losses: Losses, late: Callable[[float], bool]) -> None:
+        self._losses, self._late = losses, late
+
+    def __len__(self) -> int:
+        return len(self._losses)
+
+    def __iter__(self) -> Iterator[Loss]:
+        """Give one loss after the other.
+
+        Raises:
+            OverdueError: it is too late for another.
+        """
+        for loss in self._losses:
+            if self._late(0.0):
+                raise OverdueError
+            yield loss
+
+
 class Model(NamedTuple):
     """Hold a quadratic model: its curvature, the loss that a search lowers, and the gradient."""
 

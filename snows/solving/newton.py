@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from snows.solving.cg import Stop, cg
-from snows.solving.models import CURVATURES, Losses, from_all, from_each
+from snows.solving.models import CURVATURES, Losses, OverdueError, Timed, from_all, from_each, never
 from snows.solving.operators import LinearOperator, Loss, Restricted, trace
 from snows.solving.preconditioners import Factors, Kronecker, RowBlocks
 from snows.solving.search import Search, armijo
@@ -121,6 +121,7 @@ class Newton:
         factors: Factors | None = None,
         generator: torch.Generator | None = None,
         tell: Callable[[Step], None] = lambda step: None,
+        late: Callable[[float], bool] = never,
     ) -> Fit:
         """Lower the mean of the losses over the kept weights.
 
@@ -132,6 +133,9 @@ class Newton:
             factors: for the preconditioner, which is left out without them.
             generator: source of the probe that measures the curvature's mean.
             tell: called after every step.
+            late: says whether so many seconds more are too many. It is asked before each step, with what the
+                last one took, and within a step between batches and between products: what was found so far
+                is then returned.
         """
         weight, mask = start
         damping, mean = self.damping, math.nan
@@ -139,41 +143,46 @@ class Newton:
         steps: list[Step] = []
         first = _value(held, weight)
         best = _Point(weight, first)
-        for index in range(self.passes):
-            before_pass = best.value
-            for model in models(losses, index, CURVATURES[self.curvature]):
-                began = time.perf_counter()
-                H, loss, gradient = model(weight)
-                if not (math.isfinite(H.value) and gradient.isfinite().all()):
-                    steps.append(Step(H.value, math.nan, 0, Stop.NOT_FINITE, 0.0, damping, 0.0))
-                    return Fit(MaskedWeight(best.weight, mask), steps, first, best.value)
-                if math.isnan(mean):
-                    mean = _mean_curvature(H, start, generator)
-                direction = self._direction(H, gradient, mask, damping, mean, factors)
-                value = H.value
-                del H  # the graph, before the search needs room
-                search, value = self._search(loss, held, _Point(weight, value), best.value, direction)
-                weight = weight + search.size * direction.d
-                steps.append(
-                    Step(
-                        value,
-                        search.value,
-                        direction.iterations,
-                        direction.stop,
-                        search.size,
-                        damping,
-                        time.perf_counter() - began,
+        try:
+            for index in range(self.passes):
+                before_pass = best.value
+                for model in models(Timed(losses, late), index, CURVATURES[self.curvature]):
+                    began = time.perf_counter()
+                    if late(steps[-1].seconds if steps else 0.0):
+                        raise OverdueError
+                    H, loss, gradient = model(weight)
+                    if not (math.isfinite(H.value) and gradient.isfinite().all()):
+                        steps.append(Step(H.value, math.nan, 0, Stop.NOT_FINITE, 0.0, damping, 0.0))
+                        return Fit(MaskedWeight(best.weight, mask), steps, first, best.value)
+                    if math.isnan(mean):
+                        mean = _mean_curvature(H, start, generator)
+                    direction = self._direction(H, gradient, mask, damping, mean, factors, late)
+                    value = H.value
+                    del H  # the graph, before the search needs room
+                    search, value = self._search(loss, held, _Point(weight, value), best.value, direction)
+                    weight = weight + search.size * direction.d
+                    steps.append(
+                        Step(
+                            value,
+                            search.value,
+                            direction.iterations,
+                            direction.stop,
+                            search.size,
+                            damping,
+                            time.perf_counter() - began,
+                        )
                     )
-                )
-                tell(steps[-1])
-                now = search.value if self._searches_held(held) else _value(held, weight)
-                if not now >= best.value:  # True where there are no held-back samples
-                    best = _Point(weight, now)
-                damping *= _damping_factor(direction.slope, search, value)
-            if (
-                best.value > (1 - self.min_decrease) * before_pass
-            ):  # False where there are no held-back samples
-                break
+                    tell(steps[-1])
+                    now = search.value if self._searches_held(held) else _value(held, weight)
+                    if not now >= best.value:  # True where there are no held-back samples
+                        best = _Point(weight, now)
+                    damping *= _damping_factor(direction.slope, search, value)
+                if (
+                    best.value > (1 - self.min_decrease) * before_pass
+                ):  # False where there are no held-back samples
+                    break
+        except OverdueError:
+            steps.append(Step(best.value, math.nan, 0, Stop.TIME, 0.0, damping, 0.0))
         return Fit(MaskedWeight(best.weight, mask), steps, first, best.value)
 
     # ---------------------------------------------------------------- direction
@@ -186,6 +195,7 @@ class Newton:
         damping: float,
         mean: float,
         factors: Factors | None,
+        late: Callable[[float], bool],
     ) -> _Direction:
         """Solve the damped model on the mask by conjugate gradients."""
         g = gradient * mask
@@ -195,6 +205,7 @@ class Newton:
             rtol=self.rtol,
             max_iterations=self.max_iterations,
             preconditioner=self._preconditioner(factors, mask, damping),
+            late=lambda: late(0.0),
         )
         return _Direction(d, (g * d).sum().item(), iterations, stop)
 
