@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,37 +16,33 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from snows import build, memory, zoo
-from snows.choosing.budgets import UNITS, Structured
-from snows.choosing.compiling import frozen
+from snows.choosing.budgets import UNITS, Budget, Structured
 from snows.choosing.cuts import Cut
 from snows.choosing.measuring import Stopwatch
 from snows.choosing.packing import nbytes
 from snows.deployment import Deployed, deploy
-from snows.evaluation import Scores, evaluate, logits_of
+from snows.judge import TOGETHER, Judge
 from snows.matching.normalisation import recalibrate_statistics
 from snows.networks.batches import Batch
-from snows.networks.folding import fold_normalisations
 from snows.networks.layers import copied
-from snows.networks.trace import Trace
 from snows.pruning import prune
 from snows.results import files
 from snows.results.deployment import Deployment
 from snows.results.report import Report
 from snows.results.storage import state, write
 from snows.results.story import demo_page
-from snows.selectors import magnitude
+from snows.selectors import alps, magnitude
 from snows.sparsity import NM, Pattern, Unstructured
 
-Goal = Pattern | Structured
+Goal = Pattern | Budget
 CASES: tuple[tuple[str, Goal], ...] = (
     ("resnet20", NM(1, 4)),
     ("resnet20", Unstructured(0.9)),
-    ("resnet20", Structured(0.5)),
+    ("resnet20", Budget(1 / 1.6, of="latency", runtime="compile", images=TOGETHER)),
     ("vit", NM(2, 4)),
-    ("vit", Structured(0.5)),
+    ("vit", Budget(1 / 2, of="latency", runtime="compile", images=TOGETHER)),
 )
 JUDGED = 4_000  # test images of the 10,000: thirteen passes over them in 40 seconds on two cores
-TOGETHER = 80  # images at a time: they stay in the cache, and are 16 times a whole number
 PRUNED = (
     "network",
     "pattern",
@@ -103,7 +97,7 @@ def run(
         compiled: time dense and smaller networks under a frozen `torch.compile` too.
     """
     out.mkdir(parents=True, exist_ok=True)
-    judge = _Judge(judged, device or torch.device("cpu"), stopwatch, compiled)
+    judge = Judge(judged, device or torch.device("cpu"), stopwatch, compiled)
     batches = zoo.calibration() if batches is None else batches
     with Progress(console=console, transient=True) as bar:
         task = bar.add_task("demo", total=len(cases))
@@ -123,6 +117,9 @@ def run(
         f"torch.compile; {shares}; weights and page in {out}",
         highlight=False,
     )
+    for row in rows:
+        if row["smaller"]:
+            console.print(_ending(row), highlight=False, markup=False)
     if build.outcome() == "none":
         said = f"packed layers are slower than dense ones here: {build.complaint()}"
         console.print(said, highlight=False, markup=False)
@@ -134,129 +131,70 @@ def run(
     return rows
 
 
-@dataclass
-class _Judge:
-    """Measure networks of the zoo on test images, and count where the time goes.
-
-    Args:
-        count: of test images.
-        device: that networks run on.
-        stopwatch: how long networks are timed.
-        compiled: compile networks too.
-    """
-
-    count: int
-    device: torch.device
-    stopwatch: Stopwatch
-    compiled: bool
-    clock: dict[str, float] = field(
-        default_factory=lambda: {"pruning": 0.0, "deployment": 0.0, "evaluation": 0.0}
-    )
-
-    def __post_init__(self) -> None:
-        images, labels = zoo.images("test")
-        assert labels is not None
-        images, self.labels = images[: self.count], labels[: self.count]
-        self.test = list(zip(images.split(TOGETHER), self.labels.split(TOGETHER), strict=True))
-        self.references: dict[str, list[Tensor]] = {}
-        self.frozen: dict[str, nn.Module | None] = {}
-
-    @property
-    def example(self) -> Tensor:
-        """The first test images, on the device."""
-        images: Tensor = self.test[0][0].to(self.device)
-        return images
-
-    @contextmanager
-    def timed(self, share: str) -> Iterator[None]:
-        """Count the time of what is done inside."""
-        began = time.perf_counter()
-        yield
-        self.clock[share] += time.perf_counter() - began
-
-    def fast(self, net: nn.Module) -> nn.Module:
-        """Copy a network to compute the same a little sooner: channels last, normalisation folded."""
-        net = copied(net).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        example = Batch.of(self.example)
-        fold_normalisations(net, example, Trace.of(net, example))
-        return net
-
-    def dense(self, name: str, net: nn.Module) -> float:
-        """Measure the dense network, once; return its accuracy in percent."""
-        if name not in self.references:
-            with self.timed("evaluation"):
-                quick = self.fast(net)
-                self.references[name] = [logits_of(quick, x) for x, _ in self.test]
-        found = torch.cat(self.references[name]).argmax(1).cpu()
-        return 100 * (found == self.labels).double().mean().item()
-
-    def scores(self, name: str, net: nn.Module) -> Scores:
-        """Measure a network next to the dense one."""
-        with self.timed("evaluation"):
-            return evaluate(net, self.test, self.references[name])
-
-    def times(self, name: str, dense: nn.Module, deployed: Deployed, smaller: bool) -> Row:
-        """Time a network beside the dense one in turns, a smaller one compiled too."""
-        with self.timed("deployment"):
-            if name not in self.frozen:
-                self.frozen[name] = frozen(dense, self.example) if self.compiled else None
-            compiled = frozen(deployed.network, self.example) if self.compiled and smaller else None
-            networks = {
-                "dense ms": dense,
-                "snows ms": deployed.network,
-                "dense, compiled": self.frozen[name],
-                "snows, compiled": compiled,
-            }
-            runs = {key: partial(_run, net, self.example) for key, net in networks.items() if net is not None}
-            found = dict(zip(runs, self.stopwatch.network(list(runs.values())).medians, strict=True))
-        row: Row = {key: found.get(key, "") for key in networks}
-        return row | {"ratio": found["dense ms"] / found["snows ms"]}
-
-
-def _run(net: nn.Module, example: Tensor) -> object:
-    with torch.no_grad():
-        return net(example)
-
-
 def _label(goal: Goal) -> str:
     """Name a goal in the tables."""
-    return f"{goal.share:.0%} of MACs" if isinstance(goal, Structured) else str(goal)
+    if not isinstance(goal, Budget):
+        return str(goal)
+    assert isinstance(goal.share, float)
+    return f"{1 / goal.share:.3g} times as fast" if goal.of == "latency" else f"{goal.share:.0%} of {goal.of}"
+
+
+def _ending(row: Row) -> str:
+    """Say in a sentence what a budget gave."""
+    compiled = bool(row["snows, compiled"])
+    dense, snows = (row[f"{who}, compiled" if compiled else f"{who} ms"] for who in ("dense", "snows"))
+    return (
+        f"{row['network']}: {dense / snows:.2f} times as fast{' under torch.compile' if compiled else ''}, "
+        f"{row['dense'] - row['snows']:.2f} points lost, "
+        f"{100 * row['snows MB'] / row['MB']:.0f} % of the bytes"
+    )
 
 
 def _case(
-    name: str, goal: Goal, batches: Sequence[Tensor], judge: _Judge, out: Path
+    name: str, goal: Goal, batches: Sequence[Tensor], judge: Judge, out: Path
 ) -> tuple[Row, Report, Deployment]:
     """Prune and deploy one network; return its line of both tables, and the reports."""
-    dense = zoo.load(name).to(judge.device)
-    row: Row = {"network": name, "pattern": _label(goal), "dense": judge.dense(name, dense)}
-    row |= _by_magnitude(name, dense, goal, batches, judge)
+    dense, smaller = zoo.load(name).to(judge.device), isinstance(goal, Budget)
+    if isinstance(goal, Budget) and goal.of == "latency" and not judge.compiles(name, dense):
+        goal = replace(goal, runtime="eager")
+    row: Row = {
+        "network": name,
+        "pattern": _label(goal),
+        "dense": judge.dense(name, dense),
+        "smaller": smaller,
+    }
     began = time.perf_counter()
     with judge.timed("pruning"):
         net, report = prune(dense, batches, goal, progress=False)
     row["seconds"] = time.perf_counter() - began
+    row |= _by_magnitude(name, dense, goal, batches, judge, report.macs)
     path = out / f"{name}-{_label(goal).replace(':', '-').replace(' ', '-')}.safetensors"
     write(path, files.encoded(net))
+    runtime = goal.runtime if isinstance(goal, Budget) else "eager"
     with judge.timed("deployment"):
-        deployed = deploy(net, judge.example, stopwatch=judge.stopwatch, progress=False)
+        deployed = deploy(net, judge.example, runtime=runtime, stopwatch=judge.stopwatch, progress=False)
     scores = judge.scores(name, deployed.network)
     row |= {"snows": scores.top1, "divergence": scores.divergence}
-    row |= judge.times(name, dense, deployed, isinstance(goal, Structured))
+    row |= judge.times(name, dense, deployed, smaller)
     found = replace(  # beside the dense network, and not the one that deploy was given
         deployed.report, dense_ms=row["dense ms"], sparse_ms=row["snows ms"], dense_bytes=nbytes(dense)
     )
     return row | _deployed(deployed, dense, path), report, found
 
 
-def _by_magnitude(name: str, dense: nn.Module, goal: Goal, batches: Sequence[Tensor], judge: _Judge) -> Row:
+def _by_magnitude(
+    name: str, dense: nn.Module, goal: Goal, batches: Sequence[Tensor], judge: Judge, macs: Sequence[int]
+) -> Row:
     """Measure what magnitude pruning gives, and what its corrected statistics give.
 
-    Of a smaller network that is the same share of every width, units by their magnitude.
+    Of a budget that is the same share of every width, units by their magnitude, for as many multiplications.
     """
     left: dict[str, Tensor] = {}
     with judge.timed("pruning"):
-        if isinstance(goal, Structured):
-            goal = replace(goal, using=UNITS, order="magnitude", uniform=True, refit=False)
-        given = prune(dense, batches, goal, select=magnitude, solver=None, recalibrate=False, progress=False)
+        if isinstance(goal, Budget):
+            goal = Structured(macs[1] / macs[0], using=UNITS, order="magnitude", uniform=True, refit=False)
+        rule = alps if isinstance(goal, Structured) else magnitude  # a Structured asks for no masks
+        given = prune(dense, batches, goal, select=rule, solver=None, recalibrate=False, progress=False)
         net = given.network
         if given.edits:  # as it is cut, without the intercepts that are fitted to it
             net, left = copied(dense), Cut(given.edits).left_of_norms()

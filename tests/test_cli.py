@@ -861,3 +861,21 @@ def test_demo_judges_what_it_leaves(packs, monkeypatch, tmp_path):
                 images[:96]
             ).abs().max()
     assert "resnet20 1:4" in (tmp_path / "report.html").read_text()
+
+
+def test_the_demo_ends_with_what_a_budget_gave(monkeypatch, tmp_path):
+    monkeypatch.setattr(Stopwatch, "race", Counting.race)  # milliseconds by multiplications
+    console = Console(file=io.StringIO(), width=200)
+    goal = snows.Budget(0.7, of="latency", runtime="compile", images=8, using=("channels",))
+    batches = zoo.calibration(32, 8)
+    rows = demo.run(tmp_path, console, 96, cases=(("resnet20", goal),), batches=batches, compiled=False)
+    last = console.file.getvalue().strip().splitlines()[-1]
+    found = re.fullmatch(
+        r"resnet20: ([\d.]+) times as fast, (-?[\d.]+) points lost, (\d+) % of the bytes", last
+    )
+    assert found, last
+    assert float(found[1]) == pytest.approx(rows[0]["dense ms"] / rows[0]["snows ms"], abs=0.01)
+    assert float(found[1]) > 1.3
+    assert float(found[2]) == pytest.approx(rows[0]["dense"] - rows[0]["snows"], abs=0.01)
+    network = snows.load(tmp_path / "resnet20-1.43-times-as-fast.safetensors", zoo.load("resnet20"))
+    assert sum(p.numel() for p in network.parameters()) < 0.9 * 272474

@@ -21,7 +21,7 @@ FLOORS = {
     "selectors": {"selectors"},
     "choosing": {"choosing"},
     "verbs": {"pruning", "walking", "shaping", "frontiers", "deployment"},
-    "shell": {"evaluation", "verification", "sources", "zoo", "memory", "demo", "cli", "__main__"},
+    "shell": {"evaluation", "judge", "verification", "sources", "zoo", "memory", "demo", "cli", "__main__"},
 }
 LINES = {".py": 300, ".cpp": 400, ".h": 400, ".cu": 400, ".cuh": 400}
 PACKAGE = Path(snows.__file__).parent
