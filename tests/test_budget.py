@@ -23,10 +23,12 @@ from snows.choosing.measuring import Stopwatch
 from snows.choosing.options import DENSE, Option, treatment
 from snows.choosing.runtimes import Pair
 from snows.choosing.shares import divide
+from snows.choosing.sketches import folded_and_packed, masked
 from snows.choosing.tables import Timetable
 from snows.choosing.timed import timed
 from snows.choosing.times import Times
 from snows.choosing.widths import Widths
+from snows.layers.base import PackedLayer
 from snows.matching.losses import Matching, Objective
 from snows.matching.statistics import LayerStatistics
 from snows.networks.batches import Batch
@@ -202,6 +204,8 @@ def test_zeros_alone_leave_the_network_as_large(net, batches):
         ({"share": 0.5, "using": ("magic",)}, "expected using to name some of channels, heads"),
         ({"share": 0.5, "then": NM(2, 4)}, r"a pattern for all layers \(then\) or a choice by layer"),
         ({"share": 0.5, "times": "t.json"}, "expected times with milliseconds to save, got of='macs'"),
+        ({"share": {}, "layers": {"a": "2:4"}}, r"a rank or a pattern .* for each of the layers, got '2:4'"),
+        ({"share": {}, "layers": {"a": True}}, "a rank or a pattern .* for each of the layers, got True"),
         ({"share": 0.5, "layers": {"a": 3}}, "expected units by name of a group as the share"),
     ],
 )
@@ -245,7 +249,65 @@ def test_given_units_ranks_and_patterns_are_taken(net, batches):
         quick(net, batches, Budget({}, layers={"nothing": 3}))
 
 
+class Odd(nn.Module):
+    """Has a weight that two layers share, a layer that is called twice, and a convolution of groups."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.grouped = nn.Conv2d(4, 16, 3), nn.Conv2d(16, 16, 1, groups=4)
+        self.plain = nn.Conv2d(16, 16, 1)
+        self.a, self.b, self.twice, self.last = (nn.Linear(16, 16) for _ in range(4))
+        self.b.weight = self.a.weight
+
+    def forward(self, x):
+        x = self.plain(self.grouped(self.first(x)).relu()).relu().mean((2, 3))
+        for layer in (self.a, self.b, self.twice, self.twice):
+            x = layer(x).relu()
+        return self.last(x)
+
+
+@pytest.fixture
+def odd():
+    torch.manual_seed(0)
+    return Odd().eval(), [torch.randn(8, 4, 6, 6) for _ in range(4)]
+
+
+@pytest.mark.parametrize(
+    ("layers", "skip", "said"),
+    [
+        ({"a": NM(2, 4)}, None, r"a cannot get 2:4 \(it shares its weight with b\); leave it out"),
+        ({"twice": NM(2, 4)}, None, r"twice cannot get 2:4 \(it is called 2 times in one forward pass\)"),
+        ({"plain": NM(2, 4)}, ["plain"], r"plain cannot get 2:4 \(only or skip leaves it out\)"),
+        ({"plain": 3}, ["plain"], r"plain cannot get 3 \(only or skip leaves it out\)"),
+        ({"plain": NM(2, 6)}, None, r"plain cannot get 2:6 \(16 input channels do not divide"),
+    ],
+)
+def test_what_a_layer_cannot_get_is_refused_before_anything_is_fitted(odd, tmp_path, layers, skip, said):
+    with pytest.raises(ValueError, match=said):
+        quick(*odd, Budget({}, layers=layers), skip=skip, out=tmp_path)
+    assert not (tmp_path / "plan.json").exists()
+
+
+def test_layers_that_share_a_weight_or_are_called_repeatedly_get_no_zeros(odd):
+    report = quick(*odd, Budget(0.9, using=("nm",))).report
+    treated = {x.name for x in report.groups if ":" in x.kind}
+    assert treated
+    assert treated <= {"plain"}
+
+
 # ---------------------------------------------------------------- milliseconds
+
+
+def test_what_is_timed_is_packed_in_the_chosen_layers_alone(odd):
+    """Zeros that a model came with stay where they are, in a convolution of groups too."""
+    net, batches = odd
+    with torch.no_grad():
+        net.grouped.weight[0] = net.a.weight[0] = 0
+    masked(net, {"plain": NM(2, 4), "grouped": NM(2, 4)})
+    dense, packed = folded_and_packed(net, Batch.of(batches[0]), {"plain": NM(2, 4), "grouped": NM(2, 4)})
+    assert [x for x, m in packed.named_modules() if isinstance(m, PackedLayer)] == ["plain"]
+    assert not any(isinstance(m, PackedLayer) for m in dense.modules())
+    torch.testing.assert_close(packed(batches[0]), dense(batches[0]))
 
 
 class Fake:
