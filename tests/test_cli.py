@@ -174,6 +174,18 @@ def test_measure_then_frontier_then_prune_a_point(monkeypatch, capsys, tmp_path,
     assert report["macs"][1] == content["macs"]
 
 
+def test_what_is_measured_has_a_place_before_it_is_measured(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(snows, "measure", None)
+    (tmp_path / "file").touch()
+    for out, said in (
+        (tmp_path, "expected a file, got the folder"),
+        (tmp_path / "file" / "x", "cannot be made"),
+    ):
+        code, text = run(monkeypatch, capsys, "measure", "--model", "test_cli:tiny", "--out", out)
+        assert code == 2
+        assert said in " ".join(text.split())
+
+
 def test_prune_eval_report_and_resume(monkeypatch, capsys, tmp_path, pictures):
     out = tmp_path / "run"
     common = ["--model", "test_cli:tiny", "--data", pictures, "--crop", 32]
