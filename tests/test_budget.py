@@ -185,6 +185,17 @@ def test_layers_without_a_pattern_are_fitted_and_the_run_resumes_with_the_same_b
     )
 
 
+def test_what_is_said_of_treated_layers_is_of_the_cut_network(net, batches):
+    small, report = quick(net, batches, Budget(0.35, multiple=4, floor=0))
+    treated = {x.name: x for x in report.groups if x.kind not in ("channels", "neurons", "heads", "low-rank")}
+    layers = {name: small.get_submodule(name) for name in treated}
+    whole = {name: net.get_submodule(name).weight.numel() for name in treated}
+    assert any(layers[name].weight.numel() < whole[name] for name in treated)
+    for name, layer in layers.items():
+        assert treated[name].units == layer.weight.numel()
+        assert treated[name].kept == int(snows.mask_of(layer).sum())
+
+
 def test_zeros_alone_leave_the_network_as_large(net, batches):
     small, report = quick(net, batches, Budget(0.7, using=("nm", "unstructured")))
     assert report.stages == []
@@ -530,6 +541,22 @@ def test_a_frontier_of_milliseconds(net, batches):
     for i, point in enumerate(found.points):
         report = quick(net, batches, found.budget(i)).report
         assert report.small_ms == pytest.approx(point.cost, rel=0.15)
+
+
+@pytest.mark.usefixtures("sparse_clock")
+def test_milliseconds_are_corrected_at_a_share_that_is_possible(net, batches):
+    found = snows.frontier(net, batches, Budget(0.5, of="latency"), (0.9, 0.02, 0.01), progress=False)
+    assert [x.share for x in found.points] == [0.9]
+    assert len(found.notes) == 2
+    with pytest.raises(ValueError, match="expected a share of the milliseconds that is possible"):
+        snows.frontier(net, batches, Budget(0.5, of="latency"), (0.01, 0.02, 0.03), progress=False)
+
+
+def test_a_frontier_is_of_a_budget(net, batches):
+    with pytest.raises(TypeError, match=r"frontier: expected goal to be a snows.Budget, got 0.5"):
+        snows.frontier(net, batches, 0.5, progress=False)
+    with pytest.raises(ValueError, match=r"frontier: expected a goal with an order by name"):
+        snows.frontier(net, batches, Structured(0.5, then=NM(2, 4)), progress=False)
 
 
 def test_shares_that_are_not_possible_are_left_out(net, batches):

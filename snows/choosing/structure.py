@@ -10,7 +10,7 @@ from functools import partial
 from torch import nn
 
 from snows.choosing.budgets import Budget
-from snows.choosing.choices import Choice, Chooser, Possible
+from snows.choosing.choices import Choice, Chooser, Possible, layers_of_cut
 from snows.choosing.costs import Costs
 from snows.choosing.curves import Curve
 from snows.choosing.cuts import Cut
@@ -27,6 +27,7 @@ from snows.networks.channels import Group
 from snows.networks.checks import shared_weights
 from snows.networks.implants import full_rank, why_not
 from snows.networks.layers import Layer, prunable
+from snows.networks.taking import Take
 from snows.networks.twins import Twins
 from snows.results.structure import GroupReport
 
@@ -99,7 +100,7 @@ class Deciding:
             _row(choice.whole.get(x.name, x), kept.get(x.name, x.units), self.choose.curves.get(x.name))
             for x in groups
         ]
-        layers = prunable(self.choose.net)
+        layers = layers_of_cut(self.choose.net, [x for x in choice.edits if isinstance(x, Take)])
         rows += [_treated(name, layers[name], option) for name, option in choice.options.items()]
         macs = round(self.costs.total("macs")), round(self.costs.total("macs", choice.widths))
         patterns = {name: str(x) for name, x in choice.patterns.items()}
