@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -215,6 +216,7 @@ def test_zeros_alone_leave_the_network_as_large(net, batches):
         ({"share": 0.5, "using": ("magic",)}, "expected using to name some of channels, heads"),
         ({"share": 0.5, "then": NM(2, 4)}, r"a pattern for all layers \(then\) or a choice by layer"),
         ({"share": 0.5, "times": "t.json"}, "expected times with milliseconds to save, got of='macs'"),
+        ({"share": 0.5, "of": "latency", "times": 3}, "expected times to be a file, got 3"),
         ({"share": {}, "layers": {"a": "2:4"}}, r"a rank or a pattern .* for each of the layers, got '2:4'"),
         ({"share": {}, "layers": {"a": True}}, "a rank or a pattern .* for each of the layers, got True"),
         ({"share": 0.5, "layers": {"a": 3}}, "expected units by name of a group as the share"),
@@ -223,6 +225,10 @@ def test_zeros_alone_leave_the_network_as_large(net, batches):
 def test_goals_that_make_no_sense(wrong, said):
     with pytest.raises(ValueError, match=said):
         Budget(**wrong)
+
+
+def test_a_timetable_is_the_same_by_a_path_or_its_name():
+    assert Budget(0.5, of="latency", times="t.json") == Budget(0.5, of="latency", times=Path("t.json"))
 
 
 def test_structured_is_a_budget_without_zeros():
@@ -494,7 +500,15 @@ def test_a_timetable_of_something_else_is_refused(table, net, batches, tmp_path)
         with pytest.raises(ValueError, match=r"times: .*timetable"):
             Timetable.read(tmp_path / "bad.json")
     content = json.loads(path.read_text())
-    for key, value in (("whole", -1), ("times", [{}]), ("layers", 3), ("runtime", "x"), ("images", "many")):
+    for key, value in (
+        ("whole", -1),
+        ("times", [{}]),
+        ("layers", 3),
+        ("runtime", "x"),
+        ("images", "many"),
+        ("packed", math.nan),
+        ("images", math.inf),
+    ):
         (tmp_path / "bad.json").write_text(json.dumps({**content, key: value}))
         with pytest.raises(ValueError, match=r"times: .* is damaged"):
             Timetable.read(tmp_path / "bad.json")

@@ -49,6 +49,12 @@ def tiny():
     return nn.Sequential(nn.Conv2d(3, 8, 3, stride=4), nn.ReLU(), nn.Conv2d(8, 8, 1), nn.ReLU(), *head)
 
 
+def other():
+    net = tiny()
+    nn.init.ones_(net[0].bias)
+    return net
+
+
 def fails():
     return 1 / 0
 
@@ -167,6 +173,11 @@ def test_measure_then_frontier_then_prune_a_point(monkeypatch, capsys, tmp_path,
     assert (folder / "point-0" / "model.safetensors").is_file()
     assert (folder / "point-2" / "model.safetensors").is_file()
     taken = ("--frontier", folder / "frontier.json", "--point", 1, "--judge", 0)
+    code, text = run(
+        monkeypatch, capsys, *prune_tiny(pictures, tmp_path), *taken, "--model", "test_cli:other"
+    )
+    assert code == 2
+    assert "--frontier: expected points of this network and these weights" in " ".join(text.split())
     code, text = run(monkeypatch, capsys, *prune_tiny(pictures, tmp_path), *taken)
     assert code == 0, text
     content = json.loads((folder / "frontier.json").read_text())["points"][1]

@@ -140,6 +140,9 @@ class Budget:
         self._expect(
             self.times is None or self.of == "latency", "times with milliseconds to save", f"of={self.of!r}"
         )
+        if self.times is not None:
+            self._expect(isinstance(self.times, str | Path), "times to be a file", repr(self.times))
+            object.__setattr__(self, "times", Path(self.times))  # a run records it the same in either form
 
     def _expect(self, sound: bool, expected: str, got: str) -> None:
         if not sound:

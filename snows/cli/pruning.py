@@ -139,6 +139,8 @@ def prune(
         std=numbers(std, "std"),
     )
     network = load_network(model, weights, random_weights)
+    if frontier is not None:
+        asking.check_frontier(frontier, network.model)
     preparation = network.preparation.override(*source.settings())
     images = sources.load_data(data, network, "calibration", preparation=preparation)
     count = samples or images.available(SAMPLES, seed)
