@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,12 @@ from snows.choosing.budgets import Budget
 from snows.choosing.choices import Choice
 from snows.choosing.compiling import Runtime
 from snows.choosing.costs import WORDS
-from snows.choosing.deciding import MOST, clock_of, decide_cut, settled
+from snows.choosing.deciding import MOST, Settled, clock_of, decide_cut, settled
 from snows.choosing.goals import LayerChoice, selected
 from snows.choosing.ladders import GROUPED, SCATTERED, has_kernel
 from snows.choosing.latency import second
 from snows.choosing.options import Zeros
+from snows.choosing.shares import ImpossibleError
 from snows.choosing.structure import Deciding
 from snows.choosing.tables import Timetable
 from snows.matching.losses import Matching, Objective
@@ -173,7 +175,8 @@ def frontier(
     """Predict what a network loses at many budgets, from one set of statistics.
 
     Nothing is fitted. Milliseconds are of layers timed at a few widths, corrected by whole networks that are
-    timed at the middle one of the shares; a share that is not possible is left out with a note.
+    timed at the middle one of the shares, or at the next larger that is possible; a share that is not
+    possible is left out with a note.
 
     Args:
         model: as for `prune`.
@@ -195,17 +198,20 @@ def frontier(
     shares = sorted(shares, reverse=True)
     if not shares or not all(isinstance(x, int | float) and 0 < x < 1 for x in shares):
         raise ValueError(f"frontier: expected shares above 0 and below 1, got {shares}")
-    if isinstance(goal.order, str) is False or goal.then is not None:
+    if not isinstance(goal, Budget):
+        raise TypeError(f"frontier: expected goal to be a snows.Budget, got {goal!r}")
+    if not isinstance(goal.order, str) or goal.then is not None:
         raise ValueError("frontier: expected a goal with an order by name and without then=, got another")
     with shown(progress) as tell, autocast_off(model):
         tell.doing("checking and tracing the network")
         twins = Twins(model, batches)
         only, skip = selected("only", only, twins.sparse), selected("skip", skip, twins.sparse)
-        middle = replace(goal, share=shares[len(shares) // 2], ms=None, mb=None, layers=None)
+        middle = len(shares) // 2
+        goal = replace(goal, share=shares[middle], ms=None, mb=None, layers=None)
         objective = Objective(twins, matching, seed)
-        deciding = Deciding.of(twins, middle, only, skip, objective, tell.doing)
+        deciding = Deciding.of(twins, goal, only, skip, objective, tell.doing)
         tell.doing("choosing")
-        costs, correction = settled(deciding)
+        costs, correction = _settled(deciding, shares[middle::-1])
         points, notes = [], list[str]()
         for share in shares:
             try:
@@ -217,7 +223,19 @@ def frontier(
             points.append(_point_of(deciding, choice, share, cost))
         if not points:
             raise ValueError(notes[0])
-        return Frontier(middle, fingerprint(model), costs.total(goal.of), points, notes)
+        return Frontier(goal, fingerprint(model), costs.total(goal.of), points, notes)
+
+
+def _settled(deciding: Deciding, shares: Sequence[float]) -> Settled:
+    """Return costs to choose by, settled at the first of the shares that is possible.
+
+    Raises:
+        ValueError: none is, or what it costs cannot be measured.
+    """
+    for share in shares[:-1]:
+        with suppress(ImpossibleError):
+            return settled(replace(deciding, goal=replace(deciding.goal, share=share)))
+    return settled(replace(deciding, goal=replace(deciding.goal, share=shares[-1])))
 
 
 def _point_of(deciding: Deciding, choice: Choice, share: float, cost: float) -> Point:
@@ -244,7 +262,8 @@ def measure(
     Args:
         model: any module in evaluation mode; left as it was.
         example: one batch, as `prune` takes them.
-        runtime: of the whole networks: "eager", or "compile" (`torch.compile` with constant weights).
+        runtime: of the whole networks: "eager", "compile" (`torch.compile` with constant weights), or
+            "cuda-graph".
         images: at a time; None for as many as the example has.
         progress: show a progress bar.
 
@@ -252,7 +271,7 @@ def measure(
         A timetable; `Timetable.save` writes it for `Budget(..., times=file)`, also on another machine.
 
     Raises:
-        ValueError: the model cannot run the example, or times scatter too much.
+        ValueError: the model cannot run the example, or not in that runtime.
     """
     with shown(progress) as tell, autocast_off(model):
         tell.doing("checking and tracing the network")
@@ -262,7 +281,7 @@ def measure(
             objective = Objective(twins, Matching(metric="none"), 0)
             table = decide_cut(twins, goal, None, None, objective, tell.doing).timetable
             assert table is not None
-        except ValueError:  # so little is not possible, or nothing
+        except ValueError:  # so little is not possible, or nothing, or times scatter: nothing is corrected
             table = Timetable.begin(clock_of(twins, goal))
         layers = prunable(twins.sparse)
         for name, calls in table.layers.items():

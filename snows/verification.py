@@ -138,7 +138,8 @@ def _timed(file: Claims, network: nn.Module, seen: Seen, stopwatch: Stopwatch) -
     """Time the network again where machine, threads and device are those that are claimed."""
     device = next((x.device for x in (*network.parameters(), *network.buffers())), torch.device("cpu"))
     for claim in file.certificate.timed:
-        machine, threads = processor(device.type), torch.get_num_threads()
+        machine = processor(device.type)
+        threads = torch.get_num_threads() if device.type == "cpu" else claim.threads
         here = replace(claim, machine=machine, threads=threads, device=device.type)
         of, text = f"milliseconds, {place_of(claim)}", f"{claim.milliseconds:.4g}"
         if here != claim:

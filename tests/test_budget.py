@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,10 +24,12 @@ from snows.choosing.measuring import Stopwatch
 from snows.choosing.options import DENSE, Option, treatment
 from snows.choosing.runtimes import Pair
 from snows.choosing.shares import divide
+from snows.choosing.sketches import folded_and_packed, masked
 from snows.choosing.tables import Timetable
 from snows.choosing.timed import timed
 from snows.choosing.times import Times
 from snows.choosing.widths import Widths
+from snows.layers.base import PackedLayer
 from snows.matching.losses import Matching, Objective
 from snows.matching.statistics import LayerStatistics
 from snows.networks.batches import Batch
@@ -183,6 +186,17 @@ def test_layers_without_a_pattern_are_fitted_and_the_run_resumes_with_the_same_b
     )
 
 
+def test_what_is_said_of_treated_layers_is_of_the_cut_network(net, batches):
+    small, report = quick(net, batches, Budget(0.35, multiple=4, floor=0))
+    treated = {x.name: x for x in report.groups if x.kind not in ("channels", "neurons", "heads", "low-rank")}
+    layers = {name: small.get_submodule(name) for name in treated}
+    whole = {name: net.get_submodule(name).weight.numel() for name in treated}
+    assert any(layers[name].weight.numel() < whole[name] for name in treated)
+    for name, layer in layers.items():
+        assert treated[name].units == layer.weight.numel()
+        assert treated[name].kept == int(snows.mask_of(layer).sum())
+
+
 def test_zeros_alone_leave_the_network_as_large(net, batches):
     small, report = quick(net, batches, Budget(0.7, using=("nm", "unstructured")))
     assert report.stages == []
@@ -202,12 +216,19 @@ def test_zeros_alone_leave_the_network_as_large(net, batches):
         ({"share": 0.5, "using": ("magic",)}, "expected using to name some of channels, heads"),
         ({"share": 0.5, "then": NM(2, 4)}, r"a pattern for all layers \(then\) or a choice by layer"),
         ({"share": 0.5, "times": "t.json"}, "expected times with milliseconds to save, got of='macs'"),
+        ({"share": 0.5, "of": "latency", "times": 3}, "expected times to be a file, got 3"),
+        ({"share": {}, "layers": {"a": "2:4"}}, r"a rank or a pattern .* for each of the layers, got '2:4'"),
+        ({"share": {}, "layers": {"a": True}}, "a rank or a pattern .* for each of the layers, got True"),
         ({"share": 0.5, "layers": {"a": 3}}, "expected units by name of a group as the share"),
     ],
 )
 def test_goals_that_make_no_sense(wrong, said):
     with pytest.raises(ValueError, match=said):
         Budget(**wrong)
+
+
+def test_a_timetable_is_the_same_by_a_path_or_its_name():
+    assert Budget(0.5, of="latency", times="t.json") == Budget(0.5, of="latency", times=Path("t.json"))
 
 
 def test_structured_is_a_budget_without_zeros():
@@ -245,7 +266,65 @@ def test_given_units_ranks_and_patterns_are_taken(net, batches):
         quick(net, batches, Budget({}, layers={"nothing": 3}))
 
 
+class Odd(nn.Module):
+    """Has a weight that two layers share, a layer that is called twice, and a convolution of groups."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.grouped = nn.Conv2d(4, 16, 3), nn.Conv2d(16, 16, 1, groups=4)
+        self.plain = nn.Conv2d(16, 16, 1)
+        self.a, self.b, self.twice, self.last = (nn.Linear(16, 16) for _ in range(4))
+        self.b.weight = self.a.weight
+
+    def forward(self, x):
+        x = self.plain(self.grouped(self.first(x)).relu()).relu().mean((2, 3))
+        for layer in (self.a, self.b, self.twice, self.twice):
+            x = layer(x).relu()
+        return self.last(x)
+
+
+@pytest.fixture
+def odd():
+    torch.manual_seed(0)
+    return Odd().eval(), [torch.randn(8, 4, 6, 6) for _ in range(4)]
+
+
+@pytest.mark.parametrize(
+    ("layers", "skip", "said"),
+    [
+        ({"a": NM(2, 4)}, None, r"a cannot get 2:4 \(it shares its weight with b\); leave it out"),
+        ({"twice": NM(2, 4)}, None, r"twice cannot get 2:4 \(it is called 2 times in one forward pass\)"),
+        ({"plain": NM(2, 4)}, ["plain"], r"plain cannot get 2:4 \(only or skip leaves it out\)"),
+        ({"plain": 3}, ["plain"], r"plain cannot get 3 \(only or skip leaves it out\)"),
+        ({"plain": NM(2, 6)}, None, r"plain cannot get 2:6 \(16 input channels do not divide"),
+    ],
+)
+def test_what_a_layer_cannot_get_is_refused_before_anything_is_fitted(odd, tmp_path, layers, skip, said):
+    with pytest.raises(ValueError, match=said):
+        quick(*odd, Budget({}, layers=layers), skip=skip, out=tmp_path)
+    assert not (tmp_path / "plan.json").exists()
+
+
+def test_layers_that_share_a_weight_or_are_called_repeatedly_get_no_zeros(odd):
+    report = quick(*odd, Budget(0.9, using=("nm",))).report
+    treated = {x.name for x in report.groups if ":" in x.kind}
+    assert treated
+    assert treated <= {"plain"}
+
+
 # ---------------------------------------------------------------- milliseconds
+
+
+def test_what_is_timed_is_packed_in_the_chosen_layers_alone(odd):
+    """Zeros that a model came with stay where they are, in a convolution of groups too."""
+    net, batches = odd
+    with torch.no_grad():
+        net.grouped.weight[0] = net.a.weight[0] = 0
+    masked(net, {"plain": NM(2, 4), "grouped": NM(2, 4)})
+    dense, packed = folded_and_packed(net, Batch.of(batches[0]), {"plain": NM(2, 4), "grouped": NM(2, 4)})
+    assert [x for x, m in packed.named_modules() if isinstance(m, PackedLayer)] == ["plain"]
+    assert not any(isinstance(m, PackedLayer) for m in dense.modules())
+    torch.testing.assert_close(packed(batches[0]), dense(batches[0]))
 
 
 class Fake:
@@ -421,7 +500,15 @@ def test_a_timetable_of_something_else_is_refused(table, net, batches, tmp_path)
         with pytest.raises(ValueError, match=r"times: .*timetable"):
             Timetable.read(tmp_path / "bad.json")
     content = json.loads(path.read_text())
-    for key, value in (("whole", -1), ("times", [{}]), ("layers", 3), ("runtime", "x"), ("images", "many")):
+    for key, value in (
+        ("whole", -1),
+        ("times", [{}]),
+        ("layers", 3),
+        ("runtime", "x"),
+        ("images", "many"),
+        ("packed", math.nan),
+        ("images", math.inf),
+    ):
         (tmp_path / "bad.json").write_text(json.dumps({**content, key: value}))
         with pytest.raises(ValueError, match=r"times: .* is damaged"):
             Timetable.read(tmp_path / "bad.json")
@@ -468,6 +555,22 @@ def test_a_frontier_of_milliseconds(net, batches):
     for i, point in enumerate(found.points):
         report = quick(net, batches, found.budget(i)).report
         assert report.small_ms == pytest.approx(point.cost, rel=0.15)
+
+
+@pytest.mark.usefixtures("sparse_clock")
+def test_milliseconds_are_corrected_at_a_share_that_is_possible(net, batches):
+    found = snows.frontier(net, batches, Budget(0.5, of="latency"), (0.9, 0.02, 0.01), progress=False)
+    assert [x.share for x in found.points] == [0.9]
+    assert len(found.notes) == 2
+    with pytest.raises(ValueError, match="expected a share of the milliseconds that is possible"):
+        snows.frontier(net, batches, Budget(0.5, of="latency"), (0.01, 0.02, 0.03), progress=False)
+
+
+def test_a_frontier_is_of_a_budget(net, batches):
+    with pytest.raises(TypeError, match=r"frontier: expected goal to be a snows.Budget, got 0.5"):
+        snows.frontier(net, batches, 0.5, progress=False)
+    with pytest.raises(ValueError, match=r"frontier: expected a goal with an order by name"):
+        snows.frontier(net, batches, Structured(0.5, then=NM(2, 4)), progress=False)
 
 
 def test_shares_that_are_not_possible_are_left_out(net, batches):

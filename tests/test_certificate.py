@@ -12,12 +12,14 @@ from models import QUICK, Chain, Mapped, small
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from safetensors.torch import save as to_bytes
+from test_budget import Sparse
 from test_cli import pictures, prune_tiny, run, tiny  # noqa: F401  # pictures is a fixture
 from test_latency import Counting
 from torch import nn
 
 import snows
 from snows.choosing.measuring import Race, Stopwatch
+from snows.choosing.tables import Timetable
 from snows.evaluation import Seen, compare
 from snows.layers.base import PackedLayer
 from snows.results.certificate import KEY, SEAL, Certificate, Timed, amend, seal
@@ -456,6 +458,42 @@ def test_the_milliseconds_that_were_asked_for_are_claimed(monkeypatch, capsys, t
     assert "seconds" not in json.dumps(claim).replace("milliseconds", "")
 
 
+@pytest.mark.parametrize(
+    ("asked", "claimed"),
+    [
+        (("--budget", "{ms}ms", "--using", "channels,neurons"), True),
+        (("--budget", "0.9", "--of", "latency", "--using", "nm,unstructured"), False),  # of packed layers
+        (
+            ("--budget", "0.8", "--of", "latency", "--using", "channels,neurons", "--latency", "{table}"),
+            False,
+        ),
+        (("--budget", "0.8", "--using", "channels,neurons"), False),
+    ],
+)
+def test_milliseconds_are_claimed_where_the_network_in_the_file_took_them(
+    monkeypatch,
+    capsys,
+    tmp_path,
+    pictures,  # noqa: F811
+    asked,
+    claimed,
+):
+    monkeypatch.setattr(Stopwatch, "race", Sparse.race)
+    monkeypatch.setattr("snows.choosing.structure.has_kernel", lambda *args: True)
+    table = tmp_path / "new" / "times.json"
+    known = ("--model", "test_cli:tiny", "--data", pictures, "--crop", 32)
+    code, text = run(monkeypatch, capsys, "measure", *known, "--out", table, "--at-a-time", 4)
+    assert code == 0, text
+    ms = 0.8 * Timetable.read(table).whole
+    options = (x.format(ms=ms, table=table) for x in asked)
+    command = (*prune_tiny(pictures, tmp_path), *options, "--multiple", 1, "--at-a-time", 4, "--judge", 0)
+    code, text = run(monkeypatch, capsys, *command)
+    assert code == 0, text
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    found = claims(tmp_path / "run" / "model.safetensors").get("timed", [])
+    assert [(x["milliseconds"], x["images"]) for x in found] == ([(report["small_ms"], 4)] if claimed else [])
+
+
 def test_a_model_that_is_not_at_hand_leaves_what_the_file_tells(monkeypatch, capsys, made):
     source = json.loads((made / "source.json").read_text())
     (made / "source.json").write_text(json.dumps(source | {"model": "nowhere:net"}))
@@ -493,6 +531,31 @@ def test_times_are_compared_on_the_same_machine_alone(tmp_path):
         assert row.verdict.startswith(verdict)
         assert ("times that differ: 1" in verification.summary()) == (verdict == DIFFERS)
         assert verification.holds
+
+
+class Attends(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 16), nn.Linear(16, 3)
+        self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
+
+    def forward(self, x):
+        x = self.first(x)
+        return self.last(self.attention(x, x, x, need_weights=False)[0])
+
+
+def test_the_pattern_that_was_asked_of_an_attention_is_claimed(tmp_path):
+    """Its projections have other names while it is pruned."""
+    torch.manual_seed(0)
+    net, batches = Attends().eval(), [torch.randn(4, 5, 6) for _ in range(4)]
+    asked = {"attention.in_proj": snows.NM(3, 8), "attention.out_proj": snows.NM(2, 4)}
+    snows.prune(net, batches, asked, solver=None, progress=False, out=tmp_path)
+    path = tmp_path / "model.safetensors"
+    assert {x["name"]: x["pattern"] for x in claims(path)["layers"]} == {
+        "attention.in_proj_weight": "3:8",
+        "attention.out_proj.weight": "2:4",
+    }
+    assert snows.verify(path, net).holds
 
 
 def test_nothing_is_added_to_a_file_that_was_changed(tmp_path):

@@ -49,6 +49,12 @@ def tiny():
     return nn.Sequential(nn.Conv2d(3, 8, 3, stride=4), nn.ReLU(), nn.Conv2d(8, 8, 1), nn.ReLU(), *head)
 
 
+def other():
+    net = tiny()
+    nn.init.ones_(net[0].bias)
+    return net
+
+
 def fails():
     return 1 / 0
 
@@ -167,11 +173,28 @@ def test_measure_then_frontier_then_prune_a_point(monkeypatch, capsys, tmp_path,
     assert (folder / "point-0" / "model.safetensors").is_file()
     assert (folder / "point-2" / "model.safetensors").is_file()
     taken = ("--frontier", folder / "frontier.json", "--point", 1, "--judge", 0)
+    code, text = run(
+        monkeypatch, capsys, *prune_tiny(pictures, tmp_path), *taken, "--model", "test_cli:other"
+    )
+    assert code == 2
+    assert "--frontier: expected points of this network and these weights" in " ".join(text.split())
     code, text = run(monkeypatch, capsys, *prune_tiny(pictures, tmp_path), *taken)
     assert code == 0, text
     content = json.loads((folder / "frontier.json").read_text())["points"][1]
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert report["macs"][1] == content["macs"]
+
+
+def test_what_is_measured_has_a_place_before_it_is_measured(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(snows, "measure", None)
+    (tmp_path / "file").touch()
+    for out, said in (
+        (tmp_path, "expected a file, got the folder"),
+        (tmp_path / "file" / "x", "cannot be made"),
+    ):
+        code, text = run(monkeypatch, capsys, "measure", "--model", "test_cli:tiny", "--out", out)
+        assert code == 2
+        assert said in " ".join(text.split())
 
 
 def test_prune_eval_report_and_resume(monkeypatch, capsys, tmp_path, pictures):

@@ -14,6 +14,7 @@ from snows.choosing.costs import WORDS, Of
 from snows.choosing.goals import PatternChoice
 from snows.choosing.options import Zeros
 from snows.choosing.orders import ORDERS, Order
+from snows.sparsity import NM, Unstructured
 
 Using = Literal["channels", "heads", "neurons", "low-rank", "nm", "unstructured"]
 UNITS: tuple[Using, ...] = ("channels", "heads", "neurons")
@@ -130,9 +131,18 @@ class Budget:
             "units by name of a group as the share, with layers",
             f"{self.share!r}",
         )
+        for asked in (self.layers or {}).values():
+            self._expect(
+                type(asked) is int or isinstance(asked, NM | Unstructured),
+                "a rank or a pattern such as snows.NM(2, 4) for each of the layers",
+                repr(asked),
+            )
         self._expect(
             self.times is None or self.of == "latency", "times with milliseconds to save", f"of={self.of!r}"
         )
+        if self.times is not None:
+            self._expect(isinstance(self.times, str | Path), "times to be a file", repr(self.times))
+            object.__setattr__(self, "times", Path(self.times))  # a run records it the same in either form
 
     def _expect(self, sound: bool, expected: str, got: str) -> None:
         if not sound:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -19,7 +19,7 @@ from snows.networks.batches import Batch
 from snows.networks.channels import Group
 from snows.networks.copies import sharing
 from snows.networks.edits import Edit
-from snows.networks.layers import prunable
+from snows.networks.layers import Layer, prunable
 
 
 class Possible(NamedTuple):
@@ -162,11 +162,16 @@ class Chooser:
         return Choice(fewer, options, at, [*edits, *thin], whole, notes)
 
 
-def _unfit(net: nn.Module, cut: list[Edit], options: Mapping[str, Option]) -> dict[str, str]:
-    """Say of which layers of the cut network the weights do not fit the pattern, and why."""
+def layers_of_cut(net: nn.Module, cut: Sequence[Edit]) -> dict[str, Layer]:
+    """Return the layers that a cut leaves of a network, which stays as it is."""
     small = sharing(net)
     for edit in cut:
         edit.apply(small)
-    layers = prunable(small)
+    return prunable(small)
+
+
+def _unfit(net: nn.Module, cut: Sequence[Edit], options: Mapping[str, Option]) -> dict[str, str]:
+    """Say of which layers of the cut network the weights do not fit the pattern, and why."""
+    layers = layers_of_cut(net, cut)
     why = {name: x.pattern.fits(layers[name].weight.shape) for name, x in options.items() if x.pattern}
     return {name: reason for name, reason in why.items() if reason}

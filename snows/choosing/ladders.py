@@ -15,6 +15,7 @@ from snows.layers import SparseConv2d, SparseLinear
 from snows.matching.losses import Objective
 from snows.matching.low_rank import InputMoments, spectrum
 from snows.matching.statistics import DAMPING, LayerStatistics, damped
+from snows.networks.checks import shared_weights
 from snows.networks.implants import full_rank, why_not
 from snows.networks.layers import Layer, groups_of
 from snows.networks.sites import Site
@@ -49,10 +50,12 @@ def ladders(
         doing: is told what is done.
     """
     found = dict[str, Ladder]()
+    shared = shared_weights(twins.sparse)
     ends = {twins.order[0], twins.order[-1]} if len(twins.order) > 2 and only is None else set()
     for name in twins.order:
         layer: Layer = twins.sparse.get_submodule(name)  # type: ignore[assignment]
-        if excluded(name, layer, only, skip) or twins.calls[name] != 1 or groups_of(layer) > 1:
+        one = twins.calls[name] == 1 and name not in shared and groups_of(layer) == 1
+        if excluded(name, layer, only, skip) or not one:
             continue
         thin = "low-rank" in goal.using and not why_not(twins.sparse, twins.trace, name)
         patterns = [x for x in _patterns(layer, goal) if name not in ends and known(name, layer, x)]

@@ -71,7 +71,9 @@ class Clock:
     def beside(self, choice: Choice) -> Pair:
         """Time the network as it came and as it was chosen, in turns, and again while times scatter."""
         net = self._chosen(choice)
-        dense, packed = folded_and_packed(net, self.example) if choice.patterns else (net, net)
+        dense, packed = (
+            folded_and_packed(net, self.example, choice.patterns) if choice.patterns else (net, net)
+        )
         nets = [self._dense, self._ready(packed), *([self._ready(dense)] if choice.patterns else [])]
         with torch.no_grad():
             race = self.stopwatch.network(

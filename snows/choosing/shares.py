@@ -20,6 +20,10 @@ from snows.choosing.widths import Widths
 from snows.networks.channels import Group
 
 
+class ImpossibleError(ValueError):
+    """Say that no widths cost so little, and how little is possible."""
+
+
 def allocate(
     groups: Sequence[Group],
     curves: Mapping[str, Curve],
@@ -127,7 +131,8 @@ def _limit(options: Sequence[Widths], costs: Costs, share: float, of: Of) -> flo
     """Return what may be left of a cost.
 
     Raises:
-        ValueError: no widths leave so little.
+        ValueError: the share is out of range.
+        ImpossibleError: no widths leave so little.
     """
     if not 0 < share <= 1:
         raise ValueError(f"Budget: expected a share above 0 and of at most 1, got {share:g}")
@@ -141,7 +146,7 @@ def _limit(options: Sequence[Widths], costs: Costs, share: float, of: Of) -> flo
         possible = math.ceil(1000 * least / whole) / 10
         parts = costs.by_name(of, narrow)
         most = sorted(parts, key=lambda name: parts[name], reverse=True)[:3]
-        raise ValueError(
+        raise ImpossibleError(
             f"Budget: expected a share of the {WORDS[of]} that is possible, {possible:g} % or more, got "
             f"{100 * share:g} %; most of that is of {', '.join(most)}; raise the share, allow more with "
             "using, or lower floor or multiple"

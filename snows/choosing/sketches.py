@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Literal
 
 import torch
@@ -15,7 +15,7 @@ from snows.networks.attention import close_attention
 from snows.networks.batches import Batch
 from snows.networks.edits import Pack
 from snows.networks.folding import stock
-from snows.networks.layers import prunable
+from snows.networks.layers import groups_of, prunable
 from snows.networks.masks import give_mask, mask_of
 from snows.networks.subject import Subject
 
@@ -37,17 +37,19 @@ def masked(net: nn.Module, patterns: Mapping[str, Zeros]) -> dict[str, Tensor]:
     return masks
 
 
-def folded_and_packed(net: nn.Module, example: Batch) -> tuple[nn.Module, nn.Module]:
+def folded_and_packed(net: nn.Module, example: Batch, layers: Collection[str]) -> tuple[nn.Module, nn.Module]:
     """Copy a network twice, as `deploy` would leave it: with dense layers, and with packed ones.
 
     Args:
         net: with masks beside its weights.
         example: that it is run on.
+        layers: that are packed, but for those that `deploy` cannot pack; others stay dense, whatever zeros
+            they came with.
     """
     subject = Subject(net, example, None)
     dense, _ = subject.dense()
     for name, (layer, use) in subject.layers().items():
-        if use.oddity:
+        if name not in layers or use.oddity or groups_of(layer) > 1:
             continue
         own, activation = stock(layer, use), subject.activation(name)
         follow: Literal["relu", "gelu"] | None = None

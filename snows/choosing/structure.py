@@ -10,13 +10,13 @@ from functools import partial
 from torch import nn
 
 from snows.choosing.budgets import Budget
-from snows.choosing.choices import Choice, Chooser, Possible
+from snows.choosing.choices import Choice, Chooser, Possible, layers_of_cut
 from snows.choosing.costs import Costs
 from snows.choosing.curves import Curve
 from snows.choosing.cuts import Cut
 from snows.choosing.goals import Only, excluded
 from snows.choosing.ladders import has_kernel, ladders
-from snows.choosing.options import DENSE, Ladder, Option
+from snows.choosing.options import DENSE, Ladder, Option, Zeros
 from snows.choosing.orders import curves
 from snows.choosing.runtimes import example_of
 from snows.choosing.tables import Timetable
@@ -24,8 +24,10 @@ from snows.matching.consumers import Measured
 from snows.matching.losses import Objective
 from snows.networks import proving
 from snows.networks.channels import Group
+from snows.networks.checks import shared_weights
 from snows.networks.implants import full_rank, why_not
 from snows.networks.layers import Layer, prunable
+from snows.networks.taking import Take
 from snows.networks.twins import Twins
 from snows.results.structure import GroupReport
 
@@ -77,7 +79,7 @@ class Deciding:
         table = _table(twins, goal)
         doing("looking for units that can be taken out")
         groups = [_allowed(x, net, goal, only, skip) for x in proving.groups(net, example)]
-        treated, lost = _given_ladders(twins, goal), dict[str, Curve]()
+        treated, lost = _given_ladders(twins, goal, only, skip), dict[str, Curve]()
         if not isinstance(goal.share, Mapping):
             known = partial(has_kernel, goal.of) if table is None else table.has
             treated = ladders(twins, goal, objective, only, skip, known, doing)
@@ -98,7 +100,7 @@ class Deciding:
             _row(choice.whole.get(x.name, x), kept.get(x.name, x.units), self.choose.curves.get(x.name))
             for x in groups
         ]
-        layers = prunable(self.choose.net)
+        layers = layers_of_cut(self.choose.net, [x for x in choice.edits if isinstance(x, Take)])
         rows += [_treated(name, layers[name], option) for name, option in choice.options.items()]
         macs = round(self.costs.total("macs")), round(self.costs.total("macs", choice.widths))
         patterns = {name: str(x) for name, x in choice.patterns.items()}
@@ -119,7 +121,7 @@ def _table(twins: Twins, goal: Budget) -> Timetable | None:
     return table
 
 
-def _given_ladders(twins: Twins, goal: Budget) -> dict[str, Ladder]:
+def _given_ladders(twins: Twins, goal: Budget, only: Only | None, skip: Only | None) -> dict[str, Ladder]:
     """Return the treatments of layers that were given.
 
     Raises:
@@ -127,17 +129,33 @@ def _given_ladders(twins: Twins, goal: Budget) -> dict[str, Ladder]:
     """
     layers, found = prunable(twins.sparse), dict[str, Ladder]()
     for name, asked in (goal.layers or {}).items():
-        rank, pattern = (asked, None) if isinstance(asked, int) else (0, asked)
         if name not in layers:
             raise ValueError(f"Budget: expected layers such as {', '.join(list(layers)[:3])}, got {name!r}")
-        weight = layers[name].weight
-        why = pattern.fits(weight.shape) if pattern is not None else why_not(twins.sparse, twins.trace, name)
-        if not why and pattern is None and not 0 < rank < full_rank(weight):
-            why = f"its rank can be from 1 to {full_rank(weight) - 1}"
+        why = "only or skip leaves it out" if excluded(name, layers[name], only, skip) else ""
+        if isinstance(asked, int):
+            option, why = Option(math.nan, rank=asked), why or _no_rank(twins, name, asked)
+        else:
+            option, why = Option(math.nan, pattern=asked), why or _no_zeros(twins, name, asked)
         if why:
             raise ValueError(f"Budget: {name} cannot get {asked} ({why}); leave it out")
-        found[name] = [DENSE, Option(math.nan, rank, pattern)]
+        found[name] = [DENSE, option]
     return found
+
+
+def _no_rank(twins: Twins, name: str, rank: int) -> str:
+    """Say why a layer cannot get a rank; empty if it can."""
+    most = full_rank(prunable(twins.sparse)[name].weight) - 1
+    why = why_not(twins.sparse, twins.trace, name)
+    return why or ("" if 0 < rank <= most else f"its rank can be from 1 to {most}")
+
+
+def _no_zeros(twins: Twins, name: str, pattern: Zeros) -> str:
+    """Say why a layer cannot follow a pattern; empty if it can."""
+    if other := shared_weights(twins.sparse).get(name):
+        return f"it shares its weight with {other}"
+    if (calls := twins.calls.get(name, 0)) != 1:
+        return f"it is called {calls} times in one forward pass"
+    return pattern.fits(prunable(twins.sparse)[name].weight.shape)
 
 
 def _refuse_nothing(possible: Possible, goal: Budget) -> None:
@@ -147,6 +165,8 @@ def _refuse_nothing(possible: Possible, goal: Budget) -> None:
     said = [f"{x.name}: {x.reason}" for x in possible.groups[:4]] or ["the model has no Linear or Conv2d"]
     if "low-rank" in goal.using:
         said.append("of no layer can the rank be lowered so that it gets cheaper")
+    if goal.masks:
+        said.append("no layer can follow a pattern and cost less by it")
     raise ValueError(f"prune: no unit can be taken out ({'; '.join(said)})")
 
 

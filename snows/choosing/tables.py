@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,11 +98,15 @@ class Timetable:
             }
             layers = {name: [_shape(x) for x in calls] for name, calls in content["layers"].items()}
             numbers = {key: kind(content[key]) for key, kind in NUMBERS.items()}
-            sound = all(0 < numbers[x] < float("inf") for x in ("images", "whole", "correction"))
-            if not sound or numbers["runtime"] not in get_args(Runtime):
+            sound = all(0 < numbers[x] < math.inf for x in ("images", "whole", "correction"))
+            if (
+                not sound
+                or not 0 <= numbers["packed"] < math.inf
+                or numbers["runtime"] not in get_args(Runtime)
+            ):
                 raise ValueError("a number is out of range")
             return cls(layers=layers, times=Times(None, Stopwatch(), found), **numbers)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise ValueError(f"times: {path} is damaged ({error}); measure again") from error
 
     def has(self, name: str, layer: nn.Module, pattern: Zeros) -> bool:
@@ -155,6 +160,6 @@ def _hashable(x: Any) -> Any:
 
 def _fit(entry: list[float]) -> Fit:
     fit = Fit(*map(float, entry))
-    if not all(0 <= x < float("inf") for x in fit):
+    if not all(0 <= x < math.inf for x in fit):
         raise ValueError("a time is below 0")
     return fit

@@ -9,6 +9,7 @@ import typer
 from rich.table import Table
 
 from snows.cli import asking, terminal
+from snows.cli.judging import judging_batches
 from snows.cli.loading import example_of, load_network, say_prepared, test_data
 from snows.cli.terminal import console, next_command, numbers, say, show_scores, warn
 
@@ -44,6 +45,9 @@ def measure(
     import snows
 
     place = terminal.device_of(device)
+    if out.is_dir():
+        raise ValueError(f"--out: expected a file, got the folder {out}; name a file in it")
+    _make(out.parent)
     network = load_network(model, weights, random_weights)
     preparation = network.preparation.override(crop, resize, numbers(mean, "mean"), numbers(std, "std"))
     example = example_of(model, data, network, preparation, at_a_time).to(place)
@@ -97,13 +101,11 @@ def frontier(
     network = load_network(model, weights, random_weights)
     preparation = network.preparation.override(crop, resize, numbers(mean, "mean"), numbers(std, "std"))
     images = sources.load_data(data, network, "calibration", preparation=preparation)
-    batches = images.draw(min(samples, images.available(samples, seed)), batch_size, seed)
+    count = min(samples, images.available(samples, seed))
+    batches = images.draw(count, batch_size, seed)
     say_prepared(images)
     net = network.model.to(place)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"--out: {out} cannot be made ({error.strerror})") from error
+    _make(out)
     with memory.kept():
         found = snows.frontier(net, batches, goal, shares, seed=seed)
         found.save(out / "frontier.json")
@@ -112,6 +114,7 @@ def frontier(
             warn(note)
         test = test_data(data, network, preparation, None, None) if prune else None
         if test is not None:
+            used = images.drawn(count, seed) if test.origin == images.origin else None
             source = Source(
                 model,
                 data,
@@ -124,11 +127,23 @@ def frontier(
             )
 
             def judging(pruned: nn.Module) -> tuple[Scores, Scores]:
-                return evaluation.compare(net, pruned, test.spread(judge, batch_size, ()))
+                return evaluation.compare(net, pruned, judging_batches(test, used, judge, batch_size))
 
             _prune(found, prune, net, batches, source, out, judging)
     say(f"the frontier is in {out / 'frontier.json'}")
     next_command("snows", "prune", "--frontier", out / "frontier.json", "--point", "NUMBER", "...")
+
+
+def _make(folder: Path) -> None:
+    """Make a folder if there is none, before anything is measured.
+
+    Raises:
+        ValueError: it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--out: {folder} cannot be made ({error.strerror})") from error
 
 
 def _prune(

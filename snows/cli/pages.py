@@ -51,26 +51,30 @@ def claim(run: Path, judged: Judged) -> None:
     amend(run / "model.safetensors", judged=[judged])
 
 
-def claim_time(run: Path, report: Report, batch: Any, images: int | None, device: str, runtime: str) -> None:
+def claim_time(run: Path, report: Report, goal: Any, batch: Any, device: str) -> None:
     """Add to the certificate of a run's weights how long they take, if that was measured.
+
+    Milliseconds of a timetable are predicted, and those of a choice with zeros are of packed layers, which
+    the file of the weights has none of: neither is claimed.
 
     Args:
         run: the folder.
         report: of the run that has just ended.
+        goal: what was asked, a budget or not.
         batch: the first that calibrated.
-        images: at a time; None for as many as the batch has.
         device: that was measured.
-        runtime: that was measured.
     """
     import torch
 
+    from snows.choosing.budgets import SMALLER, Budget
     from snows.networks.batches import Batch
     from snows.results.certificate import Timed, amend
     from snows.results.machine import processor
 
-    if report.small_ms > 0:
-        count, threads = images or Batch.of(batch).samples(), torch.get_num_threads()
-        timed = Timed(report.small_ms, count, processor(device), threads, device, runtime)
+    packed = any(x.kind not in SMALLER for x in report.groups)
+    if isinstance(goal, Budget) and goal.times is None and report.small_ms > 0 and not packed:
+        count, threads = goal.images or Batch.of(batch).samples(), torch.get_num_threads()
+        timed = Timed(report.small_ms, count, processor(device), threads, device, goal.runtime)
         amend(run / "model.safetensors", timed=[timed])
 
 

@@ -139,6 +139,8 @@ def prune(
         std=numbers(std, "std"),
     )
     network = load_network(model, weights, random_weights)
+    if frontier is not None:
+        asking.check_frontier(frontier, network.model)
     preparation = network.preparation.override(*source.settings())
     images = sources.load_data(data, network, "calibration", preparation=preparation)
     count = samples or images.available(SAMPLES, seed)
@@ -172,8 +174,8 @@ def prune(
         warn(f"stopped; finished layers are kept in {out}. Add --resume to the same command to go on.")
         raise typer.Exit(130) from None
     source.save(out)
-    if of == "latency" and not resume:  # a run that goes on may have been timed on another machine
-        claim_time(out, report, batches[0], at_a_time, place.type, runtime)
+    if not resume:  # a run that goes on may have been timed on another machine
+        claim_time(out, report, chosen, batches[0], place.type)
     show(report)
     say(f"weights, masks and report are in {out}")
     if test is not None:

@@ -9,6 +9,7 @@ them is the file's certificate.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -64,15 +65,21 @@ def encoded(model: nn.Module, report: Any = None) -> bytes:
         metadata = {"snows": text, "sha256": digest(dict(sorted(tensors.items())), text)}
     else:
         edits = []
-    patterns, timed = _told(report)
+    patterns, timed = _told(report, tensors)
     return certified(model, tensors, edits, metadata, patterns, timed)
 
 
-def _told(report: Any) -> tuple[dict[str, str], list[Timed]]:
+def _told(report: Any, tensors: Mapping[str, Tensor]) -> tuple[dict[str, str], list[Timed]]:
     """Read off a report the patterns of weights, by name, and what was timed."""
     layers = getattr(report, "layers", [])
-    patterns = {inside(x.name, "weight"): x.pattern for x in layers if not x.reason}
+    patterns = {_weight_of(x.name, tensors): x.pattern for x in layers if not x.reason}
     return patterns, report.timed() if isinstance(report, Deployment) else []
+
+
+def _weight_of(layer: str, tensors: Mapping[str, Tensor]) -> str:
+    """Name a layer's weight; that of a projection is a parameter of its attention where that is closed."""
+    closed = f"{layer}_weight"
+    return closed if closed in tensors else inside(layer, "weight")
 
 
 def load(path: Path | str, model: nn.Module) -> nn.Module:

@@ -12,13 +12,13 @@ from snows.results.tables import add_row
 
 @dataclass(frozen=True)
 class GroupReport:
-    """Record what became of one group of units, or of one layer's rank.
+    """Record what became of one group of units, or how one layer was treated.
 
     Attributes:
-        name: of the group, by its first layer; of the layer that got low rank.
-        kind: "channels", "heads", "neurons" or "low-rank".
-        units: that there were; the full rank.
-        kept: units that stay; the rank.
+        name: of the group, by its first layer; of the layer that got low rank or zeros.
+        kind: "channels", "heads", "neurons" or "low-rank"; of zeros their pattern.
+        units: that there were; the full rank; the weights of the layer.
+        kept: units that stay; the rank; the weights that are not made zero.
         predicted: share of the output's variance that removal is predicted to cost, after the rest is fitted;
             comparable between groups, too small or too large as a whole.
         error: standard error of the scores that the order was found by, relative to them, where it is known.
