@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -116,11 +116,8 @@ def prune(
     goal = pattern if isinstance(pattern, Budget) else None
     check_goal(pattern if goal is None else goal.then, select, cap, goal is None)
     _check_settings(solver, matching, out, resume, seed)
-    if goal is not None and goal.then is None and not goal.masks and select is not alps:
-        raise ValueError(
-            "prune: select chooses masks, and a Structured without then= asks for none; leave select out, or "
-            "name a pattern with then="
-        )
+    if goal is not None:
+        _check_select(goal, select)
     with shown(progress) as tell, autocast_off(model):
         tell.doing("checking and tracing the network")
         twins = Twins(model, batches)
@@ -185,6 +182,20 @@ def _report(
         )
     size = sum(p.numel() for p in twins.model.parameters())
     return Report([fitted.get(row.name, row) for row in plan.rows], size, asked, notes)
+
+
+def _check_select(goal: Budget, select: Any) -> None:
+    """Refuse a rule or masks that a budget has no use for."""
+    if goal.masks and isinstance(select, Mapping | nn.Module):
+        raise ValueError(
+            "prune: a Budget chooses which layers get zeros, and select brings masks too; name a rule as "
+            "select, or leave nm and unstructured out of using"
+        )
+    if not goal.masks and goal.then is None and select is not alps:
+        raise ValueError(
+            f"prune: select chooses masks, and a {type(goal).__name__} without then= asks for none; leave "
+            "select out, or name a pattern with then="
+        )
 
 
 def _check_settings(solver: Any, matching: Any, out: Any, resume: Any, seed: Any) -> None:

@@ -231,6 +231,20 @@ def test_a_timetable_is_the_same_by_a_path_or_its_name():
     assert Budget(0.5, of="latency", times="t.json") == Budget(0.5, of="latency", times=Path("t.json"))
 
 
+def test_what_may_be_done_has_one_order():
+    """A set has another one in each process, and a run records what was asked."""
+    for using in ({"nm", "channels"}, ["nm", "channels"], ("channels", "nm", "nm")):
+        assert Budget(0.5, using=using).using == ("channels", "nm")
+
+
+def test_masks_from_elsewhere_are_refused_where_a_budget_makes_zeros(net, batches):
+    masks = {"fc2": torch.ones_like(net.fc2.weight).bool()}
+    with pytest.raises(ValueError, match="a Budget chooses which layers get zeros, and select brings masks"):
+        quick(net, batches, Budget(0.5), select=masks)
+    with pytest.raises(ValueError, match="select chooses masks, and a Budget without then= asks for none"):
+        quick(net, batches, Budget(0.5, using=("channels",)), select=masks)
+
+
 def test_structured_is_a_budget_without_zeros():
     assert isinstance(Structured(0.5), Budget)
     assert Structured(0.5).using == ("channels", "heads", "neurons", "low-rank")

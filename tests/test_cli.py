@@ -170,6 +170,7 @@ def test_measure_then_frontier_then_prune_a_point(monkeypatch, capsys, tmp_path,
     code, text = run(monkeypatch, capsys, *command, "--prune", 2, "--multiple", 1, "--judge", 4)
     assert code == 0, text
     assert "predicted loss" in text
+    assert "judged on the same data as the calibration images" in " ".join(text.split())
     assert (folder / "point-0" / "model.safetensors").is_file()
     assert (folder / "point-2" / "model.safetensors").is_file()
     taken = ("--frontier", folder / "frontier.json", "--point", 1, "--judge", 0)

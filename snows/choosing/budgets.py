@@ -91,6 +91,7 @@ class Budget:
             f"using to name some of {', '.join(self.allowed)}",
             repr(self.using),
         )
+        object.__setattr__(self, "using", tuple(x for x in ALL if x in self.using))  # a set has no order
         self._expect(
             self.order in ORDERS if isinstance(self.order, str) else callable(self.order),
             f"order to be {', '.join(ORDERS)} or a function of a group",

@@ -130,6 +130,9 @@ def frontier(
                 return evaluation.compare(net, pruned, judging_batches(test, used, judge, batch_size))
 
             _prune(found, prune, net, batches, source, out, judging)
+            if used is not None:
+                but = ", but not of these images" if len(test) > len(used) > 0 else ""
+                say(f"judged on the same data as the calibration images, which has no test split{but}")
     say(f"the frontier is in {out / 'frontier.json'}")
     next_command("snows", "prune", "--frontier", out / "frontier.json", "--point", "NUMBER", "...")
 
