@@ -606,3 +606,24 @@ def test_files_that_are_no_frontier(tmp_path):
             snows.frontiers.Frontier.read(tmp_path / "f.json")
     with pytest.raises(ValueError, match="cannot be read"):
         snows.frontiers.Frontier.read(tmp_path / "none.json")
+
+
+def test_folding_saves_no_part_of_a_budget(net, batches, monkeypatch):
+    """Where zeros may be chosen the network as it came is timed folded too; elsewhere neither is."""
+    seen = []
+
+    def ready(model, example, runtime):
+        seen.append(any(isinstance(m, nn.BatchNorm2d) for m in model.modules()))
+        return model
+
+    monkeypatch.setattr("snows.choosing.runtimes.ready", ready)
+    twins = Twins(net, batches)
+    for goal, unfolded in ((Budget(0.5, of="latency"), False), (Structured(0.5, of="latency"), True)):
+        seen.clear()
+        clock = snows.choosing.deciding.clock_of(twins, goal)
+        clock.beside(Choice({}))
+        assert seen == [unfolded, unfolded]
+    clock = snows.choosing.deciding.clock_of(twins, Budget(0.5, of="latency"))
+    seen.clear()
+    clock.beside(Choice({}, {"conv2": Option(0.1, pattern=NM(2, 4))}))
+    assert seen == [False, False]

@@ -47,7 +47,8 @@ class Budget:
         refit: fit what stays by least squares.
         then: a pattern for all layers of the smaller network, where `using` names none.
         runtime: of the milliseconds: "eager", "compile" (`torch.compile` with constant weights), or
-            "cuda-graph".
+            "cuda-graph". Where zeros may be chosen, all networks are timed as `deploy` would leave them, also
+            the one that came.
         images: of the milliseconds: how many at a time; None for as many as the first batch has.
         ms: milliseconds that stay, in place of a share.
         mb: megabytes that stay, in place of a share.

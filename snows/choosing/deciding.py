@@ -145,4 +145,5 @@ def _milliseconds(deciding: Deciding, table: Timetable, example: Batch, packed: 
 
 def clock_of(twins: Twins, goal: Budget) -> Clock:
     """Make a clock for the runtime and number of images that are asked for."""
-    return Clock(twins, example_of(twins.batches[0], goal.images, twins.device), goal.runtime)
+    example = example_of(twins.batches[0], goal.images, twins.device)
+    return Clock(twins, example, goal.runtime, goal.masks)

@@ -13,7 +13,7 @@ from torch import nn
 from snows.choosing.choices import Choice
 from snows.choosing.compiling import Runtime, UnavailableError, ready
 from snows.choosing.measuring import Race, Stopwatch
-from snows.choosing.sketches import folded_and_packed, masked
+from snows.choosing.sketches import folded, folded_and_packed, masked
 from snows.networks.batches import Batch
 from snows.networks.copies import as_it_came
 from snows.networks.layers import copied
@@ -46,22 +46,25 @@ class Pair(NamedTuple):
 
 @dataclass
 class Clock:
-    """Time a network as it came, and cut copies of it.
+    """Time a network as it came, and copies of it as they were chosen.
 
     Attributes:
         twins: of the network.
         example: what is run, on the network's device.
         runtime: that they are made ready in.
+        folded: time all of them as `deploy` would leave them, the network as it came too: with normalisations
+            folded, and layers packed that get zeros.
         stopwatch: that times calls in turns.
     """
 
     twins: Twins
     example: Batch
     runtime: Runtime
+    folded: bool = False
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
 
     def __post_init__(self) -> None:
-        self._dense = self._ready(self._chosen(Choice({})))
+        self._dense = self._ready(self._networks(Choice({}))[0])
 
     def dense(self) -> float:
         """Return the median milliseconds of the network as it came."""
@@ -70,11 +73,7 @@ class Clock:
 
     def beside(self, choice: Choice) -> Pair:
         """Time the network as it came and as it was chosen, in turns, and again while times scatter."""
-        net = self._chosen(choice)
-        dense, packed = (
-            folded_and_packed(net, self.example, choice.patterns) if choice.patterns else (net, net)
-        )
-        nets = [self._dense, self._ready(packed), *([self._ready(dense)] if choice.patterns else [])]
+        nets = [self._dense, *map(self._ready, self._networks(choice))]
         with torch.no_grad():
             race = self.stopwatch.network(
                 [partial(self.example.through, x) for x in nets], lambda race: _shares(race, 1)[1] > NEAR
@@ -82,12 +81,16 @@ class Clock:
         share, error = _shares(race, 1)
         return Pair(race.medians[0], share, error, _shares(race, len(nets) - 1)[0])
 
-    def _chosen(self, choice: Choice) -> nn.Module:
-        """Return a copy of the network as it was chosen."""
+    def _networks(self, choice: Choice) -> list[nn.Module]:
+        """Return the network as it was chosen, and with dense weights if that is another."""
         net = copied(self.twins.sparse)
         for edit in choice.edits:
             edit.apply(net)
-        return as_it_came(net, self.twins.model, (), masked(net, choice.patterns))
+        net = as_it_came(net, self.twins.model, (), masked(net, choice.patterns))
+        if choice.patterns:
+            dense, packed = folded_and_packed(net, self.example, choice.patterns)
+            return [packed, dense]
+        return [folded(net, self.example) if self.folded else net]
 
     def _ready(self, net: nn.Module) -> nn.Module:
         """Return a network as a user would run it."""

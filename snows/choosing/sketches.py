@@ -14,10 +14,11 @@ from snows.layers import SparseConv2d, SparseLinear
 from snows.networks.attention import close_attention
 from snows.networks.batches import Batch
 from snows.networks.edits import Pack
-from snows.networks.folding import stock
-from snows.networks.layers import groups_of, prunable
+from snows.networks.folding import fold_normalisations, stock
+from snows.networks.layers import copied, groups_of, prunable
 from snows.networks.masks import give_mask, mask_of
 from snows.networks.subject import Subject
+from snows.networks.trace import Trace
 
 
 def masked(net: nn.Module, patterns: Mapping[str, Zeros]) -> dict[str, Tensor]:
@@ -35,6 +36,18 @@ def masked(net: nn.Module, patterns: Mapping[str, Zeros]) -> dict[str, Tensor]:
             layer.weight.mul_(masks[name])
         give_mask(layer, masks[name])
     return masks
+
+
+def folded(net: nn.Module, example: Batch) -> nn.Module:
+    """Copy a network with its normalisations folded, as `deploy` would leave it without zeros.
+
+    Args:
+        net: in evaluation mode.
+        example: that folding is proved on.
+    """
+    net = copied(net)
+    fold_normalisations(net, example, Trace.of(net, example.map(torch.clone)))
+    return net
 
 
 def folded_and_packed(net: nn.Module, example: Batch, layers: Collection[str]) -> tuple[nn.Module, nn.Module]:

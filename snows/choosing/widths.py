@@ -65,10 +65,10 @@ def given_units(groups: Sequence[Group], kept: Mapping[str, Tensor]) -> dict[str
         group = known.get(name)
         if group is None:
             raise ValueError(
-                f"Structured: expected names of groups such as {', '.join(list(known)[:3])}, got {name}"
+                f"Budget: expected names of groups such as {', '.join(list(known)[:3])}, got {name}"
             )
         if group.reason:
-            raise ValueError(f"Structured: no unit of {name} can be taken out ({group.reason}); leave it out")
+            raise ValueError(f"Budget: no unit of {name} can be taken out ({group.reason}); leave it out")
         units = torch.as_tensor(units).detach().cpu()
         whole = units.ndim == 1 and not units.is_floating_point() and units.dtype != torch.bool
         numbers = units.unique() if whole else units
@@ -80,7 +80,7 @@ def given_units(groups: Sequence[Group], kept: Mapping[str, Tensor]) -> dict[str
             or numbers[-1] >= group.units
         ):
             raise ValueError(
-                f"Structured: expected different numbers from 0 to {group.units - 1} of the units of {name}"
+                f"Budget: expected different numbers from 0 to {group.units - 1} of the units of {name}"
                 f"{f', each of {group.each} outputs' if group.each > 1 else ''}, "
                 f"that stay, at least one, got {units.dtype} of shape {tuple(units.shape)}"
                 f"{f' from {int(units.min())} to {int(units.max())}' if whole and len(units) else ''}"
