@@ -48,16 +48,25 @@ def main() -> None:
     parser.add_argument("--kinds", default=",".join(KINDS))
     parser.add_argument("--runtime", default="compile")
     parser.add_argument("--seconds", type=float, default=3.0, help="of timing afterwards")
+    parser.add_argument("--samples", type=int, default=1024)
+    parser.add_argument(
+        "--table", help="one timetable a network, FILE-NETWORK.json, for all budgets: measured if missing"
+    )
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     images, labels = zoo.images("test")
     rows = json.loads(args.out.read_text())["rows"] if args.out and args.out.exists() else []
     for name in args.networks.split(","):
-        dense, batches = zoo.load(name), zoo.calibration()
+        dense, batches = zoo.load(name), zoo.calibration(args.samples)
         x = images[:IMAGES]
         test = list(zip(images.split(250), labels.split(250), strict=True))
         reference = [logits_of(dense, batch) for batch, _ in test]
         whole = evaluate(dense, test, reference).top1
+        times = None
+        if args.table:
+            times = Path(f"{args.table}-{name}.json")
+            if not times.exists():
+                snows.measure(dense, x, runtime=args.runtime, progress=False).save(times)
         for speed in map(float, args.speeds.split(",")):
             for kind in args.kinds.split(","):
                 case = {"network": name, "pattern": f"{speed:g} times", "method": kind}
@@ -96,9 +105,10 @@ def main() -> None:
                     "MACs": round(100 * report.macs[1] / report.macs[0], 1),
                     "parameters": round(100 * report.parameters[1] / report.parameters[0], 1),
                     "zeros": round(100 * report.zeros / report.weights, 1),
+                    "samples": args.samples,
                     "seconds": round(seconds, 1),
                 }
-                if found >= 0.95 * speed:
+                if found >= 0.93 * speed:
                     rows.append(row)
                 print(row, flush=True)
                 torch.compiler.reset()

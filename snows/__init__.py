@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from snows.choosing.budgets import Budget, Structured
     from snows.deployment import Deployed, deploy
     from snows.evaluation import evaluate
-    from snows.frontiers import frontier, measure
+    from snows.frontiers import frontier
     from snows.layers import SparseConv2d, SparseLinear
     from snows.matching.losses import Matching
     from snows.networks.masks import mask_of
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from snows.selectors.sparsegpt import sparsegpt
     from snows.solving.newton import Newton
     from snows.sparsity import NM, Unstructured, parse_pattern
+    from snows.timing import measure
     from snows.verification import verify
 
 __version__ = "0.1.0"
@@ -34,13 +35,14 @@ build.warn()
 _MODULES = {
     "deployment": ["Deployed", "deploy"],
     "evaluation": ["evaluate"],
-    "frontiers": ["frontier", "measure"],
+    "frontiers": ["frontier"],
     "layers": ["SparseConv2d", "SparseLinear"],
     "matching.losses": ["Matching"],
     "choosing.budgets": ["Budget", "Structured"],
     "networks.channels": ["Group"],
     "networks.masks": ["mask_of"],
     "pruning": ["Pruned", "prune"],
+    "timing": ["measure"],
     "results.files": ["load", "save"],
     "shaping": ["groups"],
     "selectors": ["alps", "least_squares", "magnitude", "sparsegpt", "wanda"],

@@ -1,4 +1,4 @@
-"""`frontier`: what a network loses at many budgets, predicted from one set of statistics; and `measure`."""
+"""`frontier`: what a network loses at many budgets, predicted from one set of statistics."""
 
 from __future__ import annotations
 
@@ -15,24 +15,18 @@ from torch import nn
 
 from snows.choosing.budgets import Budget
 from snows.choosing.choices import Choice
-from snows.choosing.compiling import Runtime
 from snows.choosing.costs import WORDS
-from snows.choosing.deciding import MOST, Settled, clock_of, decide_cut, settled
+from snows.choosing.deciding import MOST, Settled, settled
 from snows.choosing.goals import LayerChoice, selected
-from snows.choosing.ladders import GROUPED, SCATTERED, has_kernel
-from snows.choosing.latency import second
-from snows.choosing.options import Zeros
 from snows.choosing.shares import ImpossibleError
 from snows.choosing.structure import Deciding
-from snows.choosing.tables import Timetable
 from snows.matching.losses import Matching, Objective
 from snows.networks.checks import autocast_off
-from snows.networks.implants import why_not
-from snows.networks.layers import groups_of, prunable
 from snows.networks.twins import Twins
 from snows.results.origin import fingerprint
 from snows.results.progress import shown
 from snows.results.storage import write
+from snows.results.story import frontier_page
 from snows.results.tables import render
 from snows.sparsity import parse_pattern
 
@@ -92,6 +86,25 @@ class Frontier:
         layers = {name: x if isinstance(x, int) else _zeros(x) for name, x in point.layers.items()}
         units = {name: torch.tensor(x) for name, x in point.units.items()}
         return replace(self.goal, share=units, layers=layers, ms=None, mb=None)
+
+    def check(self, model: nn.Module) -> None:
+        """Refuse another network than the one that the frontier is of.
+
+        Raises:
+            ValueError: the network is another, or has other weights.
+        """
+        if fingerprint(model) != self.model:
+            raise ValueError(
+                "frontier: expected the network and weights that its points were chosen for, got another; make "
+                "one of this network"
+            )
+
+    def page(self) -> str:
+        """Make a page: the predicted loss of each point as a chart, and the table."""
+        of = WORDS[self.goal.of]
+        points = {f"{x.share:.0%}, {x.cost:.4g} {of}": x.loss for x in self.points}
+        lead = f"What stays of {self.whole:.4g} {of}, and the loss that is predicted for it."
+        return frontier_page(lead, points, self.table(), self.notes)
 
     def table(self) -> Table:
         """Make the table of points."""
@@ -245,54 +258,3 @@ def _point_of(deciding: Deciding, choice: Choice, share: float, cost: float) -> 
     layers: dict[str, int | str] = {name: x.rank or str(x.pattern) for name, x in choice.options.items()}
     macs = round(deciding.costs.total("macs", choice.widths))
     return Point(share, cost, deciding.choose.loss(choice), macs, fewer, layers)
-
-
-def measure(
-    model: nn.Module,
-    example: Any,
-    *,
-    runtime: Runtime = "eager",
-    images: int | None = None,
-    progress: bool = True,
-) -> Timetable:
-    """Measure what a network and its layers take here, at any widths, ranks and patterns.
-
-    Whole networks of about half the milliseconds, chosen by magnitude, correct what layers alone predict.
-
-    Args:
-        model: any module in evaluation mode; left as it was.
-        example: one batch, as `prune` takes them.
-        runtime: of the whole networks: "eager", "compile" (`torch.compile` with constant weights), or
-            "cuda-graph".
-        images: at a time; None for as many as the example has.
-        progress: show a progress bar.
-
-    Returns:
-        A timetable; `Timetable.save` writes it for `Budget(..., times=file)`, also on another machine.
-
-    Raises:
-        ValueError: the model cannot run the example, or not in that runtime.
-    """
-    with shown(progress) as tell, autocast_off(model):
-        tell.doing("checking and tracing the network")
-        twins = Twins(model, [example, example])
-        goal = Budget(0.5, of="latency", order="magnitude", runtime=runtime, images=images)
-        try:
-            objective = Objective(twins, Matching(metric="none"), 0)
-            table = decide_cut(twins, goal, None, None, objective, tell.doing).timetable
-            assert table is not None
-        except ValueError:  # so little is not possible, or nothing, or times scatter: nothing is corrected
-            table = Timetable.begin(clock_of(twins, goal))
-        layers = prunable(twins.sparse)
-        for name, calls in table.layers.items():
-            tell.doing(f"timing {name}")
-            layer = layers[name]
-            kinds: list[Zeros] = [] if groups_of(layer) > 1 else [*GROUPED, *SCATTERED]
-            for shape in calls:
-                table.times.of(shape)
-                if not why_not(twins.sparse, twins.trace, name):
-                    table.times.of(second(shape))
-                for pattern in kinds:
-                    if not pattern.fits(layer.weight.shape) and has_kernel("latency", name, layer, pattern):
-                        table.times.of(shape, pattern)
-        return table

@@ -178,7 +178,9 @@ def test_measure_then_frontier_then_prune_a_point(monkeypatch, capsys, tmp_path,
         monkeypatch, capsys, *prune_tiny(pictures, tmp_path), *taken, "--model", "test_cli:other"
     )
     assert code == 2
-    assert "--frontier: expected points of this network and these weights" in " ".join(text.split())
+    assert "frontier: expected the network and weights that its points were chosen for" in " ".join(
+        text.split()
+    )
     code, text = run(monkeypatch, capsys, *prune_tiny(pictures, tmp_path), *taken)
     assert code == 0, text
     content = json.loads((folder / "frontier.json").read_text())["points"][1]

@@ -19,6 +19,7 @@ from snows.choosing.ladders import has_kernel, ladders
 from snows.choosing.options import DENSE, Ladder, Option, Zeros
 from snows.choosing.orders import curves
 from snows.choosing.runtimes import example_of
+from snows.choosing.shares import ImpossibleError
 from snows.choosing.tables import Timetable
 from snows.matching.consumers import Measured
 from snows.matching.losses import Objective
@@ -159,7 +160,7 @@ def _no_zeros(twins: Twins, name: str, pattern: Zeros) -> str:
 
 
 def _refuse_nothing(possible: Possible, goal: Budget) -> None:
-    """Raise a ValueError where nothing may be done."""
+    """Raise an ImpossibleError where nothing may be done."""
     if possible.free or possible.ladders:
         return
     said = [f"{x.name}: {x.reason}" for x in possible.groups[:4]] or ["the model has no Linear or Conv2d"]
@@ -167,7 +168,7 @@ def _refuse_nothing(possible: Possible, goal: Budget) -> None:
         said.append("of no layer can the rank be lowered so that it gets cheaper")
     if goal.masks:
         said.append("no layer can follow a pattern and cost less by it")
-    raise ValueError(f"prune: no unit can be taken out ({'; '.join(said)})")
+    raise ImpossibleError(f"prune: no unit can be taken out ({'; '.join(said)})")
 
 
 def _allowed(group: Group, net: nn.Module, goal: Budget, only: Only | None, skip: Only | None) -> Group:

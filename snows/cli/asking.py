@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from snows import Budget
 
 Of = Annotated[
@@ -140,22 +138,6 @@ def _point(path: Path, index: int) -> Budget:
     from snows.frontiers import Frontier
 
     return Frontier.read(path).budget(index)
-
-
-def check_frontier(path: Path, net: nn.Module) -> None:
-    """Refuse a frontier of another network, or of other weights: what stays was chosen for those.
-
-    Raises:
-        ValueError: it is of another.
-    """
-    from snows.frontiers import Frontier
-    from snows.results.origin import fingerprint
-
-    if Frontier.read(path).model != fingerprint(net):
-        raise ValueError(
-            f"--frontier: expected points of this network and these weights, got those of another in {path}; "
-            "run snows frontier on this one"
-        )
 
 
 def _limit(text: str) -> dict[str, float]:

@@ -82,6 +82,10 @@ def frontier(
     samples: Annotated[int, typer.Option(min=1, help="calibration images")] = SAMPLES,
     batch_size: Annotated[int, typer.Option(min=1, help="images a batch")] = 64,
     judge: Annotated[int, typer.Option(min=1, help="test images that pruned points are judged on")] = 1000,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="go on with the frontier in --out: its points stand, pruning ends"),
+    ] = False,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     device: terminal.Device = "auto",
     crop: terminal.Crop = None,
@@ -92,12 +96,16 @@ def frontier(
     """Predict what a network loses at many budgets, and prune a few of them."""
     import snows
     from snows import evaluation, memory, sources
+    from snows.frontiers import Frontier
+    from snows.results.storage import write
     from snows.sources.source import Source
 
     place = terminal.device_of(device)
     shares = [asking.share(x.strip(), "budgets") for x in budgets.split(",") if x.strip()]
-    options = asking.Options(of, using, order, multiple, runtime, at_a_time, latency)
-    goal = options.budget("50%")
+    goal = asking.Options(of, using, order, multiple, runtime, at_a_time, latency).budget("50%")
+    file = out / "frontier.json"
+    if file.exists() and not resume:
+        raise ValueError(f"--out: {file} is there; add --resume to go on with it, or name another folder")
     network = load_network(model, weights, random_weights)
     preparation = network.preparation.override(crop, resize, numbers(mean, "mean"), numbers(std, "std"))
     images = sources.load_data(data, network, "calibration", preparation=preparation)
@@ -107,8 +115,13 @@ def frontier(
     net = network.model.to(place)
     _make(out)
     with memory.kept():
-        found = snows.frontier(net, batches, goal, shares, seed=seed)
-        found.save(out / "frontier.json")
+        if file.exists():
+            found = Frontier.read(file)
+            found.check(net)
+        else:
+            found = snows.frontier(net, batches, goal, shares, seed=seed)
+        found.save(file)
+        write(out / "frontier.html", found.page().encode())
         console.print(found.table())
         for note in found.notes:
             warn(note)
@@ -129,12 +142,16 @@ def frontier(
             def judging(pruned: nn.Module) -> tuple[Scores, Scores]:
                 return evaluation.compare(net, pruned, judging_batches(test, used, judge, batch_size))
 
-            _prune(found, prune, net, batches, source, out, judging)
+            try:
+                _prune(found, prune, net, batches, source, out, judging)
+            except KeyboardInterrupt:
+                warn(f"stopped; the frontier is in {file}. Add --resume to the same command to go on.")
+                raise typer.Exit(130) from None
             if used is not None:
                 but = ", but not of these images" if len(test) > len(used) > 0 else ""
                 say(f"judged on the same data as the calibration images, which has no test split{but}")
-    say(f"the frontier is in {out / 'frontier.json'}")
-    next_command("snows", "prune", "--frontier", out / "frontier.json", "--point", "NUMBER", "...")
+    say(f"the frontier is in {file}, and its page beside it")
+    next_command("snows", "prune", "--frontier", file, "--point", "NUMBER", "...")
 
 
 def _make(folder: Path) -> None:

@@ -114,6 +114,7 @@ def prune(
     import snows
     from snows import memory, sources
     from snows.choosing.allowance import check_seconds
+    from snows.frontiers import Frontier
     from snows.sources.source import Source
 
     options = asking.Options(of, using, order, multiple, runtime, at_a_time, latency)
@@ -140,7 +141,7 @@ def prune(
     )
     network = load_network(model, weights, random_weights)
     if frontier is not None:
-        asking.check_frontier(frontier, network.model)
+        Frontier.read(frontier).check(network.model)
     preparation = network.preparation.override(*source.settings())
     images = sources.load_data(data, network, "calibration", preparation=preparation)
     count = samples or images.available(SAMPLES, seed)

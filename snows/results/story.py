@@ -95,6 +95,28 @@ def demo_page(
     )
 
 
+def frontier_page(lead: str, points: Mapping[str, float], table: Table, notes: Sequence[str]) -> str:
+    """Make the page of a frontier.
+
+    Args:
+        lead: what it is of.
+        points: by label, the predicted loss.
+        table: of all that is known of them.
+        notes: sentences that a reader should see.
+    """
+    rows = [(label, (loss,)) for label, loss in points.items()]
+    return page(
+        "Frontier",
+        lead=lead,
+        figures=[],
+        comparisons=[],
+        layers=[LayerBars("Predicted loss", ("predicted loss",), rows, scale="log")],
+        notes=list(notes),
+        folded=[Folded("All points", [table])],
+        foot={"date": _date()},
+    )
+
+
 def _figures(deployment: Deployment | None, dense: float, now: float) -> list[Figure]:
     """Give the large numbers: accuracy where there are labels, size and time where it was deployed."""
     points = f"{now - dense:+.2f} points" if math.isfinite(dense) else ""
