@@ -95,8 +95,8 @@ class Frontier:
         """
         if fingerprint(model) != self.model:
             raise ValueError(
-                "frontier: expected the network and weights that its points were chosen for, got another; make "
-                "one of this network"
+                "frontier: expected the network and weights that its points were chosen for, got others; "
+                "make one of this network"
             )
 
     def page(self) -> str:
