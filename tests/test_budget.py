@@ -20,7 +20,7 @@ from snows import NM, Budget, Structured, Unstructured, packing
 from snows.choosing.choices import Choice
 from snows.choosing.costs import Costs, Term
 from snows.choosing.ladders import _lost
-from snows.choosing.measuring import Stopwatch
+from snows.choosing.measuring import Race, Stopwatch
 from snows.choosing.options import DENSE, Option, treatment
 from snows.choosing.runtimes import Pair
 from snows.choosing.shares import divide
@@ -400,6 +400,14 @@ def test_times_that_scatter_too_much_are_refused():
         timed(Noisy(two_layers(1.0), 1.0), two_layers, 0.6, by_share, lambda text: None)
 
 
+def test_a_clock_that_is_too_coarse_is_refused(net, batches, monkeypatch):
+    monkeypatch.setattr(Stopwatch, "race", lambda self, runs, *_: Race([(0.0,) * len(runs)] * 5))
+    with pytest.raises(
+        ValueError, match=r"expected a clock that tells how long a call takes, got a time of 0"
+    ):
+        quick(net, batches, Budget(0.5, of="latency"))
+
+
 class Sparse(Counting):
     """Counts multiplications by weights that are not zero; packed layers are counted by what they keep."""
 
@@ -422,8 +430,6 @@ class Sparse(Counting):
             finally:
                 hook.remove()
             found.append(dense + kept[0] / 1e6)
-        from snows.choosing.measuring import Race
-
         return Race([tuple(found)] * 5)
 
 

@@ -41,6 +41,19 @@ class Race(NamedTuple):
         """Return the times of one call, where so many were timed as one."""
         return Race([tuple(ms / calls for ms in times) for times in self.rounds])
 
+    def told(self) -> Race:
+        """Return the race, where the clock could tell the times.
+
+        Raises:
+            ValueError: a call took no time.
+        """
+        if min(map(min, self.rounds)) <= 0:
+            raise ValueError(
+                "measuring: expected a clock that tells how long a call takes, got a time of 0; ask for more "
+                "images at a time, or for a share of the MACs"
+            )
+        return self
+
     def scatters(self, slow: int, fast: int, margin: float = 1.0) -> bool:
         """Say whether the times do not tell if call `fast` is `margin` times as fast as call `slow`.
 

@@ -69,16 +69,17 @@ class Clock:
     def dense(self) -> float:
         """Return the median milliseconds of the network as it came."""
         with torch.no_grad():
-            return self.stopwatch.network([partial(self.example.through, self._dense)]).medians[0]
+            return self.stopwatch.network([partial(self.example.through, self._dense)]).told().medians[0]
 
     def beside(self, choice: Choice) -> Pair:
         """Time the network as it came and as it was chosen, in turns, and again while times scatter."""
         nets = [self._dense, *map(self._ready, self._networks(choice))]
         with torch.no_grad():
             race = self.stopwatch.network(
-                [partial(self.example.through, x) for x in nets], lambda race: _shares(race, 1)[1] > NEAR
+                [partial(self.example.through, x) for x in nets],
+                lambda race: _shares(race.told(), 1)[1] > NEAR,
             )
-        share, error = _shares(race, 1)
+        share, error = _shares(race.told(), 1)
         return Pair(race.medians[0], share, error, _shares(race, len(nets) - 1)[0])
 
     def _networks(self, choice: Choice) -> list[nn.Module]:

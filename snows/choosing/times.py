@@ -182,4 +182,4 @@ class Times:
         whole = shape.groups if shape.groups > 1 else shape.outputs
         points = [(shape.narrow(u, pattern) / shape.inputs, part(whole, v) / whole) for u, v in wanted]
         with torch.no_grad():
-            return fitted(points, self.stopwatch.race(calls).medians)
+            return fitted(points, self.stopwatch.race(calls).told().medians)
