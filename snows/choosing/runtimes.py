@@ -75,10 +75,7 @@ class Clock:
         """Time the network as it came and as it was chosen, in turns, and again while times scatter."""
         nets = [self._dense, *map(self._ready, self._networks(choice))]
         with torch.no_grad():
-            race = self.stopwatch.network(
-                [partial(self.example.through, x) for x in nets],
-                lambda race: _shares(race.told(), 1)[1] > NEAR,
-            )
+            race = self.stopwatch.network([partial(self.example.through, x) for x in nets], _unsure)
         share, error = _shares(race.told(), 1)
         return Pair(race.medians[0], share, error, _shares(race, len(nets) - 1)[0])
 
@@ -99,6 +96,11 @@ class Clock:
             return ready(net, self.example, self.runtime)
         except UnavailableError as error:
             raise ValueError(f'prune: {error}; ask for the milliseconds of runtime="eager"') from error
+
+
+def _unsure(race: Race) -> bool:
+    """Say whether to time on."""
+    return _shares(race.told(), 1)[1] > NEAR
 
 
 def _shares(race: Race, call: int) -> tuple[float, float]:

@@ -37,6 +37,7 @@ def timed(
     share: float,
     choose: Callable[[Costs, float], Choice],
     doing: Callable[[str], None],
+    packed: float = 1.0,
 ) -> Timed:
     """Choose so that a share of the network's milliseconds stays, measured on the whole network.
 
@@ -52,11 +53,12 @@ def timed(
         share: of the milliseconds that stays.
         choose: makes a choice that leaves at most a share of the predicted milliseconds.
         doing: is told what is done.
+        packed: that part, to begin with.
 
     Raises:
         ValueError: the smallest choice is predicted to take more, or times scatter too much to choose by.
     """
-    asked, packed = share, 1.0
+    asked = share
     best: Timed | None = None
     for turn in range(TRIES):
         costs = predicted(packed)
@@ -80,7 +82,7 @@ def timed(
         if abs(pair.share / share - 1) <= max(NEAR, pair.error):
             break
         if choice.patterns:
-            packed = _part(predicted(1.0), choice, pair)
+            packed = part_saved(predicted(1.0), choice, pair)
             costs = predicted(packed)
         left = costs.total("latency", choice.widths) / costs.total("latency")
         asked = min(share * left / pair.share, 0.999)
@@ -93,7 +95,7 @@ def timed(
     return best
 
 
-def _part(costs: Costs, choice: Choice, pair: Pair) -> float:
+def part_saved(costs: Costs, choice: Choice, pair: Pair) -> float:
     """Return of what packed weights save in layers alone the part that they save in the network."""
     alone = costs.total("latency", choice.without_zeros) - costs.total("latency", choice.widths)
     return min(max(pair.dense * (pair.without_zeros - pair.share) / alone, 0.0), MOST)
