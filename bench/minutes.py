@@ -22,7 +22,7 @@ from zoo import images_of
 import snows
 import snows.pruning
 from snows import zoo
-from snows.choosing.allowance import Deadline
+from snows.choosing.deadline import Deadline
 from snows.evaluation import evaluate, logits_of
 
 
@@ -35,8 +35,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--cases", default="resnet20=1:4,vit=2:4,resnet20=0.5 macs", help="network=pattern")
-    parser.add_argument("--shares", default="0.1,0.25,0.5,1")
+    parser.add_argument(
+        "--cases", default="resnet20=1:4,vit=2:4,resnet20=0.5 macs,vit=0.5 macs", help="network=pattern"
+    )
+    parser.add_argument("--shares", default="0.25,0.5,1")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--data", type=Path, default=Path("/usr/share/datasets/fashion-mnist"))
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())

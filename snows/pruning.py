@@ -12,11 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from snows.choosing.after import after_cut
-from snows.choosing.allowance import Deadline, Pace, check_seconds
+from snows.choosing.allowance import Pace
 from snows.choosing.asked import settings
 from snows.choosing.budgets import Budget
+from snows.choosing.deadline import Deadline, check_seconds, load
 from snows.choosing.goals import Choosing, LayerChoice, Only, PatternChoice, check_goal, excluded, selected
 from snows.choosing.plan import Plan, decide
+from snows.choosing.stages import Stages
 from snows.matching.losses import Matching, Objective
 from snows.networks.checks import autocast_off
 from snows.networks.edits import Edit
@@ -118,6 +120,8 @@ def prune(
     _check_settings(solver, matching, out, resume, seed)
     if goal is not None:
         _check_select(goal, select)
+    if deadline is not None:
+        load()  # now, so that it is not taken for a part of a layer's work
     with shown(progress) as tell, autocast_off(model):
         tell.doing("checking and tracing the network")
         twins = Twins(model, batches)
@@ -132,18 +136,25 @@ def prune(
             else nullcontext()
         )
         with opened as run:
-            sweeps = None if deadline is None else Pace(deadline, twins, None, matching, recalibrate)
-            shaping = Shaping(twins, Objective(twins, matching, seed), run, tell, recalibrate, sweeps)
+            limits = None
+            if deadline is not None and goal is not None:
+                limits = Stages(deadline, twins, goal, solver, matching, recalibrate)
+            shaping = Shaping(twins, Objective(twins, matching, seed), run, tell, recalibrate, limits)
             if goal is not None:
                 shaping.reduce(goal, only, skip)
                 patterns, fits = shaping.cut.patterns, solver is not None
                 plan = after_cut(twins, goal, patterns, select, only, skip, cap, fits)
             objective = Objective(twins, matching, seed, None if goal is None else twins.sparse)
-            if goal is not None and solver is not None and matching.metric == "output":
+            pace = pace if limits is None else limits.walking()
+            weighs = solver is not None and matching.metric == "output" and (pace is None or pace.weighs())
+            if goal is not None and weighs:
                 _ = objective.sensitivity  # of the network before the walk, also where a run goes on in it
             walk = Walk(twins, objective, solver, run, seed, tell, pace)
-            if goal is not None and all(x.select is None for x in plan.choices.values()) and plan.choices:
-                rows = shaping.staged("Newton", lambda: walk.through(plan, recalibrate, shaping.left))
+            judged = plan.choices and all(x.select is None for x in plan.choices.values())
+            if goal is not None and judged and not (limits is not None and limits.late()):
+                rows = shaping.staged(
+                    "Newton", lambda: walk.through(plan, recalibrate, shaping.left), _fitted
+                )
             else:
                 rows = walk.through(plan, recalibrate, shaping.left)
             network = Origin.of(model, twins.batches).note(twins.closed())
@@ -157,6 +168,11 @@ def prune(
 def _allowed(net: nn.Module, only: Only | None, skip: Only | None) -> list[str]:
     """List the layers that `only` and `skip` leave to be made smaller."""
     return [name for name, layer in prunable(net).items() if not excluded(name, layer, only, skip)]
+
+
+def _fitted(rows: list[LayerReport]) -> bool:
+    """Say whether Newton's method took a step in any layer."""
+    return any(row.steps for row in rows)
 
 
 def _report(

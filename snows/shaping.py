@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -16,6 +17,7 @@ from snows.choosing.budgets import Budget
 from snows.choosing.cuts import Cut
 from snows.choosing.deciding import decide_cut
 from snows.choosing.goals import Only
+from snows.choosing.stages import Stages
 from snows.matching.compensation import Intercept, compensate, compensate_thin, unchanged
 from snows.matching.losses import LayerLosses, Objective
 from snows.matching.mismatch import mismatch
@@ -67,7 +69,7 @@ class Shaping:
         run: keeps what was decided, and finished layers; None for nowhere.
         tell: says what is done.
         recalibrate: correct BatchNorm's statistics after each walk.
-        pace: of a limited time, for sweeps, says how many batches a layer may use; None for no limit.
+        limits: share a limited time; None for no limit.
         cut: what was decided.
         stages: what each stage left of the loss.
     """
@@ -77,7 +79,7 @@ class Shaping:
     run: Run | None
     tell: Tell
     recalibrate: bool
-    pace: Pace | None = None
+    limits: Stages | None = None
     cut: Cut = field(default_factory=Cut)
     stages: list[StageReport] = field(default_factory=list)
 
@@ -95,7 +97,8 @@ class Shaping:
                 f"one on {twins.carried[0].module}; make it permanent with torch.nn.utils.prune.remove"
             )
         if stored is None:
-            self.cut = decide_cut(twins, goal, only, skip, self.objective, self.tell.doing)
+            limited = None if self.limits is None else self.limits.decide
+            self.cut = decide_cut(twins, goal, only, skip, self.objective, self.tell.doing, limited)
             if self.run is not None:
                 self.run.decide(self.cut.described())
                 if self.cut.timetable is not None:
@@ -107,9 +110,17 @@ class Shaping:
             return
         left, sources = self.cut.left_of_layers(twins.dense), self.cut.sources()
         self.staged("cut", lambda: twins.apply(self.cut.edits, left, sources))
-        self.staged("means", lambda: self._sweep("means", False))
-        if goal.refit:
-            self.staged("least squares", lambda: self._sweep("least-squares", True))
+        if self.limits is not None and self.limits.late():
+            twins.notes.append(
+                f"The limit is less than choosing what goes takes with the fewest samples, which ended after "
+                f"{self.limits.deadline.gone():.3g} seconds."
+            )
+        for name, weights in (("means", False), ("least squares", True))[: 2 if goal.refit else 1]:
+            stage = name.replace(" ", "-")
+            if self.limits is None or self.limits.sweep(self._unfitted(stage), weights):
+                self.staged(name, partial(self._sweep, stage, weights))
+            else:
+                twins.notes.append(f"No time was left for {name}.")
 
     def reported(self, report: Report) -> Report:
         """Add groups and stages to a report; of a network that was not cut there are none."""
@@ -126,8 +137,16 @@ class Shaping:
         dense, small = self.cut.milliseconds
         return replace(report, dense_ms=dense, small_ms=small)
 
-    def staged(self, name: str, work: Callable[[], Result]) -> Result:
-        """Do a stage's work, and undo it if the loss is higher than before."""
+    def staged(
+        self, name: str, work: Callable[[], Result], fitted: Callable[[Result], bool] = lambda _: True
+    ) -> Result:
+        """Do a stage's work, and undo it if the loss is higher than before.
+
+        Args:
+            name: of the stage.
+            work: what is done.
+            fitted: whether weights were fitted, by what the work returned; else only statistics were.
+        """
         self.tell.doing(name)
         began, net = time.perf_counter(), self.twins.sparse
         before = {key: x.clone() for key, x in net.state_dict().items()} if self.stages else {}
@@ -137,6 +156,9 @@ class Shaping:
         taken = loss < least or not math.isfinite(least)
         if not taken:
             net.load_state_dict(before)
+        if not fitted(result):
+            name = "statistics"
+        elif not taken:
             self.twins.notes.append(
                 f"{name} did not lower the loss on the samples held back and was undone"
                 f"{', also where a layer says that it lowered its own' if name == 'Newton' else ''}."
@@ -147,18 +169,22 @@ class Shaping:
     def _sweep(self, stage: str, weights: bool) -> None:
         """Fit all layers in order, each to what is left of the dense layer's output."""
         twins, shared = self.twins, shared_weights(self.twins.sparse)
-        if self.pace is None:
+        pace = None if self.limits is None else self.limits.sweeps  # it has begun
+        if pace is None:
             twins.begin_again()
-        else:
-            self.pace.begin(twins.order)
         for index, name in enumerate(twins.order):
             if twins.calls[name] == 1 and name not in shared:
-                self._layer(f"{stage}-{index:04d}", name, weights)
-        batches = twins.batches if self.pace is None else self.pace.recalibration()
+                self._layer(f"{stage}-{index:04d}", name, weights, pace)
+        batches = twins.batches if pace is None else pace.recalibration()
         if self.recalibrate and batches:
             recalibrate_statistics(twins.sparse, twins.dense, batches, self.left)
 
-    def _layer(self, key: str, name: str, weights: bool) -> None:
+    def _unfitted(self, stage: str) -> list[str]:
+        """List the layers that are not on disk."""
+        held = self.run.held() if self.run is not None else set()
+        return [name for i, name in enumerate(self.twins.order) if f"{stage}-{i:04d}" not in held]
+
+    def _layer(self, key: str, name: str, weights: bool, pace: Pace | None) -> None:
         """Fit one layer, or take it from the run's folder."""
         twins, dense = self.twins, dense_name(self.twins.sparse, name)
         implant = twins.sparse.get_submodule(dense) if name in twins.reduction.sources else None  # a new one
@@ -176,7 +202,7 @@ class Shaping:
             return
         began = time.perf_counter()
         self.tell.doing(f"{name}: {'least squares' if weights else 'means'}")
-        ration = Ration() if self.pace is None else self.pace.ration(name)
+        ration = Ration() if pace is None else pace.ration(name)
         if not ration.select:
             return
         site = twins.at(name, ration.batches)

@@ -83,7 +83,7 @@ class Walk:
         """Predict what the layers that are not on disk will take, and measure what all of them need."""
         held = self.run.held() if self.run is not None else set()
         pace.begin([name for i, name in enumerate(plan.choices) if f"{i:04d}" not in held])
-        if self.solver is not None and self.objective.matching.metric == "output" and pace.fits_any():
+        if self.solver is not None and pace.fits_any() and pace.weighs():
             _ = self.objective.sensitivity  # so that it is not taken for a part of the first layer
 
     def layer(self, index: int, name: str, choice: Choice) -> LayerReport:

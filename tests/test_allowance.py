@@ -1,6 +1,7 @@
 """A limit of time: what fits in it is done, and the network that comes out is whole."""
 
 import math
+import time
 from functools import partial
 
 import pytest
@@ -11,8 +12,11 @@ from torch import nn
 
 import snows
 from snows import NM, Newton
-from snows.choosing.allowance import Deadline, Pace
+from snows.choosing.allowance import Need, Pace
+from snows.choosing.deadline import Deadline
+from snows.choosing.stages import part
 from snows.matching.losses import Matching
+from snows.networks import proving
 from snows.networks.twins import Twins
 from snows.solving import models
 from snows.solving.cg import Stop, cg
@@ -254,3 +258,69 @@ def test_conjugate_gradients_end_in_time_with_what_they_found():
     wanted = cg(Matrix(), b, rtol=1e-12, max_iterations=2)
     assert (found.stop, found.iterations) == (Stop.TIME, 2)
     assert torch.equal(found.x, wanted.x)
+
+
+@pytest.mark.parametrize(
+    ("left", "seconds"),
+    [
+        (70, [20, 30, 20]),  # enough for all, and 10 more each in proportion
+        (33, [6, 12, 15]),
+        (18, [1, 2, 15]),  # the least of each
+        (10, [5.125, 4.875, 0]),  # not enough for the last
+        (2, [2, 0, 0]),
+    ],
+)
+def test_stages_share_what_is_left(left, seconds):
+    needs = [Need(1, 16), Need(2, 32), Need(15, 15)]
+    found = [part(i, needs, left) for i in range(3)]
+    assert sum(found) == pytest.approx(left)
+    for i, (need, got) in enumerate(zip(needs, found, strict=True)):
+        assert got == 0 or got >= need.least or i == 0
+    assert [x > 0 for x in found] == [x > 0 for x in seconds]
+
+
+def test_a_late_decision_cuts_to_the_least_and_says_so(clock, monkeypatch):
+    net, batches = small()
+    groups = clock.taking(30, proving.groups)
+    monkeypatch.setattr(proving, "groups", groups)
+    found, report = snows.prune(net, batches, snows.Structured(0.7, multiple=1), seconds=20, progress=False)
+    assert found(torch.randn(2, 3, 8, 8)).isfinite().all()
+    assert [stage.name for stage in report.stages] == ["cut"]
+    assert report.notes == [
+        "The limit is less than choosing what goes takes with the fewest samples, which ended after 30 seconds.",
+        "No time was left for means.",
+        "No time was left for least squares.",
+        "No time was left to correct BatchNorm's statistics.",
+        f"The limit was 20 seconds: 0 of {len(pruned(report))} layers were fitted and {len(pruned(report))} not.",
+    ]
+
+
+def test_newton_is_not_said_to_have_failed_where_nothing_was_fitted(clock, monkeypatch):
+    net, batches = small()
+    monkeypatch.setattr(models, "_gradient", None)  # no step is tried
+    monkeypatch.setattr(Pace, "_chosen", lambda *_: (1, True, False))
+    _, report = snows.prune(net, batches, snows.Structured(0.7, multiple=1), seconds=1000, progress=False)
+    assert [stage.name for stage in report.stages][-1] == "statistics"
+    assert not any("Newton" in note for note in report.notes)
+
+
+@pytest.mark.parametrize(
+    ("goal", "seconds"),
+    [(NM(2, 4), 2.0), (snows.Structured(0.5, using=("neurons",), order="magnitude"), 9.0)],
+)
+def test_large_layers_end_in_time(goal, seconds):
+    """By the real clock: a selector of 3072 inputs takes tens of seconds alone."""
+    torch.manual_seed(0)
+    layers = [nn.Linear(768, 768), nn.Linear(768, 3072), nn.GELU(), nn.Linear(3072, 768), nn.Linear(768, 10)]
+    began = time.perf_counter()
+    found, report = snows.prune(
+        nn.Sequential(*layers).eval(),
+        torch.randn(2, 16, 16, 768).unbind(),
+        goal,
+        matching=Matching(metric="variance"),
+        seconds=seconds,
+        progress=False,
+    )
+    assert time.perf_counter() - began < 1.05 * seconds + 0.5
+    assert found(torch.randn(2, 16, 768)).isfinite().all()
+    assert "The limit was" in report.notes[-1]

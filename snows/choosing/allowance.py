@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -11,66 +10,34 @@ from typing import NamedTuple
 
 import torch
 
+from snows.choosing.deadline import Deadline
+from snows.choosing.work import Work, cost, selection, stepping, weighing, window
 from snows.matching.losses import Matching
 from snows.matching.normalisation import statistics_of
 from snows.networks.attention import plain_forward
 from snows.networks.batches import Batch
-from snows.networks.functions import known
 from snows.networks.layers import groups_of, prunable
-from snows.networks.trace import Event
 from snows.networks.twins import Twins
 from snows.solving.models import never
 from snows.solving.newton import Newton
 
-MARGIN = 0.02  # of the limit, for what comes after the last layer: closing and writing the network
 PARTS = 16  # that the calibration samples are divided into where there is not time for all of them
-FEWEST = 2  # of these that a Newton step is still worth its time on
+FEWEST = 2  # of these parts that a Newton step is still worth its time on
 FADING = 0.7  # what a layer says of the speed weighs this much less from one layer to the next
-ELEMENT = 50  # operations that reading and writing an element of an activation takes as long as
 RECALIBRATION = 3  # forward passes that correcting BatchNorm's statistics takes as long as
+ALL = math.inf  # seconds: as many as are left
 
 
-def check_seconds(seconds: float | None, where: str = "prune: expected seconds") -> None:
-    """Refuse a limit that is none.
+class Need(NamedTuple):
+    """Predict the seconds that a stage of making a network smaller takes.
 
-    Raises:
-        ValueError: it is no number above 0.
-    """
-    if seconds is None:
-        return
-    number = isinstance(seconds, int | float) and not isinstance(seconds, bool)
-    if not (number and 0 < seconds < math.inf):
-        raise ValueError(f"{where} to be a number above 0, got {seconds!r}")
-
-
-class Deadline:
-    """Tell how much of a limited time is left.
-
-    Args:
-        seconds: from now.
-        clock: gives the time in seconds.
+    Attributes:
+        least: with the fewest samples.
+        most: with all of them.
     """
 
-    def __init__(self, seconds: float, clock: Callable[[], float] = time.perf_counter) -> None:
-        self.seconds, self._clock = seconds, clock
-        self._end = clock() + (1 - MARGIN) * seconds
-
-    def now(self) -> float:
-        """Read the clock, after a GPU has done what it was given."""
-        if torch.cuda.is_initialized():
-            torch.cuda.synchronize()
-        return self._clock()
-
-    def left(self) -> float:
-        """Return the seconds that are left; below 0 where it is too late."""
-        return self._end - self.now()
-
-
-class Work(NamedTuple):
-    """Predict what a stage of a layer takes, in operations: of each batch, and beside the batches."""
-
-    batch: float
-    fixed: float = 0.0
+    least: float
+    most: float
 
 
 STAGES = ("advance", "select", "step")  # of the batches; with statistics; of Newton's method
@@ -109,32 +76,78 @@ class Pace:
         solver: its settings are what is done at most; None for no steps.
         matching: tells how long a horizon is.
         recalibrate: whether BatchNorm's statistics are corrected at the end.
+        masks: whether layers get a mask before they are fitted.
     """
 
     def __init__(
-        self, deadline: Deadline, twins: Twins, solver: Newton | None, matching: Matching, recalibrate: bool
+        self,
+        deadline: Deadline,
+        twins: Twins,
+        solver: Newton | None,
+        matching: Matching,
+        recalibrate: bool,
+        masks: bool = True,
     ) -> None:
-        self.deadline, self.twins, self.solver, self.matching = deadline, twins, solver, matching
+        self.whole = self.deadline = deadline
+        self.twins, self.solver, self.matching, self.masks = twins, solver, matching, masks
         self.recalibrate = recalibrate and bool(statistics_of(twins.sparse))
         self.names: list[str] = []
         self.samples: set[int] = set()  # that layers used
-        self._seen = {stage: (0.0, 0.0) for stage in STAGES}
+        self._speed = 0.0  # seconds an operation of a forward pass
+        self._seen = {stage: (0.0, 0.0) for stage in STAGES}  # what is recent weighs more
 
     @property
     def all_samples(self) -> int:
         """The samples that there are to fit to."""
         return sum(x.samples() for x in self.twins.pieces())
 
-    def begin(self, names: Iterable[str]) -> None:
-        """Predict a walk through some layers, and divide the batches if there is not time for all of them."""
-        twins, self.names = self.twins, list(names)
-        self._speed, twins.parts = self._forward(), 1
-        self._measure()
-        samples, most = self.all_samples, self._most(self.names, self.deadline.left(), True)
-        if samples >= 2 * PARTS and (most < len(self.sizes) or most == 1):
-            twins.parts = max(2, math.ceil(PARTS / len(self.sizes)))
+    def begin(self, names: Iterable[str], seconds: float = ALL, last: Work | None = None) -> None:
+        """Predict a walk through some layers, and divide the batches if there is not time for all of them.
+
+        Args:
+            names: of the layers.
+            seconds: that it may take at most.
+            last: what comes after the layers, of a whole batch; by default correcting BatchNorm's statistics.
+        """
+        twins, self.deadline = self.twins, self.whole.part(seconds)
+        self._predict(names, last)
+        if self._most(self.names, self.deadline.left(), True) < max(2, len(self.sizes)):
+            twins.parts = self._finest()
             self._measure()
         twins.begin_again()
+
+    def need(self, names: Iterable[str], steps: bool = True, last: Work | None = None) -> Need:
+        """Predict what a walk through some layers takes at least, with or without steps, and at most."""
+        self._predict(names, last)
+        most = self._seconds(self.names, len(self.sizes), True)
+        self.twins.parts = self._finest()
+        self._measure()
+        fewest = FEWEST if steps and self.solver is not None else 1
+        least = self._seconds(self.names, fewest, steps)
+        self.twins.parts = 1
+        return Need(min(least, most), most)
+
+    @property
+    def passing(self) -> float:
+        """The seconds of a forward pass of a batch as it came."""
+        return self._speed * sum(map(cost, self.twins.trace.events))
+
+    def weighing(self) -> float:
+        """Predict the seconds that measuring the output sensitivity takes."""
+        twins = self.twins
+        share = twins.probe.samples() / max(twins.batches[0].samples(), 1)
+        self._speed = self._speed or self._forward()
+        return self._speed * weighing(prunable(twins.sparse), twins.trace.events, share)
+
+    def weighs(self) -> bool:
+        """Say whether there is time to measure the output sensitivity; without it there are no steps."""
+        if self.solver is not None and self.weighing() > self.whole.left():
+            self.solver = None
+        return self.solver is not None
+
+    def enough(self) -> bool:
+        """Say whether all layers that are left end in time with some batches, without steps."""
+        return not self.names or self._most(self.names, self.deadline.left(), False) >= 1
 
     def ration(self, name: str) -> Ration:
         """Say what the next layer may use; those before it are done."""
@@ -154,8 +167,15 @@ class Pace:
 
     def recalibration(self) -> list[Batch]:
         """Return the batches that there is time for to correct BatchNorm's statistics with."""
-        pieces, most = self.twins.pieces(), int(self.deadline.left() / max(self._recalibration(1), 1e-12))
+        pieces, most = self.twins.pieces(), self._lasting()
         return self.twins.batches if most > len(pieces) else pieces[: max(most, 0)]
+
+    def last(self) -> tuple[list[Batch], float]:
+        """Return the batches that there is time for after the layers, at least one, and their share."""
+        pieces, most = self.twins.pieces(), max(self._lasting(), 1)
+        if self.twins.parts == 1 and most >= len(pieces):
+            return self.twins.batches, 1.0
+        return pieces[:most], min(1.0, most / len(pieces))
 
     def _chosen(self, name: str, rest: list[str], left: float) -> tuple[int, bool, bool]:
         """Choose how many batches a layer may use, and whether to select and to step."""
@@ -165,7 +185,7 @@ class Pace:
             if most >= fewest or alone <= left:
                 return max(most, fewest), True, True
         most = self._most([name, *rest], left, False)
-        if most >= 1 or self._layer(name, 1, False) + self._recalibration(1) <= left:
+        if most >= 1 or self._layer(name, 1, False) + self._ending(1) <= left:
             return max(most, 1), True, False
         return 0, False, False
 
@@ -187,7 +207,7 @@ class Pace:
 
     def _seconds(self, names: list[str], batches: int, step: bool) -> float:
         """Predict what layers and the correction of BatchNorm's statistics take."""
-        return sum(self._layer(name, batches, step) for name in names) + self._recalibration(batches)
+        return sum(self._layer(name, batches, step) for name in names) + self._ending(batches)
 
     def _layer(self, name: str, batches: int, step: bool) -> float:
         return sum(
@@ -201,8 +221,23 @@ class Pace:
         took, units = self._seen[stage]
         return took / units if units > 0 else self._speed
 
-    def _recalibration(self, batches: int) -> float:
-        return batches * self._pass * self._speed * RECALIBRATION if self.recalibrate else 0.0
+    def _ending(self, batches: int) -> float:
+        """Predict what comes after the layers."""
+        return self._speed * (batches * self._last.batch + self._last.fixed)
+
+    def _lasting(self) -> int:
+        """Return the batches that there is time for in what comes after the layers."""
+        left, each = self.deadline.left() - self._ending(0), self._ending(1) - self._ending(0)
+        return int(left / max(each, 1e-12))
+
+    def _predict(self, names: Iterable[str], last: Work | None) -> None:
+        """Predict what some layers take, and what comes after them, with batches as they came."""
+        self.names, self._after, self.twins.parts, self._speed = list(names), last, 1, self._forward()
+        self._measure()
+
+    def _finest(self) -> int:
+        """Return into how many parts a batch is divided where there is not time for all samples."""
+        return max(2, math.ceil(PARTS / len(self.sizes))) if self.all_samples >= 2 * PARTS else 1
 
     def _forward(self) -> float:
         """Measure how long an operation of a forward pass takes."""
@@ -214,7 +249,7 @@ class Pace:
                 probe.map(torch.clone).through(twins.dense)
                 seconds.append(self.deadline.now() - began)
         share = probe.samples() / max(twins.batches[0].samples(), 1)
-        return max(min(seconds), 1e-9) / max(share * sum(map(_cost, twins.trace.events)), 1.0)
+        return max(min(seconds), 1e-9) / max(share * sum(map(cost, twins.trace.events)), 1.0)
 
     def _measure(self) -> None:
         """Predict what each layer takes with the batches as they are divided."""
@@ -222,7 +257,9 @@ class Pace:
         self.sizes = [x.samples() for x in twins.pieces()]
         share = sum(self.sizes) / len(self.sizes) / max(twins.batches[0].samples(), 1)
         events = twins.trace.events
-        self._pass = share * sum(map(_cost, events))
+        passing = sum(map(cost, events))
+        last = self._after or Work(RECALIBRATION * passing if self.recalibrate else 0.0)
+        self._last = Work(share * last.batch, last.fixed)
         starts = {event.layer: i for i, event in reversed(list(enumerate(events))) if event.layer}
         layers = prunable(twins.sparse)
         self._works: dict[str, dict[str, Work]] = {}
@@ -230,39 +267,12 @@ class Pace:
         for name in self.names:
             weight = layers[name].weight
             at = starts.get(name, len(events) - 1)
-            advance = 2 * share * sum(map(_cost, events[min(before, at) : at + 1]))
-            horizon = share * sum(map(_cost, _window(events, at, self.matching.horizon)))
-            gram, fixed = _selection(tuple(weight.shape), groups_of(layers[name]), events[at])
+            advance = 2 * share * sum(map(cost, events[min(before, at) : at + 1]))
+            horizon = share * sum(map(cost, window(events, at, self.matching.horizon)))
+            gram, fixed = selection(tuple(weight.shape), groups_of(layers[name]), events[at], self.masks)
             self._works[name] = {
                 "advance": Work(advance, advance),  # the samples held back as well
                 "select": Work(share * gram, fixed),
-                **({"step": _step(self.solver, horizon)} if self.solver is not None else {}),
+                **({"step": stepping(self.solver, horizon)} if self.solver is not None else {}),
             }
             before = at
-
-
-def _cost(event: Event) -> float:
-    return event.flops + ELEMENT * math.prod(event.shape)
-
-
-def _window(events: list[Event], at: int, horizon: int | str) -> list[Event]:
-    """List the events from a layer to the end of its horizon."""
-    counted = [i for i in range(at, len(events)) if known(events[i].function).counted]
-    last = counted[horizon] if isinstance(horizon, int) and horizon < len(counted) else len(events) - 1
-    return events[at : last + 1]
-
-
-def _selection(shape: tuple[int, ...], groups: int, event: Event) -> tuple[float, float]:
-    """Predict second moments of one batch, and a selector: two eigendecompositions and some 50 products."""
-    rows, columns = shape[0] // groups, math.prod(shape[1:])
-    positions = math.prod(event.shape) / shape[0]
-    moments = positions * groups * (2 * columns * (columns + rows) + ELEMENT * columns)
-    return moments, groups * (10 * (columns**3 + rows**3) + 200 * rows * columns * (columns + rows))
-
-
-def _step(solver: Newton, horizon: float) -> Work:
-    """Predict Newton's method: a gradient a batch, and the curvature's products and the search of one."""
-    gradient, products = 4 * horizon, (5 + 3 * solver.max_iterations) * horizon
-    if solver.gradient == "batch":
-        return Work(solver.passes * (gradient + products), horizon)
-    return Work(solver.passes * gradient, solver.passes * products + horizon)

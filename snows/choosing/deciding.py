@@ -18,7 +18,7 @@ from snows.choosing.goals import Only
 from snows.choosing.latency import latency
 from snows.choosing.options import DENSE, Ladder, Option, treatment
 from snows.choosing.runtimes import Clock, example_of
-from snows.choosing.structure import Deciding
+from snows.choosing.structure import Deciding, Limited
 from snows.choosing.tables import Timetable
 from snows.choosing.timed import part_saved, timed
 from snows.choosing.widths import given_units
@@ -36,13 +36,14 @@ def decide_cut(
     skip: Only | None,
     objective: Objective,
     doing: Callable[[str], None],
+    limited: Limited | None = None,
 ) -> Cut:
     """Decide what is done to a network; arguments are those of `Deciding.of`.
 
     Raises:
         ValueError: nothing can be done, or not so much.
     """
-    return decided(Deciding.of(twins, goal, only, skip, objective, doing))
+    return decided(Deciding.of(twins, goal, only, skip, objective, doing, limited))
 
 
 def decided(deciding: Deciding) -> Cut:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from snows.choosing.allowance import Pace, Ration
 from snows.choosing.budgets import Budget
 from snows.choosing.costs import Of
 from snows.choosing.goals import Only, excluded
@@ -29,27 +31,35 @@ SCATTERED: tuple[Unstructured, ...] = (Unstructured(0.7), Unstructured(0.8), Uns
 SAMPLED = 128  # rows of a wide layer, of which the loss of a pattern is estimated
 
 
-def ladders(
+class Treatable(NamedTuple):
+    """Say what may be done to a layer.
+
+    Attributes:
+        thin: whether its rank may be lowered.
+        patterns: that its weight may follow.
+    """
+
+    thin: bool
+    patterns: list[Zeros]
+
+
+def treatable(
     twins: Twins,
     goal: Budget,
-    objective: Objective,
     only: Only | None,
     skip: Only | None,
     known: Callable[[str, Layer, Zeros], bool],
-    doing: Callable[[str], None],
-) -> dict[str, Ladder]:
-    """List the options of each layer that has some, with what each is predicted to lose.
+) -> dict[str, Treatable]:
+    """List the layers to which something may be done.
 
     Args:
         twins: of a network that nothing was taken out of yet.
         goal: what may be done.
-        objective: how a mismatch is measured.
         only: layers that may be treated.
         skip: which of those may not.
         known: whether a layer, by its name, can save something by a pattern.
-        doing: is told what is done.
     """
-    found = dict[str, Ladder]()
+    found = dict[str, Treatable]()
     shared = shared_weights(twins.sparse)
     ends = {twins.order[0], twins.order[-1]} if len(twins.order) > 2 and only is None else set()
     for name in twins.order:
@@ -59,15 +69,41 @@ def ladders(
             continue
         thin = "low-rank" in goal.using and not why_not(twins.sparse, twins.trace, name)
         patterns = [x for x in _patterns(layer, goal) if name not in ends and known(name, layer, x)]
-        if not thin and not patterns:
-            continue
+        if thin or patterns:
+            found[name] = Treatable(thin, patterns)
+    return found
+
+
+def ladders(
+    twins: Twins,
+    layers: Mapping[str, Treatable],
+    multiple: int,
+    objective: Objective,
+    doing: Callable[[str], None],
+    pace: Pace | None = None,
+) -> dict[str, Ladder]:
+    """List the options of each layer that has some, with what each is predicted to lose.
+
+    Args:
+        twins: of a network that nothing was taken out of yet.
+        layers: what may be done to which.
+        multiple: of which ranks are.
+        objective: how a mismatch is measured.
+        doing: is told what is done.
+        pace: of a limited time, says how many batches a layer may use; None for no limit.
+    """
+    found = dict[str, Ladder]()
+    for name, (thin, patterns) in layers.items():
         doing(f"{name}: what each rank and pattern costs" if patterns else f"{name}: what each rank costs")
-        site = twins.at(name)
+        ration = Ration() if pace is None else pace.ration(name)
+        site = twins.at(name, ration.batches if ration.batches is None else max(ration.batches, 1))
         if not site.training:
             continue
+        ration.lap("advance")
         seen = LayerStatistics.of(site, objective.at(site).sensitivity)
-        options = [*_ranks(site.weight, seen, goal.multiple)] if thin else []
+        options = [*_ranks(site.weight, seen, multiple)] if thin else []
         options += [Option(_lost(site, seen, x), pattern=x) for x in patterns]
+        ration.lap("select")
         if options:
             found[name] = [DENSE, *sorted(options, key=lambda x: x.loss)]
     twins.begin_again()

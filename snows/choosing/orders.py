@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import reduce
 from itertools import cycle, islice
@@ -24,7 +25,9 @@ ERROR = 0.1  # median relative standard error of the scores, at which no more no
 FEWEST, MOST = 4, 64  # passes with noise
 
 
-def curves(order: Order, measured: Measured, groups: Sequence[Group], seed: int = 0) -> dict[str, Curve]:
+def curves(
+    order: Order, measured: Measured, groups: Sequence[Group], seed: int = 0, share: float = 1.0
+) -> dict[str, Curve]:
     """Order the units of every group that has units to take out.
 
     Args:
@@ -32,6 +35,7 @@ def curves(order: Order, measured: Measured, groups: Sequence[Group], seed: int 
         measured: of the dense network.
         groups: of the network.
         seed: of the noise that some orders draw.
+        share: of the passes with noise that there is time for.
 
     Returns:
         By group.
@@ -47,7 +51,7 @@ def curves(order: Order, measured: Measured, groups: Sequence[Group], seed: int 
         raise ValueError(
             f"order: expected one of {', '.join(ORDERS)} or a function of a group, got {order!r}"
         )
-    noise = {"seed": seed} if order in NOISY else {}
+    noise = {"seed": seed, "most": max(FEWEST, math.ceil(MOST * share))} if order in NOISY else {}
     return ORDERS[order](measured, groups, **noise) if groups else {}
 
 

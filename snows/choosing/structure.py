@@ -6,21 +6,24 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import TypeAlias
 
 from torch import nn
 
+from snows.choosing.allowance import Pace
 from snows.choosing.budgets import Budget
 from snows.choosing.choices import Choice, Chooser, Possible, layers_of_cut
 from snows.choosing.costs import Costs
 from snows.choosing.curves import Curve
 from snows.choosing.cuts import Cut
 from snows.choosing.goals import Only, excluded
-from snows.choosing.ladders import has_kernel, ladders
+from snows.choosing.ladders import has_kernel, ladders, treatable
 from snows.choosing.options import DENSE, Ladder, Option, Zeros
 from snows.choosing.orders import curves
 from snows.choosing.runtimes import example_of
 from snows.choosing.shares import ImpossibleError
 from snows.choosing.tables import Timetable
+from snows.choosing.work import Work, ordering
 from snows.matching.consumers import Measured
 from snows.matching.losses import Objective
 from snows.networks import proving
@@ -31,6 +34,8 @@ from snows.networks.layers import Layer, prunable
 from snows.networks.taking import Take
 from snows.networks.twins import Twins
 from snows.results.structure import GroupReport
+
+Limited: TypeAlias = Callable[[list[str], Work], Pace]  # of layers to treat, and what ordering units takes
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,7 @@ class Deciding:
         skip: Only | None,
         objective: Objective,
         doing: Callable[[str], None],
+        limited: Limited | None = None,
     ) -> Deciding:
         """Gather statistics, once for any number of choices.
 
@@ -72,6 +78,7 @@ class Deciding:
             skip: which of those may not.
             objective: how a mismatch is measured.
             doing: is told what is done.
+            limited: begins the pace of a limited time; None for no limit.
 
         Raises:
             ValueError: nothing can be done.
@@ -80,17 +87,27 @@ class Deciding:
         table = _table(twins, goal)
         doing("looking for units that can be taken out")
         groups = [_allowed(x, net, goal, only, skip) for x in proving.groups(net, example)]
+        free = [x for x in groups if not x.reason]
+        pace, batches, order = None, twins.batches, goal.order
         treated, lost = _given_ladders(twins, goal, only, skip), dict[str, Curve]()
         if not isinstance(goal.share, Mapping):
             known = partial(has_kernel, goal.of) if table is None else table.has
-            treated = ladders(twins, goal, objective, only, skip, known, doing)
+            layers = treatable(twins, goal, only, skip, known)
+            if limited is not None:
+                work = ordering(order, free, prunable(twins.dense), twins.trace.events, len(batches))
+                pace = limited(list(layers), work)
+            treated = ladders(twins, layers, goal.multiple, objective, doing, pace)
         possible = Possible(groups, treated)
         _refuse_nothing(possible, goal)
         doing("deciding what goes")
-        if possible.free and not isinstance(goal.share, Mapping):
-            measured = Measured(twins.dense, twins.batches, objective.sensitivity)
-            lost = curves(goal.order, measured, possible.free, objective.seed)
-        costs = Costs.of(net, example, possible.free, treated)
+        if free and not isinstance(goal.share, Mapping):
+            share = 1.0
+            if pace is not None:
+                batches, share = pace.last()
+            sensitivity = objective.sensitivity if order == "compensated" else None  # others do not ask
+            measured = Measured(twins.dense, batches, sensitivity)
+            lost = curves(order, measured, free, objective.seed, share)
+        costs = Costs.of(net, example, free, treated)
         return cls(twins, goal, Chooser(net, example, goal, possible, lost), costs, table, doing)
 
     def described(self, choice: Choice, milliseconds: tuple[float, ...] = ()) -> Cut:

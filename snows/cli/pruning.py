@@ -113,7 +113,7 @@ def prune(
     """Prune a trained network in one shot."""
     import snows
     from snows import memory, sources
-    from snows.choosing.allowance import check_seconds
+    from snows.choosing.deadline import check_seconds
     from snows.frontiers import Frontier
     from snows.sources.source import Source
 

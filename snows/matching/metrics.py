@@ -18,6 +18,7 @@ from snows.networks.functions import channel_of, known
 from snows.networks.watching import Call, Watch
 
 ROUNDS = 5  # of subspace iteration: the directions that are kept stand well above the others
+RANK = 64  # the most directions that are kept
 SMALL = 0.3  # of the mean eigenvalue; what lies below is noise of a few dozen samples
 
 
@@ -47,7 +48,7 @@ class Metric(NamedTuple):
         generator: torch.Generator | None = None,
         *,
         smoothing: float = 0.1,
-        rank: int = 64,
+        rank: int = RANK,
     ) -> Metric:
         """Take ``G = Σ g gᵀ`` over rows g, the output factor of K-FAC, with its small eigenvalues averaged.
 

@@ -7,6 +7,7 @@ import torch
 from snows.matching.metrics import variance
 from snows.networks.attention import plain_forward
 from snows.networks.batches import output_tensors
+from snows.networks.copies import hold_back
 from snows.networks.twins import Twins
 
 
@@ -15,7 +16,7 @@ def mismatch(twins: Twins) -> float:
 
     Where no samples are held back, the first batch stands for them.
     """
-    batch = (twins.held or twins.batches[0]).to(twins.device)
+    batch = (hold_back(twins.batches)[1] or twins.batches[0]).to(twins.device)
     with torch.no_grad(), plain_forward():
         wanted = output_tensors(batch.map(torch.clone).through(twins.dense))
         found = output_tensors(batch.map(torch.clone).through(twins.sparse))
