@@ -16,7 +16,7 @@ from torch import nn
 from snows.choosing.budgets import Budget
 from snows.choosing.choices import Choice
 from snows.choosing.costs import WORDS
-from snows.choosing.deciding import MOST, Settled, settled
+from snows.choosing.deciding import Settled, settled
 from snows.choosing.goals import LayerChoice, selected
 from snows.choosing.shares import ImpossibleError
 from snows.choosing.structure import Deciding
@@ -224,11 +224,11 @@ def frontier(
         objective = Objective(twins, matching, seed)
         deciding = Deciding.of(twins, goal, only, skip, objective, tell.doing)
         tell.doing("choosing")
-        costs, correction = _settled(deciding, shares[middle::-1])
+        costs, correction = found = _settled(deciding, shares[middle::-1])
         points, notes = [], list[str]()
         for share in shares:
             try:
-                choice = deciding.choose.divided(costs, min(share / correction, MOST))
+                choice = found.chosen(deciding.choose.divided, share)
             except ValueError as error:
                 notes.append(f"{share:.1%} is left out: {error}")
                 continue

@@ -12,7 +12,7 @@ from snows.choosing.deciding import clock_of, decide_cut
 from snows.choosing.ladders import GROUPED, SCATTERED, has_kernel
 from snows.choosing.latency import second
 from snows.choosing.options import Zeros
-from snows.choosing.shares import ImpossibleError
+from snows.choosing.shares import ImpossibleError, NothingError
 from snows.choosing.tables import Timetable
 from snows.matching.losses import Matching, Objective
 from snows.networks.checks import autocast_off
@@ -56,7 +56,10 @@ def measure(
             objective = Objective(twins, Matching(metric="none"), 0)
             table = decide_cut(twins, goal, None, None, objective, tell.doing).timetable
             assert table is not None
-        except ImpossibleError:  # so little, or nothing: there is no smaller network to correct by
+        except (
+            ImpossibleError,
+            NothingError,
+        ):  # so little, or nothing: there is no smaller network to correct by
             table = Timetable.begin(clock_of(twins, goal))
         layers = prunable(twins.sparse)
         for name, calls in table.layers.items():

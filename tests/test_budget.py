@@ -19,11 +19,12 @@ import snows
 from snows import NM, Budget, Structured, Unstructured, packing
 from snows.choosing.choices import Choice
 from snows.choosing.costs import Costs, Term
+from snows.choosing.deciding import Settled
 from snows.choosing.ladders import _lost
 from snows.choosing.measuring import Race, Stopwatch
 from snows.choosing.options import DENSE, Option, treatment
 from snows.choosing.runtimes import Pair
-from snows.choosing.shares import divide
+from snows.choosing.shares import ImpossibleError, divide
 from snows.choosing.sketches import folded_and_packed, masked
 from snows.choosing.tables import Timetable
 from snows.choosing.timed import timed
@@ -635,3 +636,29 @@ def test_folding_saves_no_part_of_a_budget(net, batches, monkeypatch):
     seen.clear()
     clock.beside(Choice({}, {"conv2": Option(0.1, pattern=NM(2, 4))}))
     assert seen == [False, False]
+
+
+# ---------------------------------------------------------------- what is said
+
+
+def test_what_is_impossible_is_said_of_the_share_that_was_asked_for():
+    """Chosen by 45 % of a prediction of which 62.5 % have to stay, where the network takes twice as much."""
+    costs = Costs([Term("a", latency=1.0, factors=({"a": torch.tensor([0.625, 1.0])},))], {"a": 1})
+    option = Widths("a", torch.tensor([1, 0]), torch.tensor([0.0, 1.0], dtype=torch.float64))
+
+    def choose(costs, share):
+        return divide([option], costs, share, "latency")
+
+    with pytest.raises(ImpossibleError, match=r"possible, 62.5 % or more, got 45 %; most of that is of a;"):
+        choose(costs, 0.45)
+    with pytest.raises(ImpossibleError, match="possible, got 90 % where nothing that may be done saves any"):
+        Settled(costs, 2.0).chosen(choose, 0.9)
+    with pytest.raises(ImpossibleError, match=r"possible, 78.2 % or more, got 50 %"):
+        Settled(costs, 1.25).chosen(choose, 0.5)
+    assert Settled(costs, 1.25).chosen(choose, 0.8) == {"a": 0}
+
+
+def test_nothing_to_save_is_said_so(net, batches):
+    goal = Budget(0.9, of="params", using=("unstructured",))
+    with pytest.raises(ValueError, match="got 90 % where nothing that may be done saves any; allow more"):
+        quick(net, batches, goal)

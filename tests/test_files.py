@@ -470,3 +470,32 @@ def test_state_that_is_no_tensor_does_no_harm(tmp_path):
     snows.save(fast, tmp_path / "x.safetensors")
     loaded = snows.load(tmp_path / "x.safetensors", net)
     assert torch.equal(loaded(batches[0]), fast.network(batches[0]))
+
+
+class Tied(nn.Module):
+    """One weight that two layers have."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.a, self.b = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 8, 1), nn.Conv2d(16, 8, 1)
+        self.c, self.head = nn.Conv2d(8, 16, 3), nn.Linear(16, 4)
+        self.b.weight = self.a.weight
+
+    def forward(self, x):
+        x = self.stem(x).relu()
+        return self.head(self.c((self.a(x) + self.b(x.neg())).relu()).relu().mean((2, 3)))
+
+
+def test_a_weight_of_two_layers_stays_one_in_a_budget_and_in_its_file(tmp_path):
+    torch.manual_seed(0)
+    net, batches = Tied().eval(), [torch.randn(8, 3, 8, 8) for _ in range(4)]
+    goal = snows.Budget(0.7, of="bytes", using=("channels",), multiple=1, floor=0)
+    pruned = snows.prune(net, batches, goal, solver=None, progress=False)
+    packed = snows.deploy(pruned.network, batches[0], objective="size", progress=False)
+    assert packed.report.dense_bytes == sum(x.nbytes for x in pruned.network.parameters())
+    assert packed.report.sparse_bytes <= 0.7 * sum(x.nbytes for x in net.parameters())
+    for made in (pruned, packed):
+        snows.save(made, tmp_path / "tied.safetensors")
+        again = snows.load(tmp_path / "tied.safetensors", Tied())
+        assert again.a.weight is again.b.weight
+        assert torch.equal(again(batches[0]), made.network(batches[0]))

@@ -35,7 +35,8 @@ class Budget:
             `snows.groups`) the numbers of the units that stay.
         of: the cost: "macs" (multiplications of one sample by weights that are not zero, and those of
             attention's products), "params", "bytes", "nonzeros" (weights that are not zero), or "latency"
-            (milliseconds of the whole network, measured here and now).
+            (milliseconds of the whole network, measured here and now). Zeros that the network came with are
+            not kept, and count as other weights.
         using: what may be done, of "channels", "heads" and "neurons" (taken out), "low-rank" (two thin layers
             in place of one), "nm" (N of M weights stay) and "unstructured" (a share of the weights stays).
         order: how it is found what goes first: "compensated" (what costs least after the rest is fitted),

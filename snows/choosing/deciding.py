@@ -18,6 +18,7 @@ from snows.choosing.goals import Only
 from snows.choosing.latency import latency
 from snows.choosing.options import DENSE, Ladder, Option, treatment
 from snows.choosing.runtimes import Clock, example_of
+from snows.choosing.shares import ImpossibleError
 from snows.choosing.structure import Deciding, Limited
 from snows.choosing.tables import Timetable
 from snows.choosing.timed import part_saved, timed
@@ -75,6 +76,17 @@ class Settled(NamedTuple):
 
     costs: Costs
     correction: float = 1.0
+
+    def chosen(self, choose: Callable[[Costs, float], Choice], share: float) -> Choice:
+        """Choose by a share of what the whole network takes.
+
+        Raises:
+            ImpossibleError: so small a share is not possible.
+        """
+        try:
+            return choose(self.costs, min(share / self.correction, MOST))
+        except ImpossibleError as error:
+            raise error.asked(share, self.correction) from None
 
 
 def settled(deciding: Deciding) -> Settled:
@@ -159,10 +171,10 @@ def _saved(costs: Costs, name: str, ladder: Ladder, option: Option) -> float:
 
 def _by_table(deciding: Deciding, table: Timetable) -> Cut:
     """Choose by the milliseconds of a timetable; nothing is timed."""
-    (costs, correction), share = settled(deciding), _share(deciding.goal, table)
-    choice = deciding.choose(costs, min(share / correction, MOST))
+    found = settled(deciding)
+    choice = found.chosen(deciding.choose, _share(deciding.goal, table))
     choice.notes.append(f"Milliseconds are predicted, by a timetable of {table.machine}; none was measured.")
-    small = correction * costs.total("latency", choice.widths)
+    small = found.correction * found.costs.total("latency", choice.widths)
     return deciding.described(choice, (table.whole, small))
 
 

@@ -189,5 +189,6 @@ def _random(shape: torch.Size, stride: tuple[int, ...], like: Tensor) -> Tensor:
 
 
 def nbytes(module: nn.Module) -> int:
-    """Count the bytes of a module's state."""
-    return sum(x.nbytes for x in module.state_dict().values() if isinstance(x, Tensor))
+    """Count the bytes of a module's state; a tensor of several names counts once."""
+    found = {id(x): x for x in module.state_dict(keep_vars=True).values() if isinstance(x, Tensor)}
+    return sum(x.nbytes for x in found.values())

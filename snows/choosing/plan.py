@@ -114,7 +114,7 @@ def decide(
     if filled := [name for name in chosen if name not in starts and _zeros(twins, name) > MANY_ZEROS]:
         twins.notes.append(
             f"{len(filled)} of the pruned layers were sparse before, {filled[0]} for one, and their zeros "
-            "are not kept; to keep them pass select=model."
+            "are not kept; prune(model, batches, None, select=model) keeps them."
         )
     for name, wanted in chosen.items():
         start = starts.get(name)

@@ -20,8 +20,39 @@ from snows.choosing.widths import Widths
 from snows.networks.channels import Group
 
 
+class NothingError(ValueError):
+    """Say that nothing can be done to a network, and why."""
+
+
 class ImpossibleError(ValueError):
-    """Say that no widths cost so little, and how little is possible."""
+    """Say that no widths cost so little, and how little is possible.
+
+    Args:
+        of: what is counted.
+        least: the share that has to stay.
+        share: that was asked for.
+        parts: what most of the least is of.
+    """
+
+    def __init__(self, of: Of, least: float, share: float, parts: Sequence[str]) -> None:
+        self.of, self.least, self.parts = of, least, parts
+        possible = math.ceil(1000 * least) / 10
+        asked, more = f"got {100 * share:g} %", "allow more with using, or lower floor or multiple"
+        if possible < 100:
+            most = f"most of that is of {', '.join(parts)}"
+            more = f"{possible:g} % or more, {asked}; {most}; raise the share, {more}"
+        else:
+            more = f"{asked} where nothing that may be done saves any; {more}"
+        super().__init__(f"Budget: expected a share of the {WORDS[of]} that is possible, {more}")
+
+    def asked(self, share: float, correction: float) -> ImpossibleError:
+        """Return what is to be said of the share that was asked for, where another was chosen by.
+
+        Args:
+            share: that was asked for.
+            correction: what makes a predicted cost a real one.
+        """
+        return ImpossibleError(self.of, self.least * correction, share, self.parts)
 
 
 def allocate(
@@ -143,12 +174,7 @@ def _limit(options: Sequence[Widths], costs: Costs, share: float, of: Of) -> flo
         narrow[option.name] = int(option.allowed[int(saved.argmax())])
     least = costs.total(of, narrow)
     if least > share * whole * (1 + EQUAL):
-        possible = math.ceil(1000 * least / whole) / 10
         parts = costs.by_name(of, narrow)
         most = sorted(parts, key=lambda name: parts[name], reverse=True)[:3]
-        raise ImpossibleError(
-            f"Budget: expected a share of the {WORDS[of]} that is possible, {possible:g} % or more, got "
-            f"{100 * share:g} %; most of that is of {', '.join(most)}; raise the share, allow more with "
-            "using, or lower floor or multiple"
-        )
+        raise ImpossibleError(of, least / whole, share, most)
     return share * whole * (1 + EQUAL)

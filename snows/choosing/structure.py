@@ -21,7 +21,7 @@ from snows.choosing.ladders import has_kernel, ladders, treatable
 from snows.choosing.options import DENSE, Ladder, Option, Zeros
 from snows.choosing.orders import curves
 from snows.choosing.runtimes import example_of
-from snows.choosing.shares import ImpossibleError
+from snows.choosing.shares import NothingError
 from snows.choosing.tables import Timetable
 from snows.choosing.work import Work, ordering
 from snows.matching.consumers import Measured
@@ -177,7 +177,7 @@ def _no_zeros(twins: Twins, name: str, pattern: Zeros) -> str:
 
 
 def _refuse_nothing(possible: Possible, goal: Budget) -> None:
-    """Raise an ImpossibleError where nothing may be done."""
+    """Raise a NothingError where nothing may be done."""
     if possible.free or possible.ladders:
         return
     said = [f"{x.name}: {x.reason}" for x in possible.groups[:4]] or ["the model has no Linear or Conv2d"]
@@ -185,7 +185,7 @@ def _refuse_nothing(possible: Possible, goal: Budget) -> None:
         said.append("of no layer can the rank be lowered so that it gets cheaper")
     if goal.masks:
         said.append("no layer can follow a pattern and cost less by it")
-    raise ImpossibleError(f"prune: no unit can be taken out ({'; '.join(said)})")
+    raise NothingError(f"prune: no unit can be taken out ({'; '.join(said)})")
 
 
 def _allowed(group: Group, net: nn.Module, goal: Budget, only: Only | None, skip: Only | None) -> Group:

@@ -218,7 +218,7 @@ def _filled(net: nn.Module, packs: list[Pack], tensors: dict[str, Tensor]) -> nn
         name for name, x in net.state_dict().items() if not isinstance(x, Tensor)
     }  # state of other kinds is the model's own
     layers = {edit.layer for edit in packs}
-    missing, unexpected = net.load_state_dict(tensors, strict=False, assign=True)
+    missing, unexpected = net.load_state_dict(_tied(net, tensors), strict=False, assign=True)
     lost = [name for name in missing if name not in kept and name.rpartition(".")[0] not in layers]
     if lost or unexpected:
         raise ValueError(
@@ -226,3 +226,13 @@ def _filled(net: nn.Module, packs: list[Pack], tensors: dict[str, Tensor]) -> nn
         )
     close_attention(net)
     return net
+
+
+def _tied(net: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Give all names of one parameter of a network one parameter too, if the file's tensors are equal."""
+    found, first = dict(tensors), dict[int, str]()
+    for name, own in net.named_parameters(remove_duplicate=False):
+        one = first.setdefault(id(own), name)
+        if one != name and one in found and name in found and torch.equal(found[one], found[name]):
+            found[one] = found[name] = nn.Parameter(found[one], own.requires_grad)
+    return found
