@@ -75,7 +75,7 @@ class Packing:
             return None, row
         dense = stock(layer, use)
         try:
-            ways = _packed(dense, mask_of(layer, name), activation, terms)
+            ways = packed_ways(dense, mask_of(layer, name), activation, terms)
         except ValueError as error:
             return None, replace(row, reason=str(error))
         run = dense if activation is None else nn.Sequential(dense, activation[1])
@@ -139,7 +139,7 @@ def _unsure(race: Race, margin: float) -> bool:
     return any(race.scatters(0, i, margin) for i in range(1, len(race.rounds[0])))
 
 
-def _packed(
+def packed_ways(
     dense: Layer, mask: Tensor, activation: tuple[str, nn.Module] | None, terms: Terms
 ) -> list[Packed]:
     """Pack a layer; return it once for each way that there is to run it."""

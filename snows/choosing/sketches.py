@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from snows.choosing.options import Zeros
+from snows.choosing.packing import Terms, packed_ways
 from snows.choosing.times import INNERMOST
-from snows.layers import SparseConv2d, SparseLinear
 from snows.networks.attention import close_attention
 from snows.networks.batches import Batch
 from snows.networks.edits import Pack
@@ -61,20 +60,12 @@ def folded_and_packed(net: nn.Module, example: Batch, layers: Collection[str]) -
     """
     subject = Subject(net, example, None)
     dense, _ = subject.dense()
+    terms = Terms(innermost=subject.on_cpu and example.samples() % INNERMOST == 0)
     for name, (layer, use) in subject.layers().items():
         if name not in layers or use.oddity or groups_of(layer) > 1:
             continue
         own, activation = stock(layer, use), subject.activation(name)
-        follow: Literal["relu", "gelu"] | None = None
-        if activation is not None:
-            follow = "relu" if isinstance(activation[1], nn.ReLU) else "gelu"
-        mask = mask_of(own, name)
-        packed: SparseLinear | SparseConv2d
-        if isinstance(own, nn.Linear):
-            packed = SparseLinear.from_dense(own, mask=mask, activation=follow)
-        else:
-            packed = SparseConv2d.from_dense(own, mask=mask, activation=follow)
-            packed.innermost = subject.on_cpu and example.samples() % INNERMOST == 0
+        packed = packed_ways(own, mask_of(own, name), activation, terms)[0]
         Pack.of(name, packed, activation[0] if activation is not None else "").put(subject.network, packed)
     close_attention(subject.network)
     return dense, subject.network
