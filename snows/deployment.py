@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from snows.choosing.candidates import Choice, fastest
+from snows.choosing.candidates import Winner, fastest
 from snows.choosing.compiling import HOW, RUNTIMES, Runtime, there
 from snows.choosing.measuring import Stopwatch
 from snows.choosing.packing import nbytes
@@ -18,6 +18,7 @@ from snows.networks.checks import autocast_off
 from snows.networks.edits import Edit, Fold, Pack
 from snows.networks.subject import Subject
 from snows.results.deployment import Deployment
+from snows.results.machine import Machine
 
 
 @dataclass(frozen=True)
@@ -90,30 +91,30 @@ def deploy(
     with autocast_off(model):
         subject = Subject(model, example, dtype)
         runtimes = there(subject.given) if runtime == "fastest" else [runtime]
-        choice = fastest(subject, objective, runtimes, stopwatch, progress)
-        return Deployed(choice.candidate.network, _report(subject, choice), choice.candidate.edits)
+        winner = fastest(subject, objective, runtimes, stopwatch, progress)
+        return Deployed(winner.candidate.network, _report(subject, winner), winner.candidate.edits)
 
 
-def _report(subject: Subject, choice: Choice) -> Deployment:
+def _report(subject: Subject, winner: Winner) -> Deployment:
     """Say what was measured and chosen."""
-    candidate = choice.candidate
+    candidate = winner.candidate
     dense_flops, sparse_flops = subject.flops()
     folded = [edit.norm for edit in candidate.edits if isinstance(edit, Fold)]
     absorbed = [edit.absorbs for edit in candidate.edits if isinstance(edit, Pack) and edit.absorbs]
     found = outputs(candidate.network, subject.batch)
     return Deployment(
         layers=candidate.rows,
-        device=subject.device(),
+        **asdict(Machine.here(subject.device)),
         samples=subject.given.samples(),
-        runtime=choice.runtime,
-        runtimes=choice.raced,
-        dense_ms=choice.model_ms,
-        sparse_ms=choice.network_ms,
+        runtime=winner.runtime,
+        runtimes=winner.raced,
+        dense_ms=winner.model_ms,
+        sparse_ms=winner.network_ms,
         dense_bytes=nbytes(subject.model),
         sparse_bytes=nbytes(candidate.network),
         dense_flops=dense_flops,
         sparse_flops=sparse_flops,
         difference=difference(subject.expected, found) if subject.expected else float("nan"),
         folded=folded + absorbed,
-        notes=[*choice.notes, *filter(None, [HOW[choice.runtime]])],
+        notes=[*winner.notes, *filter(None, [HOW[winner.runtime]])],
     )

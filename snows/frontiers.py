@@ -108,13 +108,14 @@ class Frontier:
 
     def table(self) -> Table:
         """Make the table of points."""
-        table = Table(pad_edge=False)
-        for heading in ("point", "stays", WORDS[self.goal.of], "MACs", "predicted loss", "treated layers"):
+        table, of = Table(pad_edge=False), self.goal.of
+        costs = [WORDS[of]] if of == "macs" else [WORDS[of], "MACs"]
+        for heading in ("point", "stays", *costs, "predicted loss", "groups cut", "layers treated"):
             table.add_column(heading, justify="right", no_wrap=True)
         for i, x in enumerate(self.points):
-            cost = f"{x.cost:.4g}" if self.goal.of == "latency" else f"{x.cost:,.0f}"
-            treated = f"{len(x.units)} groups, {len(x.layers)} layers"
-            table.add_row(str(i), f"{x.share:.1%}", cost, f"{x.macs / 1e6:.4g} M", f"{x.loss:.3g}", treated)
+            cost = f"{x.cost:.4g}" if of == "latency" else f"{x.cost:,.0f}"
+            cells = [str(i), f"{x.share:.1%}", cost, f"{x.macs:,}"][: 2 + len(costs)]
+            table.add_row(*cells, f"{x.loss:.3g}", str(len(x.units)), str(len(x.layers)))
         return table
 
     def __str__(self) -> str:
@@ -225,17 +226,19 @@ def frontier(
         deciding = Deciding.of(twins, goal, only, skip, objective, tell.doing)
         tell.doing("choosing")
         costs, correction = found = _settled(deciding, shares[middle::-1])
-        points, notes = [], list[str]()
+        points, left_out, why = [], list[str](), ""
         for share in shares:
             try:
                 choice = found.chosen(deciding.choose.divided, share)
             except ValueError as error:
-                notes.append(f"{share:.1%} is left out: {error}")
+                left_out.append(f"{share:.1%}")
+                why = why or str(error)
                 continue
             cost = correction * costs.total(goal.of, choice.widths)
             points.append(_point_of(deciding, choice, share, cost))
         if not points:
-            raise ValueError(notes[0])
+            raise ValueError(why)
+        notes = [f"Left out: {', '.join(left_out)}. {why}."] if why else []
         return Frontier(goal, fingerprint(model), costs.total(goal.of), points, notes)
 
 

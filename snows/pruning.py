@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -112,6 +113,7 @@ def prune(
     Raises:
         ValueError: an argument does not fit; the sentence says which, and what to do.
     """
+    began = time.perf_counter()
     check_seconds(seconds)
     deadline = Deadline(seconds) if seconds is not None else None
     select = select.network if isinstance(select, Pruned) else select
@@ -160,6 +162,7 @@ def prune(
             network = Origin.of(model, twins.batches).note(twins.closed())
             report = shaping.reported(_report(twins, plan, rows, asked, run))
             report.notes += [] if pace is None else time_notes(rows, pace)
+            report.seconds = time.perf_counter() - began
             if run is not None:
                 run.finish(network, twins.masks, report, run_page(report))
     return Pruned(network, report, twins.masks, twins.edits)

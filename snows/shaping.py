@@ -201,7 +201,7 @@ class Shaping:
                 own[entry].copy_(value)
             return
         began = time.perf_counter()
-        self.tell.doing(f"{name}: {'least squares' if weights else 'means'}")
+        self.tell.at(f"{name}: {'least squares' if weights else 'means'}")
         ration = Ration() if pace is None else pace.ration(name)
         if not ration.select:
             return

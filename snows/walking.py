@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from snows.choosing.allowance import Pace, Ration
-from snows.choosing.plan import Choice, Plan, checked
+from snows.choosing.plan import LayerPlan, Plan, checked
 from snows.matching.fitting import fit
 from snows.matching.losses import Objective
 from snows.matching.normalisation import recalibrate_statistics
@@ -86,50 +86,50 @@ class Walk:
         if self.solver is not None and pace.fits_any() and pace.weighs():
             _ = self.objective.sensitivity  # so that it is not taken for a part of the first layer
 
-    def layer(self, index: int, name: str, choice: Choice) -> LayerReport:
+    def layer(self, index: int, name: str, plan: LayerPlan) -> LayerReport:
         """Prune one layer, or take it from the run's folder; return its line of the report."""
         weight: Tensor = self.twins.sparse.get_submodule(name).weight  # type: ignore[assignment]
         key, like = f"{index:04d}", {"weight": weight, "mask": torch.empty_like(weight, dtype=torch.bool)}
         done = self.run.finished(key, name, like) if self.run is not None else None
         if done is None:
-            found = self._new(name, choice, torch.Generator().manual_seed(self.seed * 100_003 + index))
+            found = self._new(name, plan, torch.Generator().manual_seed(self.seed * 100_003 + index))
             if isinstance(found, LayerReport):
                 return found
             done = found
             if self.run is not None:
                 self.run.keep(key, *done)
         tensors, row = done
-        self.twins.write(name, MaskedWeight(**tensors), keep=choice.select is not None)
+        self.twins.write(name, MaskedWeight(**tensors), keep=plan.select is not None)
         self.tell.done(row)
         return row
 
     def _new(
-        self, name: str, choice: Choice, generator: torch.Generator
+        self, name: str, plan: LayerPlan, generator: torch.Generator
     ) -> tuple[dict[str, Tensor], LayerReport] | LayerReport:
         """Choose one layer's mask and fit what stays, as far as there is time."""
         began = time.perf_counter()
         ration = Ration() if self.pace is None else self.pace.ration(name)
         if not ration.select:
-            found = Fit(_cheapest(self.twins, name, choice), [], math.nan, math.nan)
+            found = Fit(_cheapest(self.twins, name, plan), [], math.nan, math.nan)
         else:
             site = self.twins.at(name, ration.batches)
             if not site.training:
                 shape, size = tuple(site.weight.shape), site.weight.numel()
                 return LayerReport(name, shape, "dense", size, "no calibration batch reaches it")
             ration.lap("advance")
-            found = self._fit(site, choice, generator, ration)
-        row = _row(name, choice, found, self.solver, time.perf_counter() - began)
+            found = self._fit(site, plan, generator, ration)
+        row = _row(name, plan, found, self.solver, time.perf_counter() - began)
         if self.pace is not None and not found.steps and self.solver is not None:
-            unselected = not ration.select and choice.start is None and choice.select is not None
+            unselected = not ration.select and plan.start is None and plan.select is not None
             row = replace(row, stop=NOT_SELECTED if unselected else NOT_FITTED)
         return found.masked._asdict(), row
 
-    def _fit(self, site: Site, choice: Choice, generator: torch.Generator, ration: Ration) -> Fit:
+    def _fit(self, site: Site, plan: LayerPlan, generator: torch.Generator, ration: Ration) -> Fit:
         """Choose one layer's mask, then re-fit what stays."""
-        self.tell.doing(f"{site.name}: statistics and mask")
+        self.tell.at(f"{site.name}: statistics and mask")
         losses = self.objective.at(site)
         statistics = LayerStatistics.of(site, losses.sensitivity)
-        start = _start(site, choice, statistics)
+        start = _start(site, plan, statistics)
         ration.lap("select")
         if self.solver is None or not ration.step:
             return Fit(start, [], math.nan, math.nan)
@@ -139,29 +139,29 @@ class Walk:
         return found
 
 
-def _start(site: Site, choice: Choice, statistics: LayerStatistics) -> MaskedWeight:
+def _start(site: Site, plan: LayerPlan, statistics: LayerStatistics) -> MaskedWeight:
     """Choose one layer's mask and first weight."""
-    if choice.select is None:
+    if plan.select is None:
         mask = kept_mask(site.layer)
         return MaskedWeight(site.weight, torch.ones_like(site.weight).bool() if mask is None else mask)
-    found = choice.select(site.weight, statistics, choice.pattern)
-    return checked(choice.select, site.name, found, site.weight, choice.pattern)
+    found = plan.select(site.weight, statistics, plan.pattern)
+    return checked(plan.select, site.name, found, site.weight, plan.pattern)
 
 
-def _cheapest(twins: Twins, name: str, choice: Choice) -> MaskedWeight:
+def _cheapest(twins: Twins, name: str, plan: LayerPlan) -> MaskedWeight:
     """Give a layer the mask and weight that it came with, or else a mask by magnitude, without statistics."""
     layer = prunable(twins.sparse)[name]
     weight = layer.weight.detach().clone()
-    if choice.start is not None:
-        return MaskedWeight(*(x.to(weight.device) for x in choice.start))
-    if choice.select is None or choice.pattern is None:
+    if plan.start is not None:
+        return MaskedWeight(*(x.to(weight.device) for x in plan.start))
+    if plan.select is None or plan.pattern is None:
         mask = kept_mask(layer)
         return MaskedWeight(weight, torch.ones_like(weight).bool() if mask is None else mask)
-    mask = choice.pattern.mask(weight.abs())
+    mask = plan.pattern.mask(weight.abs())
     return MaskedWeight(weight * mask, mask)
 
 
-def _row(name: str, choice: Choice, found: Fit, solver: Newton | None, seconds: float) -> LayerReport:
+def _row(name: str, plan: LayerPlan, found: Fit, solver: Newton | None, seconds: float) -> LayerReport:
     """Write a fitted layer's line of the report."""
     stop = found.steps[-1].stop if found.steps else None
     said = "" if stop is None else stop.value
@@ -170,7 +170,7 @@ def _row(name: str, choice: Choice, found: Fit, solver: Newton | None, seconds: 
     return LayerReport(
         name=name,
         shape=tuple(found.masked.weight.shape),
-        pattern=str(choice.pattern or ("mask" if choice.select is not None else "fitted")),
+        pattern=str(plan.pattern or ("mask" if plan.select is not None else "fitted")),
         kept=int(found.masked.mask.sum()),
         before=found.before,
         after=found.after,

@@ -22,7 +22,8 @@ from snows.choosing.measuring import Race, Stopwatch
 from snows.choosing.tables import Timetable
 from snows.evaluation import Seen, compare
 from snows.layers.base import PackedLayer
-from snows.results.certificate import KEY, SEAL, Certificate, Timed, amend, seal
+from snows.results.certificate import KEY, SEAL, Certificate, amend, seal
+from snows.results.claims import Timed
 from snows.results.files import encoded
 from snows.results.findings import FAILS, HOLDS
 from snows.results.origin import Origin
@@ -509,7 +510,9 @@ def test_a_model_that_is_not_at_hand_leaves_what_the_file_tells(monkeypatch, cap
 def test_times_are_compared_on_the_same_machine_alone(tmp_path):
     class Told(Stopwatch):
         def race(self, runs, seconds=0.0, undecided=None):
-            return Race([(9.5,), (10.0,), (10.5,), (10.0,)])
+            return Race([(x,) for x in self.tells])
+
+    Told.tells = 9.5, 10.0, 10.5, 10.0
 
     net, batches, found = pruned("packed")
     path = tmp_path / "x.safetensors"
@@ -531,6 +534,16 @@ def test_times_are_compared_on_the_same_machine_alone(tmp_path):
         assert row.verdict.startswith(verdict)
         assert ("times that differ: 1" in verification.summary()) == (verdict == DIFFERS)
         assert verification.holds
+    Told.tells = 6.0, 10.0, 14.0, 10.0
+    for milliseconds, verdict in (
+        (11, HOLDS),
+        (12, "not checked: half of the times here lie between "),
+        (14, DIFFERS),
+    ):
+        amend(path, timed=[replace(timed, milliseconds=float(milliseconds))])
+        verification = snows.verify(path, net, batches, stopwatch=Told())
+        (row,) = (x for x in verification.findings if x.of.startswith("milliseconds"))
+        assert row.verdict.startswith(verdict)
 
 
 class Attends(nn.Module):

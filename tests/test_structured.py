@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from functools import partial
 
 import pytest
@@ -101,6 +102,26 @@ def test_every_stage_lowers_the_loss_or_is_not_taken(net, batches, whole):
     assert taken == sorted(taken, reverse=True)
     bare, _ = quick(net, batches, half(refit=False), solver=None, recalibrate=False)
     assert error(net, small, batches) < 0.5 * error(net, bare, batches)
+
+
+def test_progress_and_seconds_are_of_all_that_is_done(net, batches, capsys):
+    began = time.perf_counter()
+    report = quick(net, batches, half(), progress=True).report
+    took = time.perf_counter() - began
+    assert 0.99 * took - 0.1 < report.seconds <= took
+    assert report.summary().endswith(f"; {report.seconds:.1f} s")
+    lines = capsys.readouterr().err.splitlines()
+    stages = [
+        "checking and tracing the network",
+        "deciding what goes",
+        "cut",
+        "means",
+        "least squares",
+        "Newton",
+    ]
+    assert [x for x in lines if x in stages] == stages
+    done = [x for x in lines if x.startswith(tuple(f"{i}/" for i in range(1, 100)))]
+    assert len(done) == sum(not x.reason for x in report.layers)
 
 
 def test_the_dense_network_is_left_alone(net, batches):

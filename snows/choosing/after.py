@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from snows.choosing.budgets import Budget
 from snows.choosing.goals import Choosing, Only
-from snows.choosing.plan import Choice, Plan, decide
+from snows.choosing.plan import LayerPlan, Plan, decide
 from snows.networks.checks import shared_weights
 from snows.networks.layers import prunable
 from snows.networks.twins import Twins
@@ -53,7 +53,7 @@ def _refitted(twins: Twins) -> Plan:
     for name in twins.order:
         shape = tuple(layers[name].weight.shape)
         if twins.calls[name] == 1 and name not in shared:
-            plan.choices[name] = Choice(None, None)
+            plan.choices[name] = LayerPlan(None, None)
             plan.rows.append(LayerReport(name, shape, "fitted", math.prod(shape)))
         else:
             why = f"it shares its weight with {shared[name]}" if name in shared else "it is called repeatedly"

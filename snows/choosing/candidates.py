@@ -51,7 +51,7 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Choice:
+class Winner:
     """Hold the network that was chosen, where, and by which times.
 
     Attributes:
@@ -78,7 +78,7 @@ def fastest(
     runtimes: Sequence[Runtime],
     stopwatch: Stopwatch,
     progress: bool,
-) -> Choice:
+) -> Winner:
     """Choose between dense and packed networks in each runtime, and of what was chosen the fastest.
 
     Args:
@@ -92,7 +92,7 @@ def fastest(
         ValueError: the network cannot be run in the only runtime.
     """
     entrants = Entrants(subject, objective, stopwatch, progress)
-    choices, notes = list[Choice](), list[str]()
+    choices, notes = list[Winner](), list[str]()
     for runtime in runtimes:
         try:
             choices.append(_chosen(entrants, runtime))
@@ -110,7 +110,7 @@ def fastest(
     return replace(best, raced=raced, notes=[*best.notes, *notes])
 
 
-def _chosen(entrants: Entrants, runtime: Runtime) -> Choice:
+def _chosen(entrants: Entrants, runtime: Runtime) -> Winner:
     """Pack by one margin after the other until the network as a whole is not slower for it."""
     subject, size, packed_ms = entrants.subject, entrants.objective == "size", math.nan
     fixed = [_call(subject.model, subject.given, runtime), _call(entrants.dense, subject.batch, runtime)]
@@ -125,7 +125,7 @@ def _chosen(entrants: Entrants, runtime: Runtime) -> Choice:
         packed_ms, best, run = min(zip(taken, packed, runs, strict=True), key=lambda x: x[0])
         if size or packed_ms <= AS_FAST * dense_ms:
             row = DeployedRuntime(runtime, dense_ms, packed_ms, "packed")
-            return Choice(best, runtime, model_ms, packed_ms, [row], run, notes)
+            return Winner(best, runtime, model_ms, packed_ms, [row], run, notes)
         why = "the network as a whole was faster without it"
         rows = [replace(x, reason=x.reason or why) for x in best.rows]
     else:
@@ -136,7 +136,7 @@ def _chosen(entrants: Entrants, runtime: Runtime) -> Choice:
         notes = [slower, *notes]
     dense = Candidate(entrants.dense, entrants.folded, rows)
     row = DeployedRuntime(runtime, dense_ms, packed_ms, "dense")
-    return Choice(dense, runtime, model_ms, dense_ms, [row], fixed[1], notes)
+    return Winner(dense, runtime, model_ms, dense_ms, [row], fixed[1], notes)
 
 
 def _call(net: nn.Module, batch: Batch, runtime: Runtime) -> Callable[[], object]:

@@ -23,7 +23,7 @@ from snows.sparsity import MaskedWeight, Pattern, Unstructured
 
 
 @dataclass(frozen=True)
-class Choice:
+class LayerPlan:
     """Say how one layer is pruned.
 
     Attributes:
@@ -48,7 +48,7 @@ class Plan:
         patterns: as they were asked, for the record of a run.
     """
 
-    choices: dict[str, Choice]
+    choices: dict[str, LayerPlan]
     rows: list[LayerReport] = field(default_factory=list)
     patterns: dict[str, str] = field(default_factory=dict)
 
@@ -118,7 +118,7 @@ def decide(
         )
     for name, wanted in chosen.items():
         start = starts.get(name)
-        plan.choices[name] = Choice(Given(start) if start is not None else select, wanted, start)
+        plan.choices[name] = LayerPlan(Given(start) if start is not None else select, wanted, start)
     return plan
 
 

@@ -19,7 +19,7 @@ from snows.networks.copies import as_it_came
 from snows.networks.layers import copied
 from snows.networks.twins import Twins
 
-NEAR = 0.03  # of a share: known so well it is measured long enough
+KNOWN = 0.03  # of a share: known so well it is measured long enough
 
 
 class Pair(NamedTuple):
@@ -100,7 +100,7 @@ class Clock:
 
 def _unsure(race: Race) -> bool:
     """Say whether to time on."""
-    return _shares(race.told(), 1)[1] > NEAR
+    return _shares(race.told(), 1)[1] > KNOWN
 
 
 def _shares(race: Race, call: int) -> tuple[float, float]:

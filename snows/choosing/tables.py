@@ -18,12 +18,12 @@ from snows.choosing.options import Zeros
 from snows.choosing.runtimes import Clock
 from snows.choosing.times import Fit, Shape, Times
 from snows.networks.batches import Batch
-from snows.networks.subject import machine
 from snows.packing import packable
+from snows.results.machine import Machine
 from snows.results.storage import write
 
 KIND = "snows timetable"
-VERSION = 1
+VERSION = 2
 
 
 @dataclass
@@ -32,6 +32,7 @@ class Timetable:
 
     Attributes:
         machine: that was measured, with its threads.
+        dtype: of the weights, as text.
         runtime: that the whole network was measured in.
         images: at a time.
         whole: milliseconds of the network as it came.
@@ -42,6 +43,7 @@ class Timetable:
     """
 
     machine: str
+    dtype: str
     runtime: Runtime
     images: int
     whole: float
@@ -57,7 +59,8 @@ class Timetable:
         layers = {name: [shape for shape, _ in calls] for name, calls in shapes(net, example).items()}
         like = next(net.parameters())
         times = Times(like, clock.stopwatch)
-        return cls(machine(like.device), clock.runtime, example.samples(), clock.dense(), layers, times)
+        here, images = str(Machine.here(like.device.type)), example.samples()
+        return cls(here, str(like.dtype), clock.runtime, images, clock.dense(), layers, times)
 
     def save(self, path: Path | str) -> None:
         """Write the timetable as JSON, whole or not at all.
@@ -114,7 +117,7 @@ class Timetable:
         return all((shape, pattern) in self.times.found for shape in self.layers.get(name, ()))
 
     def check(self, net: nn.Module, example: Batch, runtime: Runtime, images: int | None) -> None:
-        """Refuse another network, runtime or number of images.
+        """Refuse another network, precision, runtime or number of images.
 
         Args:
             net: as it is to be pruned, with open attention.
@@ -131,6 +134,11 @@ class Timetable:
                 f"{f' and {images} images' if images else ''}, got one of {self.runtime} and {self.images}; "
                 "measure again, or ask for what it is of"
             )
+        dtype = str(next(net.parameters()).dtype)
+        if dtype != self.dtype:
+            raise ValueError(
+                f"times: expected a timetable of weights in {dtype}, got one of {self.dtype}; measure again"
+            )
         own = {name: [shape for shape, _ in calls] for name, calls in shapes(net, example).items()}
         other = [name for name in {**own, **self.layers} if own.get(name) != self.layers.get(name)]
         if other:
@@ -142,6 +150,7 @@ class Timetable:
 
 NUMBERS: Mapping[str, type[Any]] = {
     "machine": str,
+    "dtype": str,
     "runtime": str,
     "images": int,
     "whole": float,

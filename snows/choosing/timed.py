@@ -12,10 +12,10 @@ from snows.choosing.runtimes import Clock, Pair
 NEAR = 0.03  # of the share asked for, or how far off its time may be if that is more: near enough
 NOISE = 0.15  # of a time: what is not known better than that is not chosen by
 TRIES = 5
-MOST = 3.0  # times what packed weights save in a layer alone, that they may save in the network
+MOST_SAVED = 3.0  # times what packed weights save in a layer alone, that they may save in the network
 
 
-class Timed(NamedTuple):
+class Nearest(NamedTuple):
     """Hold the choice that came nearest, not above the share if that can be.
 
     Attributes:
@@ -38,7 +38,7 @@ def timed(
     choose: Callable[[Costs, float], Choice],
     doing: Callable[[str], None],
     packed: float = 1.0,
-) -> Timed:
+) -> Nearest:
     """Choose so that a share of the network's milliseconds stays, measured on the whole network.
 
     A choice by the predicted milliseconds is timed beside the network as it came. Where it is not near the
@@ -59,7 +59,7 @@ def timed(
         ValueError: the smallest choice is predicted to take more, or times scatter too much to choose by.
     """
     asked = share
-    best: Timed | None = None
+    best: Nearest | None = None
     for turn in range(TRIES):
         costs = predicted(packed)
         try:
@@ -78,7 +78,7 @@ def timed(
             )
         if best is None or _distance(pair.share, share) < _distance(best.pair.share, share):
             predicted_ms = costs.total("latency", choice.widths)
-            best = Timed(choice, pair, packed, pair.small / predicted_ms)
+            best = Nearest(choice, pair, packed, pair.small / predicted_ms)
         if abs(pair.share / share - 1) <= max(NEAR, pair.error):
             break
         if choice.patterns:
@@ -98,7 +98,7 @@ def timed(
 def part_saved(costs: Costs, choice: Choice, pair: Pair) -> float:
     """Return of what packed weights save in layers alone the part that they save in the network."""
     alone = costs.total("latency", choice.without_zeros) - costs.total("latency", choice.widths)
-    return min(max(pair.dense * (pair.without_zeros - pair.share) / alone, 0.0), MOST)
+    return min(max(pair.dense * (pair.without_zeros - pair.share) / alone, 0.0), MOST_SAVED)
 
 
 def _distance(found: float, share: float) -> float:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from snows.evaluation import Scores
-    from snows.results.certificate import Judged
+    from snows.results.claims import Judged
     from snows.sources import Data
 
 

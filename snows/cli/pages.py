@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from snows.results.certificate import Judged
+    from snows.results.claims import Judged
     from snows.results.deployment import Deployment
     from snows.results.report import Report
 
@@ -64,17 +64,16 @@ def claim_time(run: Path, report: Report, goal: Any, batch: Any, device: str) ->
         batch: the first that calibrated.
         device: that was measured.
     """
-    import torch
-
     from snows.choosing.budgets import SMALLER, Budget
     from snows.networks.batches import Batch
-    from snows.results.certificate import Timed, amend
-    from snows.results.machine import processor
+    from snows.results.certificate import amend
+    from snows.results.claims import Timed
+    from snows.results.machine import Machine
 
     packed = any(x.kind not in SMALLER for x in report.groups)
     if isinstance(goal, Budget) and goal.times is None and report.small_ms > 0 and not packed:
-        count, threads = goal.images or Batch.of(batch).samples(), torch.get_num_threads()
-        timed = Timed(report.small_ms, count, processor(device), threads, device, goal.runtime)
+        count = goal.images or Batch.of(batch).samples()
+        timed = Timed.on(Machine.here(device), report.small_ms, count, goal.runtime)
         amend(run / "model.safetensors", timed=[timed])
 
 

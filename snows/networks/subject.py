@@ -70,7 +70,7 @@ class Subject:
     @property
     def on_cpu(self) -> bool:
         """Whether the network runs on the CPU."""
-        return self.given.tensors()[0].is_cpu
+        return self.device == "cpu"
 
     def layers(self) -> dict[str, tuple[Layer, Use]]:
         """Return the layers with zeros and how the network applies them, in order of execution."""
@@ -99,17 +99,10 @@ class Subject:
             kept += round(use.flops * float(mask_of(layers[name], name).double().mean()))
         return self.trace.flops, kept
 
+    @property
     def device(self) -> str:
-        """Describe the device that is measured, with its threads."""
-        return machine(self.given.tensors()[0].device)
-
-
-def machine(device: torch.device) -> str:
-    """Describe a device, with its threads."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    count, capability = torch.get_num_threads(), torch.backends.cpu.get_cpu_capability()
-    return f"{device.type.upper()}, {count} thread{'s' if count > 1 else ''}, {capability}"
+        """The type of the device that is measured."""
+        return self.given.tensors()[0].device.type
 
 
 def _check_finite(model: nn.Module) -> None:

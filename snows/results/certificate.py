@@ -8,7 +8,6 @@ run gives the same bytes.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 
 import snows
 from snows.networks.edits import Edit
+from snows.results.claims import Judged, Timed, WeightClaim
 from snows.results.contents import Contents, others_in, pattern_of, zeros_of
 from snows.results.origin import Input, Origin, macs
 from snows.results.records import read
@@ -26,76 +26,6 @@ from snows.results.storage import digest, encode, read_file, write
 
 VERSION = 1
 KEY, SEAL = "certificate", "certificate_sha256"
-
-
-@dataclass(frozen=True)
-class WeightClaim:
-    """Claim what is in one weight.
-
-    Attributes:
-        name: as the dense network's state_dict has it, of a packed weight too.
-        shape: of the weight, unpacked.
-        zeros: how many of its entries are zero.
-        pattern: N:M that it follows; empty for none.
-        kept: digest of the indices that were kept of a larger weight; empty where all were.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    zeros: int = 0
-    pattern: str = ""
-    kept: str = ""
-
-
-@dataclass(frozen=True)
-class Judged:
-    """Claim how good the network is on images; NaN where there were no labels.
-
-    Attributes:
-        data: where the images come from.
-        images: how many.
-        digest: of the images and their labels.
-        asked: how many were asked for.
-        samples: calibration images of the same data, drawn by `seed`, that were left out.
-        seed: of the calibration images.
-        top1, top5: accuracy in percent.
-        dense_top1: the dense network's.
-        agreement: percent of images with the same first choice as the dense network's.
-        divergence: mean KL of the class probabilities from the dense network's, in nats.
-    """
-
-    data: str
-    images: int
-    digest: str
-    asked: int = 0
-    samples: int = 0
-    seed: int = 0
-    top1: float = math.nan
-    top5: float = math.nan
-    dense_top1: float = math.nan
-    agreement: float = math.nan
-    divergence: float = math.nan
-
-
-@dataclass(frozen=True)
-class Timed:
-    """Claim how long the network takes.
-
-    Attributes:
-        milliseconds: median of one batch.
-        images: in the batch.
-        machine: name of the processor, or of the GPU.
-        threads: of the processor.
-        device: "cpu" or "cuda".
-        runtime: "eager", "compile" or "cuda-graph".
-    """
-
-    milliseconds: float
-    images: int
-    machine: str
-    threads: int
-    device: str
-    runtime: str
 
 
 @dataclass(frozen=True)

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-import torch
 from rich.table import Table
 
-from snows.results.certificate import Timed
-from snows.results.machine import processor
+from snows.results.claims import Timed
+from snows.results.machine import Machine
 from snows.results.report import Record
 from snows.results.tables import add_row, named_table
 
@@ -66,7 +64,7 @@ class Deployment(Record):
 
     Attributes:
         layers: those with zeros, in order of execution.
-        device: that was measured, with its threads.
+        processor, device, threads: of the `Machine` that was measured.
         samples: in the example.
         runtime: that the network was chosen for.
         runtimes: all in which networks were raced.
@@ -83,7 +81,9 @@ class Deployment(Record):
 
     rows: ClassVar[dict[str, type]] = {"layers": DeployedLayer, "runtimes": DeployedRuntime}
     layers: list[DeployedLayer] = field(default_factory=list)
+    processor: str = ""
     device: str = ""
+    threads: int = 0
     samples: int = 0
     runtime: str = "eager"
     runtimes: list[DeployedRuntime] = field(default_factory=list)
@@ -96,6 +96,11 @@ class Deployment(Record):
     difference: float = float("nan")
     folded: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def machine(self) -> Machine:
+        """The machine that was measured."""
+        return Machine(self.processor, self.device, self.threads)
 
     def table(self) -> Table:
         """Make the table of layers."""
@@ -140,10 +145,7 @@ class Deployment(Record):
         """Return how long the network takes on this machine, if that was measured."""
         if not self.sparse_ms > 0:
             return []
-        device, threads = "cpu" if self.device.startswith("CPU") else "cuda", torch.get_num_threads()
-        if found := re.search(r"(\d+) thread", self.device):
-            threads = int(found[1])
-        return [Timed(self.sparse_ms, self.samples, processor(device), threads, device, self.runtime)]
+        return [Timed.on(self.machine, self.sparse_ms, self.samples, self.runtime)]
 
     def summary(self) -> str:
         """Say in a sentence what came of it."""
@@ -158,7 +160,7 @@ class Deployment(Record):
             f"{zeros}; {self.dense_ms:.2f} ms {'dense' if self.layers else 'before'}, "
             f"{self.sparse_ms:.2f} ms now ({_quotient(self.dense_ms, self.sparse_ms):.2f} times as fast, "
             f"{_quotient(1e3 * self.samples, self.sparse_ms):.0f} images/s; {self.samples} at a time on "
-            f"{self.device}{runtime}); {self.sparse_bytes / 1e6:.2f} of {self.dense_bytes / 1e6:.2f} MB, "
+            f"{self.machine}{runtime}); {self.sparse_bytes / 1e6:.2f} of {self.dense_bytes / 1e6:.2f} MB, "
             f"{self.sparse_flops / 1e9:.3g} of {self.dense_flops / 1e9:.3g} GFLOP; "
             + (
                 f"outputs differ by at most {self.difference:.1e} of the largest"

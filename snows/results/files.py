@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from snows.networks.attention import close_attention
 from snows.networks.edits import CONVOLUTION, SMALLER, Edit, Pack, described, edits_of, inside
 from snows.networks.layers import copied, module_at, prunable
-from snows.results.certificate import Timed, certified, origin_in
+from snows.results.certificate import certified, origin_in
+from snows.results.claims import Timed
 from snows.results.deployment import Deployment
 from snows.results.formats import VERSION, edits_in
 from snows.results.storage import digest, read_file, state, write

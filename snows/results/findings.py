@@ -11,7 +11,8 @@ from pathlib import Path
 from rich.table import Table
 from torch import Tensor
 
-from snows.results.certificate import KEY, SEAL, Certificate, Judged, Timed, WeightClaim, seal
+from snows.results.certificate import KEY, SEAL, Certificate, seal
+from snows.results.claims import Judged, Timed, WeightClaim
 from snows.results.contents import Contents, obeys, pattern_of, zeros_of
 from snows.results.formats import edits_in
 from snows.results.storage import read_file
@@ -209,5 +210,4 @@ def images_of(claim: Judged) -> str:
 
 def place_of(claim: Timed) -> str:
     """Say where a time was measured."""
-    threads = f", {claim.threads} threads" if claim.device == "cpu" else ""
-    return f"{claim.images} images at a time on {claim.machine}{threads}, {claim.runtime}"
+    return f"{claim.images} images at a time on {claim.where}, {claim.runtime}"

@@ -1,4 +1,4 @@
-"""How far a run is: a bar in a terminal or notebook, a line a layer elsewhere."""
+"""How far a run is: a bar in a terminal or notebook, a line a stage and a layer elsewhere."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Tell:
 
     Args:
         bar: where to show it.
-        lines: whether to print a line a layer, where there is no terminal to draw a bar in.
+        lines: whether to print lines, where there is no terminal to draw a bar in.
     """
 
     def __init__(self, bar: Progress, lines: bool) -> None:
@@ -27,7 +27,13 @@ class Tell:
         self._name, self._steps = "", 0
 
     def doing(self, what: str) -> None:
-        """Say what is done before the first layer."""
+        """Say what is done next with the network."""
+        self.at(what)
+        if self._lines:
+            self._print(printable(what))
+
+    def at(self, what: str) -> None:
+        """Say what is done next with one layer of many; a line follows when it is done."""
         self._bar.update(self._task, description=printable(what))
 
     def layers(self, count: int) -> None:
@@ -38,7 +44,7 @@ class Tell:
         """Say how a Newton step went."""
         self._steps = self._steps + 1 if name == self._name else 1
         self._name = name
-        self.doing(f"{name} step {self._steps}: loss {step.before:.4g} -> {step.after:.4g}")
+        self.at(f"{name} step {self._steps}: loss {step.before:.4g} -> {step.after:.4g}")
 
     def done(self, row: LayerReport) -> None:
         """Say that a layer is finished."""
@@ -46,13 +52,13 @@ class Tell:
         if self._lines:
             task = self._bar.tasks[0]
             loss = f", loss {row.before:.4g} -> {row.after:.4g}" if row.before == row.before else ""
-            self._bar.console.print(
+            self._print(
                 f"{int(task.completed)}/{int(task.total or 0)} {printable(row.name)}: {row.pattern}{loss}, "
-                f"{row.seconds:.1f} s",
-                highlight=False,
-                markup=False,
-                soft_wrap=True,
+                f"{row.seconds:.1f} s"
             )
+
+    def _print(self, line: str) -> None:
+        self._bar.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 @contextmanager

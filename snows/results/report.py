@@ -108,6 +108,7 @@ class Report(Record):
         stages: of making the network smaller, in order.
         macs: multiplications of one sample, before and after; empty where nothing was taken out.
         parameters: before and after; empty where nothing was taken out.
+        seconds: wall time of the call to `prune`; where a run was resumed, of the last one.
         dense_ms, small_ms: milliseconds before and after, where a share of them was asked for; else NaN.
     """
 
@@ -120,6 +121,7 @@ class Report(Record):
     stages: list[StageReport] = field(default_factory=list)
     macs: tuple[int, ...] = ()
     parameters: tuple[int, ...] = ()
+    seconds: float = 0.0
     dense_ms: float = math.nan
     small_ms: float = math.nan
 
@@ -132,11 +134,6 @@ class Report(Record):
     def prunable(self) -> int:
         """The weights of the layers that pruning could take from."""
         return sum(layer.size for layer in self.layers if layer.reason in ("", SPARED))
-
-    @property
-    def seconds(self) -> float:
-        """The wall time of all layers."""
-        return sum(layer.seconds for layer in self.layers)
 
     def table(self) -> Table:
         """Make the table of layers."""
@@ -187,7 +184,7 @@ class Report(Record):
             share = 100 * self.small_ms / self.dense_ms
             smaller = f"{self.small_ms:.3g} of {self.dense_ms:.3g} ms ({share:.1f} %), {smaller}"
         if smaller and not self.zeros:
-            return f"{smaller}; {self.seconds + sum(x.seconds for x in self.stages):.1f} s"
+            return f"{smaller}; {self.seconds:.1f} s"
         return (f"{smaller}; " if smaller else "") + (
             f"{self.zeros} zeros: {100 * pruned / prunable:.2f} % of the {self.prunable} prunable weights, "
             f"{100 * self.zeros / weights:.2f} % of all {self.weights}; {self.seconds:.1f} s"

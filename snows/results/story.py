@@ -37,7 +37,7 @@ def run_page(
     if deployment is not None:
         tables.append(Folded("Deployment, layer by layer", deployment.tables()))
         notes += [deployment.summary(), *deployment.notes]
-        machine = {"machine": deployment.device}
+        machine = {"machine": str(deployment.machine)}
     return page(
         "Pruned network",
         lead=report.summary(),
@@ -88,7 +88,7 @@ def demo_page(
         foot={
             "model": "zoo:resnet20 and zoo:vit",
             "data": "zoo:fashion-mnist",
-            "machine": deployments[best].device,
+            "machine": str(deployments[best].machine),
             "date": _date(),
             "command": command,
         },
