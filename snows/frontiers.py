@@ -229,7 +229,7 @@ def frontier(
         points, left_out, why = [], list[str](), ""
         for share in shares:
             try:
-                choice = found.chosen(deciding.choose.divided, share)
+                choice = found.chosen(deciding.choose, share)
             except ValueError as error:
                 left_out.append(f"{share:.1%}")
                 why = why or str(error)

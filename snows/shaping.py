@@ -91,11 +91,6 @@ class Shaping:
     def reduce(self, goal: Budget, only: Only | None, skip: Only | None) -> None:
         """Take out what the goal asks for, and fit what stays: the intercepts alone, then the weights too."""
         twins, stored = self.twins, self.run.decided() if self.run is not None else None
-        if twins.carried:
-            raise ValueError(
-                "prune: expected a model without masks of torch.nn.utils.prune to take units out of, got "
-                f"one on {twins.carried[0].module}; make it permanent with torch.nn.utils.prune.remove"
-            )
         if stored is None:
             limited = None if self.limits is None else self.limits.decide
             self.cut = decide_cut(twins, goal, only, skip, self.objective, self.tell.doing, limited)

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from torch import Tensor, nn
 
 from snows.choosing.budgets import Budget
-from snows.choosing.costs import Costs
+from snows.choosing.costs import WORDS, Costs
 from snows.choosing.curves import Curve
 from snows.choosing.options import Ladder, Option, Zeros, chosen, treatment, widths
 from snows.choosing.ranks import implants
-from snows.choosing.shares import allocate
+from snows.choosing.shares import ImpossibleError, allocate
 from snows.networks import proving
 from snows.networks.batches import Batch
 from snows.networks.channels import Group
@@ -71,6 +71,26 @@ class Choice:
         return {name: x for name, x in self.widths.items() if name not in patterned}
 
 
+class Refused(NamedTuple):
+    """Hold what was chosen and could not be done.
+
+    Attributes:
+        groups: by name, those that stay whole, with the reason.
+        options: by layer, the treatments.
+    """
+
+    groups: Mapping[str, Group] = {}
+    options: Mapping[str, frozenset[Option]] = {}
+
+    def and_of(self, wanted: Choice, found: Choice) -> Refused:
+        """Add what was left out of a choice."""
+        options = dict(self.options)
+        for name, option in wanted.options.items():
+            if name not in found.options:
+                options[name] = options.get(name, frozenset()) | {option}
+        return Refused({**self.groups, **found.whole}, options)
+
+
 @dataclass(frozen=True)
 class Chooser:
     """Choose what stays of a network.
@@ -92,20 +112,38 @@ class Chooser:
     def __call__(self, costs: Costs, share: float) -> Choice:
         """Choose by the share of a cost that stays.
 
+        Choices of groups and layers are independent, and not all go together: a pattern needs a width that it
+        divides. What was left out of a choice is not chosen again, until nothing is left out.
+
         Raises:
             ValueError: so small a share is not possible.
         """
-        return self.edited(self.divided(costs, share))
+        refused, found = Refused(), list[Choice]()
+        while True:
+            try:
+                wanted = self.divided(costs, share, refused)
+            except ImpossibleError:
+                if not found:
+                    raise
+                of, widths = self.goal.of, found[-1].widths
+                stays = f"{costs.total(of, widths) / costs.total(of):.1%} of the {WORDS[of]}"
+                note = f"What can be done together leaves {stays}, which is more than was asked for."
+                return _together(found, [note])
+            found.append(self.edited(wanted))
+            more = refused.and_of(wanted, found[-1])
+            if more == refused:
+                return _together(found, [])
+            refused = more
 
-    def divided(self, costs: Costs, share: float) -> Choice:
+    def divided(self, costs: Costs, share: float, refused: Refused) -> Choice:
         """Divide a share of a cost over groups and layers, without the edits that leave it.
 
         Raises:
-            ValueError: so small a share is not possible.
+            ImpossibleError: so small a share is not possible.
         """
         goal, ladders = self.goal, self.possible.ladders
         found = allocate(
-            self.possible.free,
+            [x for x in self.possible.free if x.name not in refused.groups],
             self.curves,
             costs,
             share,
@@ -113,9 +151,10 @@ class Chooser:
             goal.multiple,
             goal.floor,
             goal.uniform,
-            [widths(name, ladder) for name, ladder in ladders.items()],
+            [widths(name, ladder, refused.options.get(name, ())) for name, ladder in ladders.items()],
         )
-        kept = {x.name: self.curves[x.name].kept(found[x.name]) for x in self.possible.free}
+        free = [x for x in self.possible.free if x.name in found]
+        kept = {x.name: self.curves[x.name].kept(found[x.name]) for x in free}
         options = chosen(ladders, found)
         return Choice(kept, options, self.widths(kept, options))
 
@@ -160,6 +199,13 @@ class Chooser:
         options = {name: x for name, x in options.items() if name not in unfit}
         at = self.widths({name: x for name, x in fewer.items() if name not in whole}, options)
         return Choice(fewer, options, at, [*edits, *thin], whole, notes)
+
+
+def _together(found: Sequence[Choice], notes: list[str]) -> Choice:
+    """Return the last of several choices, with the groups that were refused before and notes."""
+    before = {name: group for x in found[:-1] for name, group in x.whole.items()}
+    said = [f"{x.name} stays whole: {x.reason}." for x in before.values()]
+    return replace(found[-1], whole={**before, **found[-1].whole}, notes=[*said, *found[-1].notes, *notes])
 
 
 def layers_of_cut(net: nn.Module, cut: Sequence[Edit]) -> dict[str, Layer]:

@@ -6,7 +6,7 @@ it is comes first, and what is predicted to lose more comes later.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -58,10 +58,17 @@ def treatment(layer: str) -> str:
     return f"treatment of {layer}"
 
 
-def widths(layer: str, ladder: Ladder) -> Widths:
-    """Return the options of a layer as widths: the number of options that lose more."""
-    losses = torch.tensor([x.loss for x in ladder], dtype=torch.float64)
-    return Widths(treatment(layer), torch.arange(len(ladder) - 1, -1, -1), losses)
+def widths(layer: str, ladder: Ladder, without: Collection[Option] = ()) -> Widths:
+    """Return the options of a layer as widths: the number of options that lose more.
+
+    Args:
+        layer: its name.
+        ladder: its options.
+        without: those that may not be chosen.
+    """
+    places = [i for i, x in enumerate(ladder) if x not in without]
+    losses = torch.tensor([ladder[i].loss for i in places], dtype=torch.float64)
+    return Widths(treatment(layer), len(ladder) - 1 - torch.tensor(places), losses)
 
 
 def table(ladder: Ladder, value: Callable[[Option], float]) -> Tensor:

@@ -40,11 +40,17 @@ def implants(
     small = sharing(net)
     for edit in cut:
         edit.apply(small)
-    chosen, notes = [Implant(name, rank) for name, rank in worthwhile(small, ranks).items()], []
+    kept = worthwhile(small, ranks)
+    chosen = [Implant(name, rank) for name, rank in kept.items()]
+    notes = [
+        f"{name} stays one layer: of the smaller layer rank {rank} saves nothing."
+        for name, rank in ranks.items()
+        if name not in kept
+    ]
     if _fault(small, batch, chosen):
         faults = {x.layer: _fault(small, batch, [x]) for x in chosen}
         chosen = [x for x in chosen if not faults[x.layer]]
-        notes = [f"{name} stays one layer: {why}." for name, why in faults.items() if why]
+        notes += [f"{name} stays one layer: {why}." for name, why in faults.items() if why]
     return chosen, notes
 
 

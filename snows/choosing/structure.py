@@ -83,6 +83,11 @@ class Deciding:
         Raises:
             ValueError: nothing can be done.
         """
+        if twins.carried:
+            raise ValueError(
+                "Budget: expected a model without masks of torch.nn.utils.prune, got one on "
+                f"{twins.carried[0].module}; make it permanent with torch.nn.utils.prune.remove"
+            )
         net, example = twins.sparse, twins.batches[0].split(1)[0].to(twins.device)
         table = _table(twins, goal)
         doing("looking for units that can be taken out")

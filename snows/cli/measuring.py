@@ -57,7 +57,9 @@ def measure(
         f"{table.whole:.4g} ms for {table.images} images at a time, {table.runtime}, on {table.machine}; "
         f"{len(table.times.found)} kinds of layer are in {out}"
     )
-    next_command("snows", "prune", "--budget", "50%", "--of", "latency", "--latency", out, "...")
+    same = [] if runtime == "eager" else ["--runtime", runtime]
+    goal = ["--budget", "50%", "--of", "latency", *same, "--latency", out]
+    next_command("snows", "prune", "--model", model, *goal, "...")
 
 
 def frontier(
