@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from snows import __version__, together
 from snows.choosing.after import after_cut
 from snows.choosing.allowance import Pace
 from snows.choosing.asked import settings
@@ -21,14 +23,15 @@ from snows.choosing.goals import Choosing, LayerChoice, Only, PatternChoice, che
 from snows.choosing.plan import Plan, decide
 from snows.choosing.stages import Stages
 from snows.matching.losses import Matching, Objective
-from snows.networks.checks import autocast_off
+from snows.networks.checks import autocast_off, read_batches
 from snows.networks.edits import Edit
 from snows.networks.layers import prunable
 from snows.networks.twins import Twins
-from snows.results.origin import Origin
+from snows.results.origin import Origin, contents, fingerprint
 from snows.results.progress import shown
 from snows.results.report import LayerReport, Report
 from snows.results.run import Run
+from snows.results.storage import digest
 from snows.results.story import run_page
 from snows.selectors import alps
 from snows.shaping import Shaping
@@ -115,6 +118,7 @@ def prune(
     """
     began = time.perf_counter()
     check_seconds(seconds)
+    batches = _agreed(model, batches, seconds)
     deadline = Deadline(seconds) if seconds is not None else None
     select = select.network if isinstance(select, Pruned) else select
     goal = pattern if isinstance(pattern, Budget) else None
@@ -132,6 +136,7 @@ def prune(
         plan = Plan({}) if isinstance(pattern, Budget) else decide(twins, pattern, select, only, skip, cap)
         layers = list(plan.patterns) if goal is None else _allowed(twins.sparse, only, skip)
         asked = settings(pattern, select, solver, matching, cap, recalibrate, seed, plan, layers)
+        together.agree({name: json.dumps(x, sort_keys=True) for name, x in asked.items()} | {"out": str(out)})
         opened = (
             Run.open(Path(out), asked, model, twins.batches, plan.starts(), resume)
             if out is not None
@@ -166,6 +171,24 @@ def prune(
             if run is not None:
                 run.finish(network, twins.masks, report, run_page(report))
     return Pruned(network, report, twins.masks, twins.edits)
+
+
+def _agreed(model: Any, batches: Iterable[Any], seconds: float | None) -> Iterable[Any]:
+    """Refuse processes with other models or data than the first, before anything is done together.
+
+    Returns:
+        The batches; of several processes read, for they are read once.
+    """
+    if together.size() == 1 or not isinstance(model, nn.Module):
+        return batches
+    found = read_batches(model, batches)
+    known = {
+        "model": fingerprint(model),
+        "calibration data": digest(*contents(found)),
+        "seconds": str(seconds),
+    }
+    together.agree(known | {"version of snows": __version__, "version of torch": torch.__version__})
+    return found
 
 
 def _allowed(net: nn.Module, only: Only | None, skip: Only | None) -> list[str]:

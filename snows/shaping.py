@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from snows import together
 from snows.choosing.allowance import Pace, Ration
 from snows.choosing.budgets import Budget
 from snows.choosing.cuts import Cut
@@ -97,7 +98,7 @@ class Shaping:
             if self.run is not None:
                 self.run.decide(self.cut.described())
                 if self.cut.timetable is not None:
-                    self.cut.timetable.save(self.run.folder / TIMES)
+                    together.by_first(self.cut.timetable.save)(self.run.folder / TIMES)
         else:
             self.cut = Cut.read(stored)
         twins.notes += self.cut.notes
@@ -210,6 +211,8 @@ class Shaping:
             else:
                 compensate(site, seen, intercept, weights and implant is None)
             ration.lap("select")
+        for x in own.values():
+            x.copy_(together.same(x))
         if self.run is not None:
             size, seconds = site.weight.numel(), time.perf_counter() - began
             row = LayerReport(name, tuple(site.weight.shape), "fitted", size, seconds=seconds)

@@ -12,6 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from snows import together
 from snows.choosing.allowance import Pace, Ration
 from snows.choosing.plan import LayerPlan, Plan, checked
 from snows.matching.fitting import fit
@@ -122,7 +123,7 @@ class Walk:
         if self.pace is not None and not found.steps and self.solver is not None:
             unselected = not ration.select and plan.start is None and plan.select is not None
             row = replace(row, stop=NOT_SELECTED if unselected else NOT_FITTED)
-        return found.masked._asdict(), row
+        return {key: together.same(x) for key, x in found.masked._asdict().items()}, row
 
     def _fit(self, site: Site, plan: LayerPlan, generator: torch.Generator, ration: Ration) -> Fit:
         """Choose one layer's mask, then re-fit what stays."""

@@ -9,6 +9,8 @@ from collections.abc import Callable
 
 import torch
 
+from snows import together
+
 MARGIN = 0.02  # of the limit, for what comes after the last layer: closing and writing the network
 
 
@@ -40,7 +42,7 @@ class Deadline:
 
     def __init__(self, seconds: float, clock: Callable[[], float] = time.perf_counter) -> None:
         self.seconds, self._clock = seconds, clock
-        self._began = clock()
+        self._began = self.now()
         self._end = self._began + (1 - MARGIN) * seconds
 
     def part(self, seconds: float) -> Deadline:
@@ -53,7 +55,7 @@ class Deadline:
         """Read the clock, after a GPU has done what it was given."""
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()
-        return self._clock()
+        return together.first(self._clock)
 
     def gone(self) -> float:
         """Return the seconds since it was set."""

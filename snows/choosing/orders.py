@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import reduce
+from functools import partial, reduce
 from itertools import cycle, islice
 from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
+from snows import together
 from snows.choosing.compensated import compensated
 from snows.choosing.curves import Curve
 from snows.matching.consumers import Measured, readers
@@ -52,7 +53,10 @@ def curves(
             f"order: expected one of {', '.join(ORDERS)} or a function of a group, got {order!r}"
         )
     noise = {"seed": seed, "most": max(FEWEST, math.ceil(MOST * share))} if order in NOISY else {}
-    return ORDERS[order](measured, groups, **noise) if groups else {}
+    found = partial(ORDERS[order], measured, groups, **noise)
+    if not groups:
+        return {}
+    return together.first(found) if noise else found()  # whose noise is of whole batches
 
 
 def magnitude(measured: Measured, groups: Sequence[Group]) -> dict[str, Curve]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import statistics
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
+from snows import together
 from snows.choosing.choices import Choice
 from snows.choosing.compiling import Runtime, UnavailableError, ready
 from snows.choosing.measuring import Race, Stopwatch
@@ -63,16 +64,24 @@ class Clock:
     folded: bool = False
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
 
-    def __post_init__(self) -> None:
-        self._dense = self._ready(self._networks(Choice({}))[0])
-
     def dense(self) -> float:
         """Return the median milliseconds of the network as it came."""
-        with torch.no_grad():
-            return self.stopwatch.network([partial(self.example.through, self._dense)]).told().medians[0]
+        return together.first(self._dense_ms)
 
     def beside(self, choice: Choice) -> Pair:
         """Time the network as it came and as it was chosen, in turns, and again while times scatter."""
+        return together.first(partial(self._pair, choice))
+
+    @cached_property
+    def _dense(self) -> nn.Module:
+        """The network as it came, as a user would run it."""
+        return self._ready(self._networks(Choice({}))[0])
+
+    def _dense_ms(self) -> float:
+        with torch.no_grad():
+            return self.stopwatch.network([partial(self.example.through, self._dense)]).told().medians[0]
+
+    def _pair(self, choice: Choice) -> Pair:
         nets = [self._dense, *map(self._ready, self._networks(choice))]
         with torch.no_grad():
             race = self.stopwatch.network([partial(self.example.through, x) for x in nets], _unsure)

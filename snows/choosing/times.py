@@ -11,12 +11,14 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from snows import together
 from snows.choosing.measuring import Stopwatch
 from snows.choosing.options import Zeros
 from snows.layers import SparseConv2d, SparseLinear
@@ -172,7 +174,7 @@ class Times:
                     f"{f' in {pattern}' if pattern else ''} on an input of {shape.x}, got a table without "
                     "it; measure this model with these images"
                 )
-            self.found[key] = self._timed(shape, pattern, self.like)
+            self.found[key] = together.first(partial(self._timed, shape, pattern, self.like))
         return self.found[key]
 
     def _timed(self, shape: Shape, pattern: Zeros | None, like: Tensor) -> Fit:

@@ -12,6 +12,7 @@ import typer
 
 import snows
 from snows.cli import judging, machine, measuring, pruning, runs, structure, verifying
+from snows.cli.processes import RANK, refuse_several
 from snows.cli.terminal import console, errors
 
 app = typer.Typer(
@@ -24,11 +25,13 @@ app = typer.Typer(
 
 @app.callback(invoke_without_command=True)
 def _version(
+    context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="print the version and stop")] = False,
 ) -> None:
     if version:
         console.print(f"snows {snows.__version__}", highlight=False)
         raise typer.Exit
+    refuse_several(context.invoked_subcommand or "")
 
 
 app.command()(pruning.prune)
@@ -46,5 +49,6 @@ def main() -> None:
     try:
         app()
     except ValueError as error:
-        errors.print(str(error), style="red", highlight=False, markup=False, soft_wrap=True)
+        said = f"process {RANK}: {error}" if RANK else str(error)
+        errors.print(said, style="red", highlight=False, markup=False, soft_wrap=True)
         sys.exit(2)

@@ -13,6 +13,7 @@ from snows.cli import asking, terminal
 from snows.cli.judging import compared, judge_networks
 from snows.cli.loading import load_network, say_prepared, test_data
 from snows.cli.pages import claim, claim_time, keep_scores, write_page
+from snows.cli.processes import RANK, joined
 from snows.cli.terminal import next_command, numbers, say, show, warn
 
 if TYPE_CHECKING:
@@ -124,7 +125,7 @@ def prune(
     solver = snows.Newton(max_iterations=iterations, passes=passes)
     check_seconds(minutes, "--minutes: expected minutes")
     place = terminal.device_of(device)
-    if (out / "run.json").exists() and not resume:
+    if RANK == 0 and (out / "run.json").exists() and not resume:
         raise ValueError(
             f"--out: {out} already holds a run; add --resume to go on with it, or name another folder"
         )
@@ -154,7 +155,7 @@ def prune(
     rule: Any = _read_masks(masks) if masks is not None else _rule(select)
     try:
         matching = snows.Matching("end" if horizon == "end" else int(horizon), targets, metric)
-        with memory.kept():
+        with joined(), memory.kept():
             sparse, report = snows.prune(
                 net,
                 batches,
@@ -174,6 +175,8 @@ def prune(
     except KeyboardInterrupt:
         warn(f"stopped; finished layers are kept in {out}. Add --resume to the same command to go on.")
         raise typer.Exit(130) from None
+    if RANK:  # what comes now the first process does alone
+        return
     source.save(out)
     if not resume:  # a run that goes on may have been timed on another machine
         claim_time(out, report, chosen, batches[0], place.type)

@@ -11,13 +11,16 @@ from typing import TYPE_CHECKING, Annotated, Protocol
 import typer
 from rich.console import Console
 
+from snows.cli.processes import RANK, SIZE, own_gpu
+
 if TYPE_CHECKING:
     import torch
     from rich.table import Table
 
     from snows.evaluation import Scores
 
-console, errors = Console(width=None if sys.stdout.isatty() else 160), Console(stderr=True)
+console = Console(width=None if sys.stdout.isatty() else 160, quiet=RANK > 0)
+errors = Console(stderr=True)
 
 Model = Annotated[
     str,
@@ -90,7 +93,8 @@ def device_of(text: str) -> torch.device:
     import torch
 
     if text == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        found = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return found if SIZE == 1 or found.type == "cpu" else own_gpu()
     kind, _, index = text.partition(":")
     if (
         kind not in ("cpu", "cuda")
@@ -145,7 +149,9 @@ def say(*sentences: str) -> None:
 
 
 def warn(sentence: str) -> None:
-    """Print a sentence on the error stream."""
+    """Print a sentence on the error stream; of several processes the first does."""
+    if RANK:
+        return
     from snows.results.tables import printable
 
     errors.print(printable(sentence), highlight=False, markup=False, soft_wrap=True)

@@ -7,6 +7,7 @@ that alone reads it.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from snows import together
 from snows.matching import moments
 from snows.matching.low_rank import InputMoments, low_rank
 from snows.matching.normalisation import Moments, move_statistics, statistics
@@ -119,7 +121,9 @@ def compensate(site: Site, seen: LayerStatistics, intercept: Intercept, weights:
         given = Moments()
         if intercept.norm is not None:
             for pair in site.training:
-                given.add(Moments.of(channels_first(moments.output(pair.calls[1], weight), site)))
+                own = Moments.of(channels_first(moments.output(pair.calls[1], weight), site))
+                given.add(own.times(pair.sparse.batch.share > 0))
+            given = given.together()
         now = (rows(weight).reshape(shape).double() @ mean[:, :, None]).squeeze(-1)
         intercept.write((level - now).flatten(), wanted, given)
 
@@ -151,7 +155,8 @@ def unchanged(site: Site) -> bool:
     if not torch.equal(site.weight, site.target):
         return False
     pairs = [pair.calls for pair in site.training]
-    return all(dense is not sparse and torch.equal(dense.x, sparse.x) for dense, sparse in pairs)
+    same = all(dense is not sparse and torch.equal(dense.x, sparse.x) for dense, sparse in pairs)
+    return together.everywhere(same)
 
 
 def targets(seen: LayerStatistics, weight: Tensor) -> tuple[Moments, Tensor]:
@@ -159,13 +164,15 @@ def targets(seen: LayerStatistics, weight: Tensor) -> tuple[Moments, Tensor]:
 
     Both are in float64.
     """
-    wanted, total = Moments(), None
-    for call, y in zip(seen.calls, seen.wanted(weight), strict=True):
-        wanted.add(Moments.of(y if call.kernel else y.flatten(0, -2)))
-        part = moments.cross(call, y).double()
-        total = part if total is None else total + part
-    assert total is not None
-    return wanted, total / seen.count
+    wanted = Moments()
+
+    def crosses() -> Iterator[Tensor]:
+        for call, y, real in zip(seen.calls, seen.wanted(weight), seen.counts, strict=True):
+            wanted.add(Moments.of(y if call.kernel else y.flatten(0, -2)).times(real))
+            yield moments.cross(call, y)
+
+    cross = seen.total(crosses()) / seen.count
+    return wanted.together(), cross
 
 
 def channels_first(y: Tensor, site: Site) -> Tensor:

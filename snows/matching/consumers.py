@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from snows import together
 from snows.matching import moments
 from snows.matching.metrics import Metric, OutputSensitivity
 from snows.matching.statistics import factored
@@ -57,13 +58,20 @@ class Consumer:
     count: int = 0
     metrics: list[Metric] = field(default_factory=list)
 
-    def add(self, call: Call) -> None:
-        """Add the rows of one call."""
+    def add(self, call: Call, real: bool) -> None:
+        """Add the rows of one call, or nothing in their place where they are another process's."""
         gram, total = moments.gram(call), sum(x.sum(1).double() for x in moments.patches(call))
         assert isinstance(total, Tensor)
+        gram, total = gram * real, total * real
         self.gram = gram if self.gram is None else self.gram.add_(gram)
         self.total = total if self.total is None else self.total.add_(total)
-        self.count += moments.positions(call)
+        self.count += moments.positions(call) if real else 0
+
+    def pool(self) -> None:
+        """Add the rows that other processes have."""
+        if self.gram is not None and self.total is not None:
+            self.gram, self.total = together.total(self.gram), together.total(self.total)
+            self.count = int(together.total(torch.tensor(self.count)))
 
     @property
     def weight(self) -> Tensor:
@@ -172,10 +180,12 @@ class Measured:
     def _gathered(self, names: list[str]) -> dict[str, Consumer]:
         watch = _Gathering(self.net, {name: Consumer(self.layers[name]) for name in names})
         for batch in self.batches:
-            watch.begin()
+            own = batch.part()
+            watch.begin(own.share > 0)
             with torch.no_grad(), plain_forward(), watch:
-                batch.to(self.device).through(self.net)
+                own.to(self.device).through(self.net)
         for consumer in watch.consumers.values():
+            consumer.pool()
             if self.sensitivity is not None:
                 consumer.metrics = list(self.sensitivity.of(consumer.operations).values())
         return watch.consumers
@@ -186,16 +196,16 @@ class _Gathering(Watch):
 
     def __init__(self, net: nn.Module, consumers: dict[str, Consumer]) -> None:
         super().__init__(net)
-        self.consumers = consumers
+        self.consumers, self.real = consumers, True
 
-    def begin(self) -> None:
-        """Name operations as in the first pass."""
-        self.frames = [Frame()]
+    def begin(self, real: bool) -> None:
+        """Name operations as in the first pass; of a batch whose samples are this process's own, or not."""
+        self.frames, self.real = [Frame()], real
 
     def layer(self, name: str, call: Call, args: Any, kwargs: Any) -> Any:
         operation = self.frame.operation(call.function)
         if (consumer := self.consumers.get(name)) is not None:
-            consumer.add(call)
+            consumer.add(call, self.real)
             if operation not in consumer.operations:
                 consumer.operations.append(operation)
         return call.function(*args, **kwargs)

@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from snows import together
 from snows.matching.horizon import Horizon, Outputs
 from snows.matching.metrics import Metric, OutputSensitivity
 from snows.networks.implants import LowRank, weight_of
@@ -79,7 +80,9 @@ class Objective:
     def sensitivity(self) -> OutputSensitivity:
         """How strongly the network's output depends on its operations, on a few dozen samples."""
         twins = self.twins
-        found = OutputSensitivity(self.net, twins.probe, torch.Generator().manual_seed(self.seed))
+        found = together.first(
+            lambda: OutputSensitivity(self.net, twins.probe, torch.Generator().manual_seed(self.seed))
+        )
         if found.note:
             twins.notes.append(
                 "The output sensitivity could not be measured, so that features are weighed by their "
@@ -152,7 +155,7 @@ class LayerLosses:
                 self.objective.sensitivity.of(self.horizon.operations) if matching.metric == "output" else {}
             )
             self._metrics = {
-                name: known[name] if name in known else Metric.plain(y, scaling)
+                name: known[name] if name in known else Metric.plain(y, scaling, pair.sparse.batch.share)
                 for name, y in targets.items()
             }
         return Reconstruction(self.horizon, pair.sparse.on_device(), targets, self._metrics)
@@ -181,7 +184,8 @@ class LayerLosses:
 class Reconstruction:
     """Compute one batch's loss: the mismatch of a horizon with its targets, summed over the operations.
 
-    Each term is the mean over images and positions of its metric. Without metrics that is
+    Each term is the mean over images and positions of its metric; of several processes each computes its part
+    of that mean. Without metrics it is
     ``Σ_k mean((f_k(W) - y_k)²) / var(y_k)``: every operation weighs alike whatever its scale and size.
 
     Args:
@@ -199,7 +203,7 @@ class Reconstruction:
         self.targets = {
             name: y for name, y in targets.items() if name in metrics and not metrics[name].is_zero
         }
-        self._weighers = {name: _weigher(metrics[name], y) for name, y in self.targets.items()}
+        self._weighers = {name: _weigher(metrics[name], y, x.batch.share) for name, y in self.targets.items()}
         self._names: list[str] = []  # of the last residuals
 
     def __call__(self, weight: Tensor) -> Tensor:
@@ -222,10 +226,16 @@ class Reconstruction:
         return [self._weighers[name](e) for name, e in zip(self._names, residuals, strict=True)]
 
 
-def _weigher(metric: Metric, y: Tensor) -> Callable[[Tensor], Tensor]:
-    """Return the derivative of a metric's mean over the positions of y, as a function of the mismatch."""
+def _weigher(metric: Metric, y: Tensor, part: float) -> Callable[[Tensor], Tensor]:
+    """Return the derivative of a metric's mean over the positions of y, as a function of the mismatch.
+
+    Args:
+        metric: of the operation.
+        y: its target.
+        part: of all positions, those in y.
+    """
     channel, width = metric.channel, y.shape[metric.channel]
-    share = 2 * width / y.numel()  # of a position
+    share = 2 * width * part / y.numel()  # of a position
     if metric.basis is None:
         return lambda e: e * (metric.floor * share)
     if 2 * metric.basis.shape[1] >= width:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from snows import together
 from snows.matching.horizon import Run, frozen, protected
 from snows.networks.attention import plain_forward
 from snows.networks.batches import Batch, first_line, output_tensors
@@ -36,9 +37,17 @@ class Metric(NamedTuple):
     channel: int = -1
 
     @classmethod
-    def plain(cls, y: Tensor, scaling: Literal["variance", "none"] = "variance") -> Metric:
-        """Take the mean over all elements, divided by the variance of the target `y`, or not."""
-        return cls(1.0 / (y.shape[-1] * (variance(y) if scaling == "variance" else 1.0)))
+    def plain(
+        cls, y: Tensor, scaling: Literal["variance", "none"] = "variance", share: float = 1.0
+    ) -> Metric:
+        """Take the mean over all elements, divided by the variance of the target `y`, or not.
+
+        Args:
+            y: this process's part of it.
+            scaling: whether to divide.
+            share: of the samples, those in y.
+        """
+        return cls(1.0 / (y.shape[-1] * (variance(y, share) if scaling == "variance" else 1.0)))
 
     @classmethod
     def from_gradients(
@@ -221,10 +230,16 @@ class _Measuring(Watch):
         return out
 
 
-def variance(y: Tensor) -> float:
+def variance(y: Tensor, share: float = 1.0) -> float:
     """Return a tensor's variance over all elements; 1 where it is 0.
 
     Small tensors are summed in double precision, where that is cheap.
+
+    Args:
+        y: of all processes, or a part of it that this one has.
+        share: of the samples, those in y; less than 1 of a part.
     """
+    if share < 1.0:
+        return together.variance(y, share)
     found = y.double().var(unbiased=False).item() if y.numel() < 2**16 else y.var(unbiased=False).item()
     return found if found > 0 else 1.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from snows import together
 from snows.matching.metrics import variance
 from snows.networks.attention import plain_forward
 from snows.networks.batches import output_tensors
@@ -14,8 +15,12 @@ from snows.networks.twins import Twins
 def mismatch(twins: Twins) -> float:
     """Return the squared mismatch of the outputs on the held-back samples, as a share of their variance.
 
-    Where no samples are held back, the first batch stands for them.
+    Where no samples are held back, the first batch stands for them. The first process measures it for all.
     """
+    return together.first(lambda: _measured(twins))
+
+
+def _measured(twins: Twins) -> float:
     batch = (hold_back(twins.batches)[1] or twins.batches[0]).to(twins.device)
     with torch.no_grad(), plain_forward():
         wanted = output_tensors(batch.map(torch.clone).through(twins.dense))

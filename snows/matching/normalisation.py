@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from snows import together
 from snows.networks.attention import plain_forward
 from snows.networks.batches import Batch
 
@@ -40,17 +41,19 @@ def recalibrate_statistics(
     kept = {name: x.to(device) for name, x in (left or {}).items()}
     origin = {name: statistics(m, kept.get(name)) for name, m in theirs.items()}
     seen: dict[str, list[Moments]] = {}
+    own_share = True  # whether the batch's samples are this process's own
 
     def set_statistics(name: str, before: Moments, after: Moments) -> None:
         move_statistics(own[name], origin[name], before, after)
 
     def watch_dense(name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
-        seen[name].append(Moments.of(_input(args, kwargs)).of_channels(kept.get(name)))
+        found = Moments.of(_input(args, kwargs)).of_channels(kept.get(name))
+        seen[name].append(found.times(own_share).together())
 
     def watch_sparse(name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
         if not seen[name]:  # routing sent nothing here in the dense network
             return
-        before, after = seen[name].pop(0), Moments.of(_input(args, kwargs))
+        before, after = seen[name].pop(0), Moments.of(_input(args, kwargs)).times(own_share).together()
         set_statistics(name, before, after)  # what comes after is to see it as it will be
         totals[name][0].add(before)
         totals[name][1].add(after)
@@ -64,7 +67,8 @@ def recalibrate_statistics(
     ]
     try:
         with torch.no_grad(), plain_forward():
-            for x in (x.to(device) for x in batches):
+            for x in (x.part().to(device) for x in batches):
+                own_share = x.share > 0
                 seen.update({name: [] for name in own})
                 x.through(dense)
                 x.through(sparse)
@@ -146,9 +150,24 @@ class Moments:
             found.mean, found.square = self.mean[left], self.square[left]
         return found
 
+    def times(self, real: bool) -> Moments:
+        """Return these moments, or none in their place, of as many channels."""
+        found = self.of_channels(None)
+        found.count = self.count if real else 0
+        return found
+
+    def together(self) -> Moments:
+        """Pool with the moments of the same images' other parts, that other processes have."""
+        count = self.mean.new_tensor([self.count])
+        sums = together.total(torch.cat([count * self.mean, count * self.square, count]))
+        found = Moments()
+        found.count = int(sums[-1])
+        found.mean, found.square = (sums[:-1] / max(found.count, 1)).chunk(2)
+        return found if together.size() > 1 else self
+
     def add(self, other: Moments) -> None:
         """Pool with the moments of other images."""
-        total = self.count + other.count
+        total = max(self.count + other.count, 1)
         self.mean = (self.count * self.mean + other.count * other.mean) / total
         self.square = (self.count * self.square + other.count * other.square) / total
         self.count = total

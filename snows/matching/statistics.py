@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from snows import together
 from snows.matching import moments
 from snows.networks.sites import Site
 from snows.networks.watching import Call
@@ -22,7 +23,9 @@ class LayerStatistics:
     """Hold second moments of a layer's inputs over the calibration batches, per group of a convolution.
 
     Attributes:
-        calls: the layer's on the pruned network's stream, one a batch.
+        calls: the layer's on the pruned network's stream, one a batch, with the samples of this process; what
+            is returned is of all.
+        counts: by call, whether its samples are this process's own.
 
     Args:
         sparse: the layer's calls on the pruned network's stream, one a batch.
@@ -30,6 +33,7 @@ class LayerStatistics:
         sensitivity: makes what `sensitivity` returns.
         target: the dense network's weight, where the layer was cut; None where it is the one to prune.
         left: which outputs of the dense layer the cut one has; None for all.
+        counts: by call, whether its samples are this process's own; None for all.
     """
 
     def __init__(
@@ -39,9 +43,11 @@ class LayerStatistics:
         sensitivity: Callable[[], Tensor],
         target: Tensor | None = None,
         left: Tensor | None = None,
+        counts: Sequence[bool] | None = None,
     ) -> None:
         self.calls, self._dense, self._sensitivity = sparse, dense, sensitivity
         self._target, self._left = target, left
+        self.counts = [True] * len(sparse) if counts is None else counts
 
     @classmethod
     def of(cls, site: Site, sensitivity: Callable[[], Tensor], whole: bool = False) -> LayerStatistics:
@@ -54,11 +60,12 @@ class LayerStatistics:
                 a layer, which the dense network has none like, is to return what it makes of its own inputs.
         """
         calls = [pair.calls for pair in site.training]
+        counts = [pair.sparse.batch.share > 0 for pair in site.training]
         if site.first and not whole:
             own = [sparse for _, sparse in calls]
-            return cls(own, own, sensitivity)
+            return cls(own, own, sensitivity, counts=counts)
         dense, sparse = [dense for dense, _ in calls], [sparse for _, sparse in calls]
-        return cls(sparse, dense, sensitivity, site.target, site.left)
+        return cls(sparse, dense, sensitivity, site.target, site.left, counts)
 
     @cached_property
     def sensitivity(self) -> Tensor:
@@ -70,25 +77,21 @@ class LayerStatistics:
         """The Kronecker factors of the layer's curvature, which selectors and preconditioners share."""
         return Factors(self.gram, self.sensitivity)
 
-    def rows(self) -> Iterator[Tensor]:
-        """Give the input rows on the pruned stream, some at a time: (groups, positions, in)."""
-        for call in self.calls:
-            yield from moments.patches(call)
-
     @cached_property
     def count(self) -> int:
         """The rows seen: images times tokens or output positions."""
-        return sum(moments.positions(call) for call in self.calls)
+        own = sum(moments.positions(call) for call, real in zip(self.calls, self.counts, strict=True) if real)
+        return int(together.total(torch.tensor(own)))
 
     @cached_property
     def mean(self) -> Tensor:
         """(groups, in): the mean row."""
-        return self._mean(x.sum(1) for x in self.rows())
+        return self._mean(_sum(x.sum(1) for x in moments.patches(call)) for call in self.calls)
 
     @cached_property
     def energy(self) -> Tensor:
         """(groups, in): the mean square of each input, the diagonal of `gram`."""
-        return self._mean(x.square().sum(1) for x in self.rows())
+        return self._mean(_sum(x.square().sum(1) for x in moments.patches(call)) for call in self.calls)
 
     @cached_property
     def gram(self) -> Tensor:
@@ -124,10 +127,21 @@ class LayerStatistics:
         return self._mean(x.view(len(self.mean), -1) for x in sums)
 
     def _mean(self, sums: Iterator[Tensor]) -> Tensor:
-        total = next(sums).double()
-        for part in sums:
-            total += part
-        return (total / self.count).to(self.calls[0].x.dtype)
+        return (self.total(sums) / self.count).to(self.calls[0].x.dtype)
+
+    def total(self, sums: Iterator[Tensor]) -> Tensor:
+        """Sum what calls give over all that are this process's own, and over all processes: float64."""
+        both = zip(sums, self.counts, strict=True)
+        own = (x.double() if real else torch.zeros_like(x).double() for x, real in both)
+        return together.total(_sum(own))
+
+
+def _sum(parts: Iterator[Tensor]) -> Tensor:
+    """Sum tensors in float64."""
+    total = next(parts).double()
+    for part in parts:
+        total += part
+    return total
 
 
 class Selector(Protocol):

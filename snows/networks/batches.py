@@ -10,15 +10,23 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from snows import together
+
 
 class Batch(NamedTuple):
     """Hold one batch, ready to call a network with.
 
     Its samples are the entries of each tensor's first dimension, or of a list of tensors.
+
+    Attributes:
+        args: by position.
+        kwargs: by name.
+        share: of the samples that all processes have of the batch, those in this one.
     """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    share: float = 1.0
 
     @classmethod
     def of(cls, batch: Any) -> Batch:
@@ -76,14 +84,38 @@ class Batch(NamedTuple):
             len(x) != count for x in tree_leaves(tuple(self), is_leaf=_is_batched) if _is_batched(x)
         ):
             return [self]
-        return [
-            Batch(
-                *tree_map(
-                    lambda x, i=i: x[i : i + size] if _is_batched(x) else x, tuple(self), is_leaf=_is_batched
-                )
+        return [self.between(i, i + size) for i in range(0, count, size)]
+
+    def part(self) -> Batch:
+        """Return the samples that this process has.
+
+        Where there are too few for all processes, some have a sample that is not theirs, whose share is 0, so
+        that every process runs the network alike.
+
+        Raises:
+            ValueError: the batch cannot be divided into samples.
+        """
+        size, rank, count = together.size(), together.rank(), self.samples()
+        if size == 1:
+            return self
+        if len(self.split(1)) != count:
+            raise ValueError(
+                "prune: expected batches of which every tensor has an entry a sample, to share them among "
+                f"{size} processes, got others; run one process"
             )
-            for i in range(0, count, size)
-        ]
+        begin, end = (count * i // size for i in (rank, rank + 1))
+        if begin == end:
+            begin = min(begin, count - 1)
+            return self.between(begin, begin + 1)._replace(share=0.0)
+        return self.between(begin, end)._replace(share=(end - begin) / count)
+
+    def between(self, begin: int, end: int) -> Batch:
+        """Return the samples from `begin` to before `end`."""
+
+        def some(x: Any) -> Any:
+            return x[begin:end] if _is_batched(x) else x
+
+        return Batch(*tree_map(some, tuple(self), is_leaf=_is_batched))
 
 
 LABELS = ("label", "labels")

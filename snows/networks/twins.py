@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from snows import together
 from snows.networks.attention import plain_forward
 from snows.networks.batches import Batch, output_of, output_tensors
 from snows.networks.checks import check_model, check_numbers, check_outputs, read_batches
@@ -72,8 +73,8 @@ class Twins:
         self._check_late_starts()
 
     def _first(self) -> Batch:
-        """Return a copy of the first batch, on the device."""
-        return self.batches[0].to(self.device).map(torch.clone)
+        """Return a copy of the first batch, or of this process's part of it, on the device."""
+        return self.batches[0].part().to(self.device).map(torch.clone)
 
     def _trace(self) -> None:
         """Trace both networks, pair their operations, and put all batches at their beginning."""
@@ -101,10 +102,8 @@ class Twins:
         """Put all batches at the beginning of both networks, for another walk."""
         training, held = self._divided()
         self.held = held
-        self._streams = [
-            Pair(*(Stream(schedule, x) for schedule in self.schedules))
-            for x in (*training, *([held] if held is not None else []))
-        ]
+        parts = [x.part() for x in (*training, *([held] if held is not None else []))]
+        self._streams = [Pair(*(Stream(schedule, x) for schedule in self.schedules)) for x in parts]
         self._held = len(training) if held is not None else 0
 
     def _divided(self) -> tuple[list[Batch], Batch | None]:
@@ -174,7 +173,7 @@ class Twins:
     def _routes(self) -> tuple[list[str], Counter[str]]:
         """Learn which layers each batch calls; where that differs, every pass runs from the front."""
         order, calls, routes = list(self.trace.start), Counter[str](), []
-        for batch in self.batches:
+        for batch in (x.part() for x in self.batches):
             try:
                 found = route(self.dense, batch.to(self.device))
             except Exception:
@@ -188,6 +187,11 @@ class Twins:
                 ):  # a layer new to the order comes after the one before it
                     if name not in order:
                         order.insert(order.index(before) + 1 if before else 0, name)
+        if together.size() > 1 and not together.everywhere(routes == together.first(lambda: routes[:1])):
+            raise ValueError(
+                "prune: expected a network that calls the same layers for all samples, to share them among "
+                f"{together.size()} processes, got one that does not; run one process"
+            )
         if len(routes) > 1:
             self._from_the_front("Batches take different ways through the network")
         return order, calls
@@ -197,7 +201,7 @@ class Twins:
         schedule = self.schedules[1]
         one, *_ = self.batches[0].split(1)
         *_, other = self.batches[-1].split(1)
-        if not schedule.whole and keeps_state(schedule, one, other):
+        if not schedule.whole and not together.everywhere(not keeps_state(schedule, one, other)):
             self._from_the_front("Modules keep state from one call to the next, which the network reads")
 
     def _from_the_front(self, reason: str) -> None:
@@ -210,11 +214,9 @@ class Twins:
     @property
     def probe(self) -> Batch:
         """A few dozen samples of the largest batch, on the device."""
-        return (
-            max((pair.dense.batch for pair in self._streams), key=Batch.samples)
-            .split(PROBE)[0]
-            .to(self.device)
-        )
+        training, held = self._divided()
+        batches = [*training, held] if held is not None else training
+        return max(batches, key=Batch.samples).split(PROBE)[0].to(self.device)
 
     def at(self, name: str, most: int | None = None) -> Site:
         """Take batches up to a layer, in both networks.
@@ -227,6 +229,7 @@ class Twins:
             ValueError: the layer's inputs are not finite.
         """
         reached: list[tuple[int, Pair]] = []
+        finite = True
         source = self.reduction.source(name)
         for i, (dense, sparse) in enumerate(self._streams):
             if i != self._held and len(reached) == most:
@@ -234,11 +237,10 @@ class Twins:
             call, other = sparse.advance(name), dense.advance(source)
             if call is None or other is None:
                 continue
-            if not call.x.sum().isfinite():  # one pass; isfinite().all() takes twenty times as long
-                raise ValueError(
-                    f"{name}: its inputs are not finite; check the weights before it and the images"
-                )
+            finite &= bool(call.x.sum().isfinite())  # one pass; isfinite().all() takes twenty times as long
             reached.append((i, Pair(dense, sparse)))
+        if not together.everywhere(finite):
+            raise ValueError(f"{name}: its inputs are not finite; check the weights before it and the images")
         layer: Any = self.sparse.get_submodule(name)
         training = [pair for i, pair in reached if i != self._held or self._held == 0]
         held = next((pair for i, pair in reached if i == self._held), training[0] if training else None)

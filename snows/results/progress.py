@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from snows import together
 from snows.results.report import LayerReport
 from snows.results.tables import printable
 from snows.solving.newton import Step
@@ -63,11 +64,12 @@ class Tell:
 
 @contextmanager
 def shown(show: bool) -> Iterator[Tell]:
-    """Show progress on the error stream while something is done.
+    """Show progress on the error stream while something is done; of several processes the first does.
 
     Args:
         show: whether to.
     """
+    show &= together.rank() == 0
     console = Console(stderr=True)
     drawn = console.is_terminal or console.is_jupyter
     columns = (

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from snows import together
 from snows.networks.batches import Batch
 from snows.results.files import encoded
 from snows.results.origin import contents, fingerprint
@@ -45,14 +46,15 @@ _CALLED = {
 class Run:
     """Keep one pruning run's folder: `run.json`, `layers/`, and at the end its results.
 
-    A context manager: the folder is locked from `open` on, and free again when it is left.
+    A context manager: the folder is locked from `open` on, and free again when it is left. Of several
+    processes the first reads and writes, and tells the others.
 
     Attributes:
         folder: the run's.
         threads: how many there were when the run began; results are bit-identical for the same number.
     """
 
-    def __init__(self, folder: Path, lock: FileLock, threads: int) -> None:
+    def __init__(self, folder: Path, lock: FileLock | None, threads: int) -> None:
         self.folder, self.threads, self._lock = folder, threads, lock
 
     @classmethod
@@ -91,7 +93,13 @@ class Run:
             "data": digest(*contents(batches)),
             "masks": digest(given),
         }
-        wanted = json.loads(json.dumps(asked))
+        wanted, locks = json.loads(json.dumps(asked)), list[FileLock]()
+        threads = together.first(lambda: cls._begun(folder, wanted, resume, locks))
+        return cls(folder, locks[0] if locks else None, threads)
+
+    @staticmethod
+    def _begun(folder: Path, wanted: Mapping[str, Any], resume: bool, locks: list[FileLock]) -> int:
+        """Begin or go on in a folder, and lock it; return how many threads it began with."""
         threads = torch.get_num_threads()
         try:
             (folder / "layers").mkdir(parents=True, exist_ok=True)
@@ -115,7 +123,8 @@ class Run:
         except BaseException:
             lock.release()
             raise
-        return cls(folder, lock, threads)
+        locks.append(lock)
+        return threads
 
     def __enter__(self) -> Run:
         return self
@@ -123,6 +132,8 @@ class Run:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self._lock is None:
+            return
         if kind is not None and not (self.folder / PLAN).exists():
             with suppress(OSError):  # there is a finished layer
                 (self.folder / "layers").rmdir()
@@ -132,10 +143,12 @@ class Run:
     def _layer(self, key: str) -> Path:
         return self.folder / "layers" / f"{key}.safetensors"
 
+    @together.by_first
     def held(self) -> set[str]:
         """Return the keys of the layers that are on disk, whole or not."""
         return {path.stem for path in (self.folder / "layers").iterdir()}
 
+    @together.by_first
     def finished(
         self, key: str, name: str, like: Mapping[str, Tensor]
     ) -> tuple[dict[str, Tensor], LayerReport] | None:
@@ -163,12 +176,14 @@ class Run:
         fits = all(tensors[key].shape == x.shape and tensors[key].dtype == x.dtype for key, x in like.items())
         return (tensors, found) if fits and names == set(like) and found.name == name else None
 
+    @together.by_first
     def keep(self, key: str, tensors: Mapping[str, Tensor], report: LayerReport) -> None:
         """Write a finished layer."""
         found = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
         text = json.dumps(asdict(report))
         write(self._layer(key), save(found, {"report": text, "sha256": digest(found, text)}))
 
+    @together.by_first
     def decided(self) -> dict[str, Any] | None:
         """Read what was decided before anything was fitted, if it is on disk as it was written."""
         try:
@@ -178,12 +193,14 @@ class Run:
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return None
 
+    @together.by_first
     def decide(self, plan: Mapping[str, Any]) -> None:
         """Write what was decided, so that a run that is resumed never decides again."""
         text = json.dumps(plan, sort_keys=True)
         content = {"plan": json.loads(text), "sha256": digest({}, text)}
         write(self.folder / PLAN, (json.dumps(content, indent=1) + "\n").encode())
 
+    @together.by_first
     def finish(self, net: nn.Module, masks: Mapping[str, Tensor], report: Report, page: str) -> None:
         """Write the whole network, its masks, the report and its page."""
         write(self.folder / "model.safetensors", encoded(net, report))

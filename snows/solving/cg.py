@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from snows import ops, reference
+from snows import ops, reference, together
 from snows.solving.operators import LinearOperator
 
 
@@ -81,13 +81,15 @@ def cg(
     x, p = torch.zeros_like(r), torch.zeros_like(r)
     state = _start(r)
     for iteration in range(max_iterations):
-        if _looks(iteration, r, check_every) and state[reference.STATUS].item() != reference.RUNNING:
-            break
+        if _looks(iteration, r, check_every):
+            state = together.same(state)  # so that all processes end alike
+            if state[reference.STATUS].item() != reference.RUNNING:
+                break
         if over := late():
             break
         ops.cg_direction(p, r, r if preconditioner is None else preconditioner @ r, state)
         ops.cg_update(x, r, p, A @ p, state, rtol)
-    status, iterations, _, rr, bb = state.tolist()
+    status, iterations, _, rr, bb = together.same(state).tolist()
     stop = Stop.TIME if over else _STOPS[int(status)]
     residual = math.nan if stop is Stop.NOT_FINITE else math.sqrt(rr / bb) if bb > 0 else 0.0
     return Solution(x, int(iterations), residual, stop)

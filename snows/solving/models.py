@@ -9,6 +9,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from snows import together
 from snows.solving.operators import Curvature, GaussNewton, Hessian, Loss
 
 Build = Callable[[Loss, Tensor], Curvature]
@@ -91,17 +92,23 @@ def _pooled(losses: Losses, index: int, build: Build, weight: Tensor) -> Model:
             chosen = loss
         else:
             gradient += _gradient(loss, weight)
+    gradient = together.total(gradient)
     H = build(chosen, weight)  # last, so that its graph is not kept through the others'
     return Model(H, partial(_mean_loss, losses), (gradient + H.grad) / len(losses))
 
 
 def _single(loss: Loss, build: Build, weight: Tensor) -> Model:
     H = build(loss, weight)
-    return Model(H, loss, H.grad)
+    return Model(H, partial(summed, loss), H.grad)
 
 
 def _mean_loss(losses: Losses, weight: Tensor) -> Tensor:
-    return torch.stack([loss(weight) for loss in losses]).mean()
+    return together.total(torch.stack([loss(weight) for loss in losses]).mean())
+
+
+def summed(loss: Loss, weight: Tensor) -> Tensor:
+    """Compute a loss by the samples of all processes."""
+    return together.total(loss(weight))
 
 
 def _gradient(loss: Loss, weight: Tensor) -> Tensor:

@@ -6,13 +6,15 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from snows import together
 from snows.solving.cg import Stop, cg
-from snows.solving.models import CURVATURES, Losses, OverdueError, Timed, from_all, from_each, never
+from snows.solving.models import CURVATURES, Losses, OverdueError, Timed, from_all, from_each, never, summed
 from snows.solving.operators import LinearOperator, Loss, Restricted, trace
 from snows.solving.preconditioners import Factors, Kronecker, RowBlocks
 from snows.solving.search import Search, armijo
@@ -138,10 +140,11 @@ class Newton:
                 is then returned.
         """
         weight, mask = start
+        judge = None if held is None else partial(summed, held)
         damping, mean = self.damping, math.nan
         models = from_all if self.gradient == "all" else from_each
         steps: list[Step] = []
-        first = _value(held, weight)
+        first = _value(judge, weight)
         best = _Point(weight, first)
         try:
             for index in range(self.passes):
@@ -159,7 +162,7 @@ class Newton:
                     direction = self._direction(H, gradient, mask, damping, mean, factors, late)
                     value = H.value
                     del H  # the graph, before the search needs room
-                    search, value = self._search(loss, held, _Point(weight, value), best.value, direction)
+                    search, value = self._search(loss, judge, _Point(weight, value), best.value, direction)
                     weight = weight + search.size * direction.d
                     steps.append(
                         Step(
@@ -173,7 +176,7 @@ class Newton:
                         )
                     )
                     tell(steps[-1])
-                    now = search.value if self._searches_held(held) else _value(held, weight)
+                    now = search.value if self._searches_held(judge) else _value(judge, weight)
                     if not now >= best.value:  # True where there are no held-back samples
                         best = _Point(weight, now)
                     damping *= _damping_factor(direction.slope, search, value)
@@ -207,7 +210,7 @@ class Newton:
             preconditioner=self._preconditioner(factors, mask, damping),
             late=lambda: late(0.0),
         )
-        return _Direction(d, (g * d).sum().item(), iterations, stop)
+        return _Direction(d, together.same((g * d).sum()).item(), iterations, stop)
 
     def _preconditioner(self, factors: Factors | None, mask: Tensor, damping: float) -> LinearOperator | None:
         if factors is None or self.preconditioner == "none":
@@ -217,13 +220,13 @@ class Newton:
 
     # ---------------------------------------------------------------- search
 
-    def _searches_held(self, held: Loss | None) -> bool:
+    def _searches_held(self, held: Callable[[Tensor], Tensor] | None) -> bool:
         return self.gradient == "all" and held is not None
 
     def _search(
         self,
         loss: Callable[[Tensor], Tensor],
-        held: Loss | None,
+        held: Callable[[Tensor], Tensor] | None,
         at: _Point,
         best: float,
         direction: _Direction,

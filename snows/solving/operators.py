@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from snows import ops
+from snows import ops, together
 from snows.ops import graphs
 
 
@@ -27,7 +27,7 @@ class Loss(Protocol):
     """
 
     def __call__(self, weight: Tensor) -> Tensor:
-        """Compute the loss of a weight."""
+        """Compute the loss of a weight, by the samples of this process."""
         ...
 
     def residuals(self, weight: Tensor) -> Sequence[Tensor]:
@@ -83,7 +83,7 @@ def trace(
 
 
 class Curvature(LinearOperator):
-    """Hold a loss's second-order model at a point.
+    """Hold a loss's second-order model at a point, summed over all processes.
 
     On a CUDA device its products are captured and replayed, see `graphs`.
 
@@ -100,11 +100,11 @@ class Curvature(LinearOperator):
         self.products = graphs.Replayed(graphs.capture if at.is_cuda else None)
 
     def __matmul__(self, v: Tensor) -> Tensor:
-        return self.products(self.product, v)
+        return together.total(self.products(self.product, v))
 
     @abc.abstractmethod
     def product(self, v: Tensor) -> Tensor:
-        """Compute a product eagerly."""
+        """Compute this process's part of a product eagerly."""
 
 
 def twice_differentiable() -> AbstractContextManager[None]:
@@ -134,8 +134,8 @@ class Hessian(Curvature):
             self._at = at.detach().clone().requires_grad_()
             value = loss(self._at)
             (self._grad,) = torch.autograd.grad(value, self._at, create_graph=True)
-        self.value = value.item()
-        self.grad = self._grad.detach()
+        self.value = together.total(value.detach()).item()
+        self.grad = together.total(self._grad.detach())
 
     def product(self, v: Tensor) -> Tensor:
         """Compute a product from the retained graph."""
@@ -170,8 +170,8 @@ class GaussNewton(Curvature):
             (self._pullback,) = torch.autograd.grad(
                 self._residuals, self._at, self._cotangents, create_graph=True
             )
-        self.value = half_inner(found, self._cotangents).item()
-        self.grad = self._pullback.detach()
+        self.value = together.total(half_inner(found, self._cotangents).detach()).item()
+        self.grad = together.total(self._pullback.detach())
 
     def product(self, v: Tensor) -> Tensor:
         """Compute a product from the retained graph."""

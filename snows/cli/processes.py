@@ -1,0 +1,54 @@
+"""`torchrun -m snows prune`: several processes prune one network."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+RANK, SIZE = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def refuse_several(command: str) -> None:
+    """Refuse a command that one process does alone.
+
+    Raises:
+        ValueError: torchrun started several.
+    """
+    if SIZE > 1 and command != "prune":
+        raise ValueError(f"{command}: expected one process, got {SIZE}; prune alone is done by several")
+
+
+def own_gpu() -> torch.device:
+    """Take the GPU of this process's number on this machine."""
+    import torch
+
+    index = int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
+
+
+@contextmanager
+def joined() -> Iterator[None]:
+    """Join the processes that torchrun started, if it did, and leave them at the end.
+
+    Raises:
+        KeyboardInterrupt: torchrun ends them all, because one of them has ended.
+    """
+    if SIZE == 1:
+        yield
+        return
+    import torch
+    import torch.distributed as dist
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,149 @@
+"""Several processes that prune one network: each has some of the samples of every batch.
+
+Whatever is a sum over samples goes through `total`, whatever one process alone knows (files, clocks, times)
+through `first`, so that all decide alike. Without an initialised process group of `torch.distributed` there
+is one process, and nothing is sent.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+Result = TypeVar("Result")
+Given = ParamSpec("Given")
+
+
+def size() -> int:
+    """Return how many processes there are."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Return the number of this process, from 0."""
+    return dist.get_rank() if size() > 1 else 0
+
+
+class LostError(ValueError):
+    """Say that another process has ended, so that nothing can be done together any more."""
+
+
+@contextmanager
+def _sending() -> Iterator[None]:
+    """Tell a process that has ended from what else may go wrong.
+
+    Raises:
+        LostError: another process has ended.
+    """
+    try:
+        yield
+    except RuntimeError as error:  # dist.DistBackendError is one
+        why = str(error).strip().splitlines()[0]
+        raise LostError(
+            f"prune: another of the {size()} processes has ended ({why}); a run in out goes on with "
+            "resume, also with another number of processes"
+        ) from error
+
+
+def total(x: Tensor) -> Tensor:
+    """Return the sum of a tensor over all processes; with one process the tensor itself."""
+    if size() > 1:
+        x = x.detach().clone(memory_format=torch.contiguous_format)
+        with _sending():
+            dist.all_reduce(x)
+    return x
+
+
+def same(x: Tensor) -> Tensor:
+    """Return what the first process has of a tensor of the same shape everywhere."""
+    if size() > 1:
+        x = x.detach().clone(memory_format=torch.contiguous_format)
+        with _sending():
+            dist.broadcast(x, 0)
+    return x
+
+
+def first(work: Callable[[], Result]) -> Result:
+    """Let the first process do something, and return to all what came of it.
+
+    Raises:
+        Exception: what it raised there, in all processes.
+    """
+    if size() == 1:
+        return work()
+    found: list[Any] = [None, None]
+    if rank() == 0:
+        try:
+            found[0] = work()
+        except Exception as error:  # whatever it is, the others must not wait
+            found[1] = error
+    with _sending():
+        dist.broadcast_object_list(found, 0)
+    if found[1] is not None:
+        raise found[1]
+    result: Result = found[0]
+    return result
+
+
+def by_first(method: Callable[Given, Result]) -> Callable[Given, Result]:
+    """Let the first process alone call a function, and return to all what came of it, see `first`."""
+
+    @functools.wraps(method)
+    def told(*args: Given.args, **kwargs: Given.kwargs) -> Result:
+        return first(lambda: method(*args, **kwargs))
+
+    return told
+
+
+def everywhere(known: bool) -> bool:
+    """Say whether something holds in all processes."""
+    if size() == 1:
+        return known
+    found: list[bool] = [False] * size()
+    with _sending():
+        dist.all_gather_object(found, known)
+    return all(found)
+
+
+def agree(known: Mapping[str, str]) -> None:
+    """Refuse processes that were given different things.
+
+    Args:
+        known: by name, what each was given, as text or a digest.
+
+    Raises:
+        ValueError: a process has something else than the first; all are told what.
+    """
+    if size() == 1:
+        return
+    found: list[Any] = [None] * size()
+    with _sending():
+        dist.all_gather_object(found, dict(known))
+    for i, other in enumerate(found):
+        if names := [name for name in known if other.get(name) != found[0].get(name)]:
+            raise ValueError(
+                f"prune: expected the same {', '.join(names)} in all processes, got others in process {i} "
+                f"of {size()} than in the first; start all with the same command and files"
+            )
+
+
+def variance(y: Tensor, share: float) -> float:
+    """Return the variance of all elements that all processes have; 1 where it is 0.
+
+    Args:
+        y: those of this process.
+        share: of the batch, that this process has; those of 0 do not count.
+    """
+    own, count = (y.double(), y.numel()) if share else (y.double() * 0, 0)
+    sums = total(torch.stack([own.sum(), own.new_tensor(count)]))
+    mean = sums[0] / sums[1]
+    found = total(((own - mean) * bool(share)).square().sum()) / sums[1]
+    value = found.item()
+    return value if value > 0 and math.isfinite(value) else 1.0
