@@ -456,7 +456,7 @@ def test_states_that_cannot_be_cut(net, batches, monkeypatch):
         snows.groups("net", batches[0])
     masked = copy.deepcopy(net)
     nn.utils.prune.l1_unstructured(masked.fc1, "weight", 0.5)
-    monkeypatch.setattr("snows.shaping.decide_cut", None)  # said before anything is decided
+    monkeypatch.setattr("snows.choosing.structure.proving", None)  # said before anything is decided
     with pytest.raises(ValueError, match=r"prune\.remove"):
         quick(masked, batches, half())
 
