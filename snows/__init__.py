@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from snows.deployment import Deployed, deploy
     from snows.evaluation import evaluate
     from snows.frontiers import frontier
+    from snows.holding import hold
     from snows.layers import SparseConv2d, SparseLinear
     from snows.matching.losses import Matching
     from snows.networks.masks import mask_of
@@ -36,6 +37,7 @@ _MODULES = {
     "deployment": ["Deployed", "deploy"],
     "evaluation": ["evaluate"],
     "frontiers": ["frontier"],
+    "holding": ["hold"],
     "layers": ["SparseConv2d", "SparseLinear"],
     "matching.losses": ["Matching"],
     "choosing.budgets": ["Budget", "Structured"],
@@ -69,6 +71,7 @@ __all__ = [
     "evaluate",
     "frontier",
     "groups",
+    "hold",
     "least_squares",
     "load",
     "magnitude",

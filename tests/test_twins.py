@@ -388,7 +388,7 @@ def test_a_weight_that_is_not_zero_off_its_mask_is_refused():
     network.get_submodule("1.0").weight.data += 0.1  # somebody trained it
     with pytest.raises(
         ValueError,
-        match=r"the weight of 1\.0 to be zero off its mask.*multiply it by mask_of\(layer\), or prune again",
+        match=r"the weight of 1\.0 to be zero off its mask.*multiply it by its pruning_mask, .*snows\.hold, or prune again",
     ):
         snows.deploy(network, images()[0], progress=False)
     layer = network.get_submodule("1.0")

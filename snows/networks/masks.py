@@ -33,12 +33,13 @@ def kept_mask(module: nn.Module, prefix: str = "") -> Tensor | None:
     return module._buffers.get(prefix + MASK)
 
 
-def mask_of(layer: nn.Module, name: str = "the layer") -> Tensor:
+def mask_of(layer: nn.Module, name: str = "the layer", prefix: str = "") -> Tensor:
     """Return the mask of a layer's weight: the one that lies beside it, else where the weight is not zero.
 
     Args:
         layer: with a `weight`.
         name: of the layer, for the error.
+        prefix: of the weight's name, as in `give_mask`.
 
     Returns:
         bool, weight.shape.
@@ -46,14 +47,14 @@ def mask_of(layer: nn.Module, name: str = "the layer") -> Tensor:
     Raises:
         ValueError: the weight is not zero off the mask beside it: it was changed after pruning.
     """
-    weight: Tensor = layer.weight.detach()  # type: ignore[operator]
-    mask = kept_mask(layer)
+    weight: Tensor = getattr(layer, f"{prefix}weight").detach()
+    mask = kept_mask(layer, prefix)
     if mask is None:
         return weight != 0
     if mask.shape != weight.shape or bool((weight.masked_fill(mask, 0) != 0).any()):
         raise ValueError(
             f"expected the weight of {name} to be zero off its mask, got other values there; it was changed "
-            "after pruning: multiply it by mask_of(layer), or prune again"
+            f"after pruning: multiply it by its {prefix}{MASK}, and train under snows.hold, or prune again"
         )
     return mask
 
