@@ -98,7 +98,7 @@ def deploy(
 def _report(subject: Subject, winner: Winner) -> Deployment:
     """Say what was measured and chosen."""
     candidate = winner.candidate
-    dense_flops, sparse_flops = subject.flops()
+    dense_flops, sparse_flops = subject.flops({row.name for row in candidate.rows if not row.reason})
     folded = [edit.norm for edit in candidate.edits if isinstance(edit, Fold)]
     absorbed = [edit.absorbs for edit in candidate.edits if isinstance(edit, Pack) and edit.absorbs]
     found = outputs(candidate.network, subject.batch)

@@ -225,6 +225,9 @@ def frontier(
         objective = Objective(twins, matching, seed)
         deciding = Deciding.of(twins, goal, only, skip, objective, tell.doing)
         tell.doing("choosing")
+        if goal.of == "latency":  # of so many images, whatever batches a point is pruned with
+            images = twins.batches[0].samples() if deciding.table is None else deciding.table.images
+            goal = replace(goal, images=goal.images or images)
         costs, correction = found = _settled(deciding, shares[middle::-1])
         points, left_out, why = [], list[str](), ""
         for share in shares:

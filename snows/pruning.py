@@ -135,7 +135,8 @@ def prune(
         only, skip = selected("only", only, twins.sparse), selected("skip", skip, twins.sparse)
         plan = Plan({}) if isinstance(pattern, Budget) else decide(twins, pattern, select, only, skip, cap)
         layers = list(plan.patterns) if goal is None else _allowed(twins.sparse, only, skip)
-        asked = settings(pattern, select, solver, matching, cap, recalibrate, seed, plan, layers)
+        images = twins.batches[0].samples()
+        asked = settings(pattern, select, solver, matching, cap, recalibrate, seed, plan, layers, images)
         together.agree({name: json.dumps(x, sort_keys=True) for name, x in asked.items()} | {"out": str(out)})
         opened = (
             Run.open(Path(out), asked, model, twins.batches, plan.starts(), resume)

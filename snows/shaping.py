@@ -126,7 +126,13 @@ class Shaping:
             sum(p.numel() for p in net.parameters()) for net in (self.twins.dense, self.twins.sparse)
         )
         report = replace(
-            report, groups=self.cut.groups, stages=self.stages, macs=self.cut.macs, parameters=sizes
+            report,
+            groups=self.cut.groups,
+            stages=self.stages,
+            macs=self.cut.macs,
+            parameters=sizes,
+            counted=self.cut.counted,
+            unit=self.cut.unit,
         )
         if not self.cut.milliseconds:
             return report

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -14,6 +15,7 @@ from snows.choosing.latency import second
 from snows.choosing.options import Zeros
 from snows.choosing.shares import ImpossibleError, NothingError
 from snows.choosing.tables import Timetable
+from snows.choosing.timed import NoisyError
 from snows.matching.losses import Matching, Objective
 from snows.networks.checks import autocast_off
 from snows.networks.implants import why_not
@@ -32,7 +34,8 @@ def measure(
 ) -> Timetable:
     """Measure what a network and its layers take here, at any widths, ranks and patterns.
 
-    Whole networks of about half the milliseconds, chosen by magnitude, correct what layers alone predict.
+    Whole networks of about half the milliseconds, chosen by magnitude, correct what layers alone predict; not
+    where their times scatter too much, which the timetable then says.
 
     Args:
         model: any module in evaluation mode; left as it was.
@@ -46,21 +49,21 @@ def measure(
         A timetable; `Timetable.save` writes it for `Budget(..., times=file)`, also on another machine.
 
     Raises:
-        ValueError: the model cannot run the example, or not in that runtime, or times scatter too much.
+        ValueError: the model cannot run the example, or not in that runtime.
     """
     with shown(progress) as tell, autocast_off(model):
         tell.doing("checking and tracing the network")
         twins = Twins(model, [example, example])
         goal = Budget(0.5, of="latency", order="magnitude", runtime=runtime, images=images)
+        clock = clock_of(twins, goal)
         try:
             objective = Objective(twins, Matching(metric="none"), 0)
             table = decide_cut(twins, goal, None, None, objective, tell.doing).timetable
             assert table is not None
-        except (
-            ImpossibleError,
-            NothingError,
-        ):  # so little, or nothing: there is no smaller network to correct by
-            table = Timetable.begin(clock_of(twins, goal))
+        except (ImpossibleError, NothingError):  # there is no smaller network to correct by
+            table = Timetable.begin(clock)
+        except NoisyError as error:
+            table = replace(Timetable.begin(clock), noise=error.error)
         layers = prunable(twins.sparse)
         for name, calls in table.layers.items():
             tell.doing(f"timing {name}")

@@ -22,6 +22,7 @@ from snows.results.contents import Contents, others_in
 from snows.results.findings import (
     FAILS,
     HOLDS,
+    MACS,
     Claims,
     Finding,
     Verification,
@@ -113,10 +114,10 @@ def _counted(file: Claims, network: nn.Module) -> Iterator[Finding]:
     if claim := file.certificate.macs:
         found = macs(network, file.certificate.sample)
         if found:
-            yield same("MACs of one sample", claim, found)
+            yield same(MACS, claim, found)
         else:
             why = unchecked("they cannot be counted for the inputs that the certificate names")
-            yield Finding("MACs of one sample", f"{claim:,}", "", why)
+            yield Finding(MACS, f"{claim:,}", "", why)
 
 
 def _judged(file: Claims, dense: nn.Module, network: nn.Module, seen: Seen) -> Iterator[Finding]:

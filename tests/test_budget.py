@@ -400,7 +400,9 @@ def test_times_that_scatter_too_much_are_refused():
         def beside(self, choice):
             return super().beside(choice)._replace(error=0.4)
 
-    with pytest.raises(ValueError, match=r"known within 15 %, got some within 40 %.*quieter machine"):
+    with pytest.raises(
+        ValueError, match=r"known to 15% or better, got one that is known to 40.0%.*quieter machine"
+    ):
         timed(Noisy(two_layers(1.0), 1.0), two_layers, 0.6, by_share, lambda text: None)
 
 

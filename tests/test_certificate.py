@@ -25,7 +25,7 @@ from snows.layers.base import PackedLayer
 from snows.results.certificate import KEY, SEAL, Certificate, amend, seal
 from snows.results.claims import Timed
 from snows.results.files import encoded
-from snows.results.findings import FAILS, HOLDS
+from snows.results.findings import FAILS, HOLDS, MACS
 from snows.results.origin import Origin
 from snows.verification import DIFFERS, judgement
 
@@ -172,10 +172,8 @@ def test_what_is_claimed_holds(tmp_path, kind):
     for verification in (alone, beside):
         assert verification.holds, str(verification)
         assert failed(verification) == []
-    assert [x.verdict for x in alone.findings if x.of == "MACs of one sample"] == [
-        "not checked: no model was given"
-    ]
-    for of in ("dense network: tensors", "dense network: architecture", "MACs of one sample"):
+    assert [x.verdict for x in alone.findings if x.of == MACS] == ["not checked: no model was given"]
+    for of in ("dense network: tensors", "dense network: architecture", MACS):
         assert [x.verdict for x in beside.findings if x.of == of] == [HOLDS]
     if "snows" not in read(path)[1]:
         net.load_state_dict(tensors)  # anywhere
@@ -257,7 +255,7 @@ TAMPERED = {
     "the text": ({"certificate": said}, "digest of certificate and tensors"),
     "the text, sealed": ({"certificate": said, "sealed": True}, "zeros"),
     "bytes": ({"certificate": lambda x: x.update(bytes=1), "sealed": True}, "bytes of all tensors"),
-    "MACs": ({"certificate": lambda x: x.update(macs=1), "sealed": True}, "MACs of one sample"),
+    "MACs": ({"certificate": lambda x: x.update(macs=1), "sealed": True}, MACS),
     "dense": ({"certificate": lambda x: x.update(dense="0"), "sealed": True}, "dense network: tensors"),
     "others": ({"certificate": lambda x: x.update(others=["2.bias"]), "sealed": True}, "parameters"),
     "pattern": ({"certificate": lambda x: x["layers"][0].update(pattern="1:4"), "sealed": True}, "2.weight"),

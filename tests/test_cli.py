@@ -14,6 +14,7 @@ import torch
 from models import QUICK, small
 from PIL import Image
 from rich.console import Console
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_latency import Counting
 from torch import nn
@@ -23,6 +24,7 @@ from snows import cli, demo, ops, sources, zoo
 from snows.choosing import candidates
 from snows.choosing.measuring import Race, Stopwatch
 from snows.deployment import deploy
+from snows.results.machine import Machine
 from snows.sources import Network, Plain
 
 
@@ -35,6 +37,11 @@ def run(monkeypatch, capsys, *args):
         cli.main()
     printed = capsys.readouterr()
     return caught.value.code or 0, re.sub(r"\x1b\[[0-9;]*m", "", printed.out + printed.err)
+
+
+def certificate(path):
+    with safe_open(path, "pt") as file:
+        return json.loads(file.metadata()["certificate"])
 
 
 def half(module):
@@ -131,7 +138,9 @@ def test_prune_takes_units_out(monkeypatch, capsys, tmp_path, pictures, share, o
         (["--structured", "50%", "--using", "nm"], "Structured: expected using to name some of channels"),
         (["--budget", "99999ms"], "expected fewer milliseconds than the network takes"),
         (["--budget", "99999MB"], "expected fewer megabytes than the network has"),
-        (["--budget", "50%", "--latency", "none.json"], "expected times with milliseconds to save"),
+        (["--budget", "50%", "--latency", "none.json", "--of", "macs"], "--latency: expected"),
+        (["--budget", "5ms", "--of", "macs"], "--of: expected latency"),
+        (["--budget", "5MB", "--of", "latency"], "--of: expected bytes"),
         (["--budget", "50%", "--of", "latency", "--latency", "none.json"], "times: none.json cannot be read"),
         (["--frontier", "none.json", "--point", "2"], "frontier: none.json cannot be read"),
         (["--frontier", "none.json"], "--point: expected --frontier with a file and --point with a number"),
@@ -165,7 +174,7 @@ def test_measure_then_frontier_then_prune_a_point(monkeypatch, capsys, tmp_path,
     table, folder = tmp_path / "times.json", tmp_path / "frontier"
     code, text = run(monkeypatch, capsys, "measure", *where, "--out", table, "--at-a-time", 4)
     assert code == 0, text
-    assert "ms for 4 images at a time, eager, on CPU" in " ".join(text.split())
+    assert f"ms for 4 images at a time, eager, on {Machine.here('cpu')}; " in " ".join(text.split())
     command = ("frontier", *where, "--out", folder, "--latency", table, "--budgets", "90%,75%,60%")
     code, text = run(monkeypatch, capsys, *command, "--prune", 2, "--multiple", 1, "--judge", 4)
     assert code == 0, text
@@ -173,6 +182,15 @@ def test_measure_then_frontier_then_prune_a_point(monkeypatch, capsys, tmp_path,
     assert "judged on the same data as the calibration images" in " ".join(text.split())
     assert (folder / "point-0" / "model.safetensors").is_file()
     assert (folder / "point-2" / "model.safetensors").is_file()
+    (claim,) = certificate(folder / "point-2" / "model.safetensors")["judged"]
+    assert claim["images"] == 4
+    # the table is taken for milliseconds without --of
+    bare = prune_tiny(pictures, tmp_path / "bare")
+    code, text = run(
+        monkeypatch, capsys, *bare, "--budget", "75%", "--latency", table, "--multiple", 1, "--judge", 0
+    )
+    assert code == 0, text
+    assert "Milliseconds are predicted" in text
     taken = ("--frontier", folder / "frontier.json", "--point", 1, "--judge", 0)
     code, text = run(
         monkeypatch, capsys, *prune_tiny(pictures, tmp_path), *taken, "--model", "test_cli:other"
@@ -186,6 +204,33 @@ def test_measure_then_frontier_then_prune_a_point(monkeypatch, capsys, tmp_path,
     content = json.loads((folder / "frontier.json").read_text())["points"][1]
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert report["macs"][1] == content["macs"]
+
+
+def test_deploy_takes_over_what_a_budget_meant(monkeypatch, capsys, tmp_path, pictures):
+    monkeypatch.setattr(Stopwatch, "race", Counting.race)
+    command, run_ = prune_tiny(pictures, tmp_path), tmp_path / "run"
+    asked = ("--budget", "75%", "--of", "latency", "--multiple", 1, "--judge", 0, "--at-a-time", 3)
+    code, text = run(monkeypatch, capsys, *command, *asked)
+    assert code == 0, text
+    report = json.loads((run_ / "report.json").read_text())
+    code, text = run(monkeypatch, capsys, "deploy", run_, "--trust")
+    assert code == 0, text
+    text = " ".join(text.split())
+    assert "3 at a time on " in text
+    assert f"before pruning the network took {report['dense_ms']:.4g} ms" in text
+    code, text = run(monkeypatch, capsys, "deploy", run_, "--trust", "--batch-size", 2)
+    assert "2 at a time on " in text
+    assert "before pruning" not in text
+    command = prune_tiny(pictures, tmp_path / "bytes")
+    code, text = run(monkeypatch, capsys, *command, "--budget", "0.001MB", "--multiple", 1, "--judge", 0)
+    assert code == 0, text
+    assert re.search(r"0\.000\d+ of 0\.001\d+ million bytes, packed", text)
+    code, text = run(monkeypatch, capsys, "deploy", tmp_path / "bytes" / "run", "--trust")
+    assert code == 0, text
+    zeros = [x for x in json.loads((tmp_path / "bytes" / "run" / "deployment.json").read_text())["layers"]]
+    assert all(
+        not x["reason"] or x["sparse_bytes"] >= x["dense_bytes"] for x in zeros
+    )  # by size, not by speed
 
 
 def test_what_is_measured_has_a_place_before_it_is_measured(monkeypatch, capsys, tmp_path):

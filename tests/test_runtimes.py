@@ -151,7 +151,7 @@ def test_a_runtime_that_is_not_here_is_refused_or_left_out(net, monkeypatch):
     twins = Twins(net, [torch.randn(4, 8) for _ in range(4)])
     for runtime in ("compile", "cuda-graph"):
         with pytest.raises(ValueError, match=r'^prune: .*; ask for the milliseconds of runtime="eager"$'):
-            Clock(twins, Batch.of(torch.randn(4, 8)), runtime, QUICK)
+            Clock(twins, Batch.of(torch.randn(4, 8)), runtime, stopwatch=QUICK).dense()
 
 
 class Again:

@@ -241,7 +241,7 @@ def by_number(group):
 
 def test_what_was_asked_is_the_same_text_in_every_process_and_whole():
     def asked(goal):
-        return settings(goal, snows.alps, None, Matching(), 0.95, True, 0, Plan({}), [])["pattern"]
+        return settings(goal, snows.alps, None, Matching(), 0.95, True, 0, Plan({}), [], 8)["pattern"]
 
     assert asked(half()) == str(half())
     assert "order=<by_number " in asked(half(order=by_number))

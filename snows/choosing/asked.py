@@ -26,10 +26,19 @@ def settings(
     seed: int,
     plan: Plan,
     layers: Iterable[str],
+    images: int,
 ) -> dict[str, Any]:
-    """Write down what was asked; a run that was interrupted goes on with the same alone."""
+    """Write down what was asked; a run that was interrupted goes on with the same alone.
+
+    Arguments are those of `prune` but for what was made of them: the plan, the layers that may be treated,
+    and how many images the first batch has.
+    """
     several = isinstance(pattern, Mapping) or callable(pattern)
-    timed = isinstance(pattern, Budget) and pattern.of == "latency"
+    deployed: dict[str, Any] = {}  # that `snows deploy` takes over
+    if isinstance(pattern, Budget) and pattern.of == "latency":
+        deployed = {"runtime": pattern.runtime, "images": pattern.images or images}
+    if isinstance(pattern, Budget) and pattern.of == "bytes" and pattern.masks:
+        deployed = {"objective": "size"}
     return {
         "pattern": plan.patterns
         if several
@@ -43,7 +52,7 @@ def settings(
         "recalibrate": recalibrate,
         "seed": seed,
         "layers": list(layers),
-        **({"runtime": pattern.runtime} if timed else {}),  # that `deploy` takes too
+        **deployed,
     }
 
 

@@ -91,7 +91,7 @@ class Budget:
         self._expect(
             not isinstance(self.using, str) and bool(self.using) and set(self.using) <= set(self.allowed),
             f"using to name some of {', '.join(self.allowed)}",
-            repr(self.using),
+            repr(self.using) if isinstance(self.using, str) else ", ".join(map(str, self.using)) or "none",
         )
         object.__setattr__(self, "using", tuple(x for x in ALL if x in self.using))  # a set has no order
         self._expect(

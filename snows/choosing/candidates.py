@@ -117,9 +117,10 @@ def _chosen(entrants: Entrants, runtime: Runtime) -> Winner:
     for margin in MARGINS:
         packed, rows, notes = entrants.packed(margin)
         runs = [_call(x.network, subject.batch, runtime) for x in packed]
-        race = entrants.stopwatch.network([*fixed, *runs], _cannot_tell)
+        unsure = partial(_cannot_tell, first=1 if packed else 0)
+        race = entrants.stopwatch.network([*fixed, *runs], unsure)
         model_ms, dense_ms, *taken = race.medians
-        notes = notes if size else [*notes, *_scatter(entrants.packing, race, margin)]
+        notes = notes if size else [*notes, *_scatter(entrants.packing, unsure(race), margin)]
         if not packed:
             break
         packed_ms, best, run = min(zip(taken, packed, runs, strict=True), key=lambda x: x[0])
@@ -235,10 +236,10 @@ def _cannot_tell(race: Race, first: int = 1) -> bool:
     return any(race.scatters(first, i) for i in range(first + 1, len(race.rounds[0])))
 
 
-def _scatter(packing: Packing, race: Race, margin: float) -> list[str]:
-    """Say where times mean little."""
+def _scatter(packing: Packing, unsure: bool, margin: float) -> list[str]:
+    """Say where times mean little: of layers, and of whole networks if these cannot be told apart."""
     notes = packing.scatter(margin)
-    if _cannot_tell(race):
+    if unsure:
         notes.append(
             f"The times of the whole network {SCATTERS}, so that its ratio means little; run deploy again on "
             "a quieter machine."

@@ -28,6 +28,8 @@ class Cut:
         notes: sentences that a reader should see.
         milliseconds: that the network took before and after; empty where no share of them was asked for.
         patterns: by layer that is to get zeros, their pattern.
+        counted: of a goal of bytes or weights that are not zero, how many before and after; else empty.
+        unit: of that, as text.
         timetable: of what was timed to decide; not kept with the rest.
     """
 
@@ -37,6 +39,8 @@ class Cut:
     notes: list[str] = field(default_factory=list)
     milliseconds: tuple[float, ...] = ()
     patterns: dict[str, str] = field(default_factory=dict)
+    counted: tuple[int, ...] = ()
+    unit: str = ""
     timetable: Timetable | None = None
 
     def described(self) -> dict[str, Any]:
@@ -44,7 +48,9 @@ class Cut:
         rows = [{key: None if x != x else x for key, x in asdict(row).items()} for row in self.groups]
         edits = [described(edit) for edit in self.edits]
         numbers = {"macs": list(self.macs), "milliseconds": list(self.milliseconds)}
-        return {"edits": edits, "groups": rows, **numbers, "notes": self.notes, "patterns": self.patterns}
+        numbers["counted"] = list(self.counted)
+        said = {"notes": self.notes, "patterns": self.patterns, "unit": self.unit}
+        return {"edits": edits, "groups": rows, **numbers, **said}
 
     @classmethod
     def read(cls, content: Mapping[str, Any]) -> Cut:
@@ -57,7 +63,8 @@ class Cut:
         before, after = content["macs"]
         edits = [read_edit(x) for x in content["edits"]]
         times, patterns = tuple(content["milliseconds"]), dict(content["patterns"])
-        return cls(edits, rows, (before, after), list(content["notes"]), times, patterns)
+        counted, unit = tuple(content.get("counted", ())), str(content.get("unit", ""))
+        return cls(edits, rows, (before, after), list(content["notes"]), times, patterns, counted, unit)
 
     def left_of_norms(self) -> dict[str, Tensor]:
         """Return of BatchNorms that lost channels, by name, which are left: int64."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from snows.choosing.budgets import Budget
 from snows.choosing.choices import Choice
-from snows.choosing.costs import Costs
+from snows.choosing.costs import WORDS, Costs
 from snows.choosing.cuts import Cut
 from snows.choosing.goals import Only
 from snows.choosing.latency import latency
@@ -21,7 +22,7 @@ from snows.choosing.runtimes import Clock, example_of
 from snows.choosing.shares import ImpossibleError
 from snows.choosing.structure import Deciding, Limited
 from snows.choosing.tables import Timetable
-from snows.choosing.timed import part_saved, timed
+from snows.choosing.timed import NEAR, part_saved, timed
 from snows.choosing.widths import given_units
 from snows.matching.losses import Objective
 from snows.networks.batches import Batch
@@ -53,17 +54,39 @@ def decided(deciding: Deciding) -> Cut:
     Raises:
         ValueError: it is not possible.
     """
-    goal = deciding.goal
+    goal, costs = deciding.goal, deciding.costs
     if isinstance(goal.share, Mapping):
         return _given(deciding, goal.share)
     if deciding.table is not None:
         return _by_table(deciding, deciding.table)
     if goal.of == "latency":
         return _in_time(deciding)
-    share = goal.share
+    share, whole = goal.share, costs.total(goal.of)
     if share is None:
-        share = _part(goal.mb, deciding.costs.total("bytes") / 1e6, "megabytes than the network has", "mb")
-    return deciding.described(deciding.choose(deciding.costs, share))
+        share = _part(goal.mb, whole / 1e6, "megabytes than the network has", "mb")
+    with _amounts(goal, whole / 1e6):
+        choice = deciding.choose(costs, share)
+    left = costs.total(goal.of, choice.widths) / whole
+    if left < (1 - NEAR) * share:
+        choice.notes.append(
+            f"{share:.1%} of the {WORDS[goal.of]} were asked for; the network that came nearest has "
+            f"{left:.1%}, for widths are multiples of {goal.multiple} and patterns come in steps."
+        )
+    return deciding.described(choice)
+
+
+@contextmanager
+def _amounts(goal: Budget, whole: float) -> Iterator[None]:
+    """Let what is impossible be said in milliseconds or megabytes, where those were asked for.
+
+    Args:
+        goal: what is asked.
+        whole: of the cost, in milliseconds or megabytes.
+    """
+    try:
+        yield
+    except ImpossibleError as error:
+        raise (error if goal.share is not None else error.amount(whole)) from None
 
 
 class Settled(NamedTuple):
@@ -139,7 +162,8 @@ def _in_time(deciding: Deciding) -> Cut:
     table = Timetable.begin(clock)
     costs, share = partial(_milliseconds, deciding, table, clock.example), _share(deciding.goal, table)
     packed = _packed(deciding, clock, costs(1.0))
-    found = timed(clock, costs, share, deciding.choose, deciding.doing, packed)
+    with _amounts(deciding.goal, table.whole):
+        found = timed(clock, costs, share, deciding.choose, deciding.doing, packed)
     table.packed, table.correction = found.packed, found.correction
     cut = deciding.described(found.choice, (found.pair.dense, found.pair.small))
     return replace(cut, timetable=table)
@@ -172,8 +196,10 @@ def _saved(costs: Costs, name: str, ladder: Ladder, option: Option) -> float:
 def _by_table(deciding: Deciding, table: Timetable) -> Cut:
     """Choose by the milliseconds of a timetable; nothing is timed."""
     found = settled(deciding)
-    choice = found.chosen(deciding.choose, _share(deciding.goal, table))
+    with _amounts(deciding.goal, table.whole):
+        choice = found.chosen(deciding.choose, _share(deciding.goal, table))
     choice.notes.append(f"Milliseconds are predicted, by a timetable of {table.machine}; none was measured.")
+    choice.notes.extend(filter(None, [table.warning]))
     small = found.correction * found.costs.total("latency", choice.widths)
     return deciding.described(choice, (table.whole, small))
 

@@ -32,18 +32,22 @@ class ImpossibleError(ValueError):
         least: the share that has to stay.
         share: that was asked for.
         parts: what most of the least is of.
+        whole: of the cost, where an amount was asked for and not a share.
     """
 
-    def __init__(self, of: Of, least: float, share: float, parts: Sequence[str]) -> None:
-        self.of, self.least, self.parts = of, least, parts
-        possible = math.ceil(1000 * least) / 10
-        asked, more = f"got {100 * share:g} %", "allow more with using, or lower floor or multiple"
-        if possible < 100:
+    def __init__(
+        self, of: Of, least: float, share: float, parts: Sequence[str], whole: float | None = None
+    ) -> None:
+        self.of, self.least, self.share, self.parts = of, least, share, parts
+        unit = "ms" if of == "latency" else "MB"
+        got, more = f"got {_amount(share, whole, unit)}", "allow more with using, or lower floor or multiple"
+        if least < 1:
             most = f"most of that is of {', '.join(parts)}"
-            more = f"{possible:g} % or more, {asked}; {most}; raise the share, {more}"
+            more = f"{_amount(least, whole, unit, up=True)} or more, {got}; {most}; ask for more, {more}"
         else:
-            more = f"{asked} where nothing that may be done saves any; {more}"
-        super().__init__(f"Budget: expected a share of the {WORDS[of]} that is possible, {more}")
+            more = f"{got} where nothing that may be done saves any; {more}"
+        kind = "a share of the" if whole is None else "an amount of"
+        super().__init__(f"Budget: expected {kind} {WORDS[of]} that is possible, {more}")
 
     def asked(self, share: float, correction: float) -> ImpossibleError:
         """Return what is to be said of the share that was asked for, where another was chosen by.
@@ -53,6 +57,23 @@ class ImpossibleError(ValueError):
             correction: what makes a predicted cost a real one.
         """
         return ImpossibleError(self.of, self.least * correction, share, self.parts)
+
+    def amount(self, whole: float) -> ImpossibleError:
+        """Return what is to be said where an amount was asked for, and not a share.
+
+        Args:
+            whole: of the cost, in milliseconds or megabytes.
+        """
+        return ImpossibleError(self.of, self.least, self.share, self.parts, whole)
+
+
+def _amount(share: float, whole: float | None, unit: str, up: bool = False) -> str:
+    """Write a share of a cost, in per cent or as an amount; the least that is possible is rounded up."""
+    if whole is None:
+        return f"{math.ceil(1000 * share) / 10 if up else 100 * share:.4g} %"
+    digits = 3 - math.ceil(math.log10(max(share * whole, 1e-9)))
+    found = math.ceil(share * whole * 10**digits) / 10**digits if up else share * whole
+    return f"{found:.4g} of {whole:.4g} {unit}"
 
 
 def allocate(

@@ -20,6 +20,7 @@ from snows.choosing.goals import Only, excluded
 from snows.choosing.ladders import has_kernel, ladders, treatable
 from snows.choosing.options import DENSE, Ladder, Option, Zeros
 from snows.choosing.orders import curves
+from snows.choosing.packing import nbytes
 from snows.choosing.runtimes import example_of
 from snows.choosing.shares import NothingError
 from snows.choosing.tables import Timetable
@@ -35,6 +36,7 @@ from snows.networks.taking import Take
 from snows.networks.twins import Twins
 from snows.results.structure import GroupReport
 
+COUNTED = {"bytes": "bytes, packed", "nonzeros": "weights that are not zero"}  # and in no report otherwise
 Limited: TypeAlias = Callable[[list[str], Work], Pace]  # of layers to treat, and what ordering units takes
 
 
@@ -90,6 +92,11 @@ class Deciding:
             )
         net, example = twins.sparse, twins.batches[0].split(1)[0].to(twins.device)
         table = _table(twins, goal)
+        size = nbytes(net) / 1e6
+        if goal.mb is not None and goal.mb >= size:  # before anything that takes time
+            raise ValueError(
+                f"Budget: expected fewer megabytes than the network has, {size:.4g}, got mb={goal.mb:g}"
+            )
         doing("looking for units that can be taken out")
         groups = [_allowed(x, net, goal, only, skip) for x in proving.groups(net, example)]
         free = [x for x in groups if not x.reason]
@@ -127,7 +134,11 @@ class Deciding:
         rows += [_treated(name, layers[name], option) for name, option in choice.options.items()]
         macs = round(self.costs.total("macs")), round(self.costs.total("macs", choice.widths))
         patterns = {name: str(x) for name, x in choice.patterns.items()}
-        return Cut(choice.edits, rows, macs, choice.notes, milliseconds, patterns)
+        of, counted, unit = self.goal.of, tuple[int, ...](), ""
+        if of in COUNTED:
+            counted = tuple(round(self.costs.total(of, x)) for x in ({}, choice.widths))
+            unit = COUNTED[of]
+        return Cut(choice.edits, rows, macs, choice.notes, milliseconds, patterns, counted, unit)
 
 
 def _table(twins: Twins, goal: Budget) -> Timetable | None:

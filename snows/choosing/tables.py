@@ -40,6 +40,8 @@ class Timetable:
         times: of layers.
         packed: of what packed weights save in layers alone, the part that they save in the network.
         correction: a measured share of the network's milliseconds, relative to the one predicted for it.
+        noise: how far the median of a whole network may be off, relative to it, where that was too far for a
+            correction; else 0.
     """
 
     machine: str
@@ -51,6 +53,18 @@ class Timetable:
     times: Times
     packed: float = 1.0
     correction: float = 1.0
+    noise: float = 0.0
+
+    @property
+    def warning(self) -> str:
+        """What a reader should know of a noisy machine; empty otherwise."""
+        if not self.noise:
+            return ""
+        return (
+            f"When the timetable was made, the median time of whole networks was known to {self.noise:.0%} "
+            "alone, so that its predictions are uncorrected; measure again on a quieter machine, or for more "
+            "images at a time."
+        )
 
     @classmethod
     def begin(cls, clock: Clock) -> Timetable:
@@ -104,7 +118,7 @@ class Timetable:
             sound = all(0 < numbers[x] < math.inf for x in ("images", "whole", "correction"))
             if (
                 not sound
-                or not 0 <= numbers["packed"] < math.inf
+                or not all(0 <= numbers[x] < math.inf for x in ("packed", "noise"))
                 or numbers["runtime"] not in get_args(Runtime)
             ):
                 raise ValueError("a number is out of range")
@@ -156,6 +170,7 @@ NUMBERS: Mapping[str, type[Any]] = {
     "whole": float,
     "packed": float,
     "correction": float,
+    "noise": float,
 }
 
 

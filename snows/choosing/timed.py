@@ -15,6 +15,22 @@ TRIES = 5
 MOST_SAVED = 3.0  # times what packed weights save in a layer alone, that they may save in the network
 
 
+class NoisyError(ValueError):
+    """Say that times scatter too much to choose by, and how much.
+
+    Args:
+        error: how far a median may be off, relative to it.
+    """
+
+    def __init__(self, error: float) -> None:
+        self.error = error
+        super().__init__(
+            f"Budget: expected times whose median is known to {NOISE:.0%} or better, got one that is known "
+            f"to {error:.1%} although it was taken repeatedly; ask on a quieter machine, for more images at "
+            "a time, or for a share of the MACs"
+        )
+
+
 class Nearest(NamedTuple):
     """Hold the choice that came nearest, not above the share if that can be.
 
@@ -56,7 +72,8 @@ def timed(
         packed: that part, to begin with.
 
     Raises:
-        ValueError: the smallest choice is predicted to take more, or times scatter too much to choose by.
+        ValueError: the smallest choice is predicted to take more.
+        NoisyError: times scatter too much to choose by.
     """
     asked = share
     best: Nearest | None = None
@@ -71,11 +88,7 @@ def timed(
         doing(f"timing what was chosen, {turn + 1} of at most {TRIES}")
         pair = clock.beside(choice)
         if pair.error > NOISE:
-            raise ValueError(
-                f"Budget: expected times that are known within {100 * NOISE:.0f} %, got some within "
-                f"{100 * pair.error:.0f} % although they were taken repeatedly; ask on a quieter machine, "
-                "for more images at a time, or for a share of the MACs"
-            )
+            raise NoisyError(pair.error)
         if best is None or _distance(pair.share, share) < _distance(best.pair.share, share):
             predicted_ms = costs.total("latency", choice.widths)
             best = Nearest(choice, pair, packed, pair.small / predicted_ms)

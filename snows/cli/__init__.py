@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 import snows
-from snows.cli import judging, machine, measuring, pruning, runs, structure, verifying
+from snows.cli import exporting, judging, machine, measuring, pruning, runs, structure, verifying
 from snows.cli.processes import RANK, refuse_several
 from snows.cli.terminal import console, errors
 
@@ -40,7 +40,7 @@ app.command()(measuring.frontier)
 app.command()(measuring.measure)
 app.command("eval")(judging.evaluate)
 app.command()(verifying.verify)
-for _command in (runs.report, runs.deploy, runs.bench, runs.export, machine.demo, machine.info):
+for _command in (runs.report, runs.deploy, runs.bench, exporting.export, machine.demo, machine.info):
     app.command()(_command)
 
 
@@ -52,3 +52,6 @@ def main() -> None:
         said = f"process {RANK}: {error}" if RANK else str(error)
         errors.print(said, style="red", highlight=False, markup=False, soft_wrap=True)
         sys.exit(2)
+    except KeyboardInterrupt:  # before anything that could go on from here
+        errors.print("stopped", highlight=False)
+        sys.exit(130)

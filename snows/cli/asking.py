@@ -13,8 +13,10 @@ if TYPE_CHECKING:
     from snows import Budget
 
 Of = Annotated[
-    Literal["macs", "params", "bytes", "nonzeros", "latency"],
-    typer.Option(help='the cost that a share is of; "latency" is milliseconds, measured here'),
+    Literal["macs", "params", "bytes", "nonzeros", "latency"] | None,
+    typer.Option(
+        help='the cost that a share is of; "latency" is milliseconds, measured here; by default macs'
+    ),
 ]
 Runtime = Annotated[
     Literal["eager", "compile", "cuda-graph"], typer.Option(help="what --of latency measures the network in")
@@ -51,7 +53,7 @@ class Options:
         of, using, order, multiple, runtime, at_a_time, latency: as typed; None where nothing was.
     """
 
-    of: Any = "macs"
+    of: Any = None
     using: str | None = None
     order: Any = "compensated"
     multiple: int = 8
@@ -70,7 +72,12 @@ class Options:
         import snows
 
         limit: dict[str, Any] = _limit(text)
-        return snows.Budget(**limit, **self._settings())
+        means = {"ms": "latency", "mb": "bytes"}.get(next(iter(limit)), self.of)
+        if self.of not in (None, means):
+            raise ValueError(
+                f"--of: expected {means}, of which --budget {text} is, or nothing, got {self.of}"
+            )
+        return snows.Budget(**limit, **self._settings() | {"of": means or self._of()})
 
     def structured(self, text: str, then: Any) -> Budget:
         """Read what `--structured` asks for: a share."""
@@ -78,10 +85,18 @@ class Options:
 
         return snows.Structured(share(text, "structured"), then=then, **self._settings())
 
+    def _of(self) -> Any:
+        """Return the cost that was named, or that a table of milliseconds means."""
+        return self.of or ("macs" if self.latency is None else "latency")
+
     def _settings(self) -> dict[str, Any]:
         using = {} if self.using is None else {"using": names(self.using)}
+        if self.latency is not None and self.of not in (None, "latency"):
+            raise ValueError(
+                f"--latency: expected milliseconds (--of latency) to choose by, got --of {self.of}"
+            )
         return using | {
-            "of": self.of,
+            "of": self._of(),
             "order": self.order,
             "multiple": self.multiple,
             "runtime": self.runtime,

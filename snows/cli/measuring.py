@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,11 +12,10 @@ from rich.table import Table
 from snows.cli import asking, terminal
 from snows.cli.judging import judging_batches
 from snows.cli.loading import example_of, load_network, say_prepared, test_data
+from snows.cli.pages import claim, claim_time
 from snows.cli.terminal import console, next_command, numbers, say, show_scores, warn
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from torch import nn
 
     from snows.evaluation import Scores
@@ -57,6 +57,8 @@ def measure(
         f"{table.whole:.4g} ms for {table.images} images at a time, {table.runtime}, on {table.machine}; "
         f"{len(table.times.found)} kinds of layer are in {out}"
     )
+    if table.warning:
+        warn(table.warning)
     same = [] if runtime == "eager" else ["--runtime", runtime]
     goal = ["--budget", "50%", "--of", "latency", *same, "--latency", out]
     next_command("snows", "prune", "--model", model, *goal, "...")
@@ -82,8 +84,10 @@ def frontier(
     weights: terminal.Weights = None,
     random_weights: terminal.RandomWeights = False,
     samples: Annotated[int, typer.Option(min=1, help="calibration images")] = SAMPLES,
-    batch_size: Annotated[int, typer.Option(min=1, help="images a batch")] = 64,
-    judge: Annotated[int, typer.Option(min=1, help="test images that pruned points are judged on")] = 1000,
+    batch_size: Annotated[int, typer.Option(min=1, help="images a batch")] = 128,
+    judge: Annotated[
+        int, typer.Option(min=0, help="test images that pruned points are judged on; 0 for none")
+    ] = 1000,
     resume: Annotated[
         bool,
         typer.Option("--resume", help="go on with the frontier in --out: its points stand, pruning ends"),
@@ -101,6 +105,7 @@ def frontier(
     from snows.frontiers import Frontier
     from snows.results.storage import write
     from snows.sources.source import Source
+    from snows.verification import judgement
 
     place = terminal.device_of(device)
     shares = [asking.share(x.strip(), "budgets") for x in budgets.split(",") if x.strip()]
@@ -127,9 +132,9 @@ def frontier(
         console.print(found.table())
         for note in found.notes:
             warn(note)
-        test = test_data(data, network, preparation, None, None) if prune else None
-        if test is not None:
-            used = images.drawn(count, seed) if test.origin == images.origin else None
+        say("The predicted loss is before anything is fitted, and compares points with each other alone.")
+        if prune:
+            test = test_data(data, network, preparation, None, None) if judge else None
             source = Source(
                 model,
                 data,
@@ -141,19 +146,27 @@ def frontier(
                 std=numbers(std, "std"),
             )
 
-            def judging(pruned: nn.Module) -> tuple[Scores, Scores]:
-                return evaluation.compare(net, pruned, judging_batches(test, used, judge, batch_size))
-
             try:
-                _prune(found, prune, net, batches, source, out, judging)
+                rows = _prune(found, prune, net, batches, source, out, place.type)
             except KeyboardInterrupt:
                 warn(f"stopped; the frontier is in {file}. Add --resume to the same command to go on.")
                 raise typer.Exit(130) from None
-            if used is not None:
-                but = ", but not of these images" if len(test) > len(used) > 0 else ""
-                say(f"judged on the same data as the calibration images, which has no test split{but}")
+            if test is not None:
+                used = images.drawn(count, seed) if test.origin == images.origin else None
+                scores: dict[str, Scores] = {}
+                for i, pruned in rows:
+                    seen = evaluation.Seen(judging_batches(test, used, judge, batch_size))
+                    scores["dense"], own = evaluation.compare(net, pruned, seen)
+                    scores[f"point {i}"] = own
+                    judged = replace(judgement(test.origin, seen, scores["dense"], own), asked=judge)
+                    claim(out / f"point-{i}", replace(judged, data=data, samples=len(used or ()), seed=seed))
+                show_scores(list(scores.items()))
+                if used is not None:
+                    but = ", but not of these images" if len(test) > len(used) > 0 else ""
+                    say(f"judged on the same data as the calibration images, which has no test split{but}")
     say(f"the frontier is in {file}, and its page beside it")
-    next_command("snows", "prune", "--frontier", file, "--point", "NUMBER", "...")
+    same = ["--model", model, "--data", data, "--samples", count, "--batch-size", batch_size]
+    next_command("snows", "prune", *same, "--frontier", file, "--point", "NUMBER", "--out", "FOLDER")
 
 
 def _make(folder: Path) -> None:
@@ -169,32 +182,26 @@ def _make(folder: Path) -> None:
 
 
 def _prune(
-    found: Frontier,
-    count: int,
-    net: nn.Module,
-    batches: list[Any],
-    source: Source,
-    out: Path,
-    judging: Callable[[nn.Module], tuple[Scores, Scores]],
-) -> None:
-    """Prune a few points, each into a folder of its own, and judge them next to the dense network."""
+    found: Frontier, count: int, net: nn.Module, batches: list[Any], source: Source, out: Path, device: str
+) -> list[tuple[int, nn.Module]]:
+    """Prune a few points, each into a folder of its own; return their numbers and networks."""
     import snows
     from snows.results.tables import add_row
 
-    last = len(found.points) - 1
-    chosen = sorted({round(i * last / max(count - 1, 1)) for i in range(min(count, last + 1))})
-    table = Table(pad_edge=False)
-    rows: dict[str, Scores] = {}
-    for heading in ("point", "stays", "ms before", "ms", "predicted loss", "folder"):
+    last, timed = len(found.points) - 1, found.goal.of == "latency"
+    places = [i / (count - 1) for i in range(count)] if count > 1 else [0.5]
+    table, pruned = Table(pad_edge=False), list[tuple[int, "nn.Module"]]()
+    for heading in ("point", "stays", *(("ms before", "ms") if timed else ()), "predicted loss", "folder"):
         table.add_column(heading, justify="right", no_wrap=True)
-    for i in chosen:
-        folder, point = out / f"point-{i}", found.points[i]
+    for i in sorted({round(x * last) for x in places}):
+        folder, point, goal = out / f"point-{i}", found.points[i], found.budget(i)
         resume = (folder / "run.json").exists()
-        pruned = snows.prune(net, batches, found.budget(i), out=folder, resume=resume)
+        network, report = snows.prune(net, batches, goal, out=folder, resume=resume)
         source.save(folder)
-        rows["dense"], rows[f"point {i}"] = judging(pruned.network)
-        report = pruned.report
-        times = [f"{x:.4g}" if x == x else "" for x in (report.dense_ms, report.small_ms)]
+        if not resume:  # a run that goes on may have been timed on another machine
+            claim_time(folder, report, goal, batches[0], device)
+        pruned.append((i, network))
+        times = [f"{x:.4g}" if x == x else "" for x in (report.dense_ms, report.small_ms)] if timed else []
         add_row(table, str(i), f"{point.share:.1%}", *times, f"{point.loss:.3g}", str(folder))
     console.print(table)
-    show_scores(list(rows.items()))
+    return pruned

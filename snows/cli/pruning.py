@@ -58,7 +58,7 @@ def prune(
         Path | None, typer.Option(help="a file of snows frontier, of which --point is taken up")
     ] = None,
     point: Annotated[int | None, typer.Option(min=0, help="of --frontier")] = None,
-    of: asking.Of = "macs",
+    of: asking.Of = None,
     runtime: asking.Runtime = "eager",
     at_a_time: asking.AtATime = None,
     latency: asking.Latency = None,
@@ -192,16 +192,8 @@ def prune(
         except ValueError as error:  # what was pruned is there all the same
             warn(f"not judged: {error}")
     write_page(out)
-    next_command(
-        "snows",
-        "deploy",
-        out,
-        *(
-            ["--trust"]
-            if sources.runs_code(model) or (sources.runs_code(data) and not Path(data).is_dir())
-            else []
-        ),
-    )
+    code = sources.runs_code(model) or (sources.runs_code(data) and not Path(data).is_dir())
+    next_command("snows", "deploy", out, *(["--trust"] if code else []))
 
 
 def _rule(name: str) -> Any:

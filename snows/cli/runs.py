@@ -15,8 +15,10 @@ from snows.cli.terminal import next_command, say, show
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from snows.results.deployment import Deployment
     from snows.sources.source import Source
 
+IMAGES = 8  # at a time, where nothing else was asked for
 Folder = Annotated[Path, typer.Argument(help="the folder of a run")]
 Trust = Annotated[
     bool, typer.Option("--trust", help="import and call the Python objects that the run's source.json names")
@@ -43,7 +45,7 @@ def report(run: Folder) -> None:
     write_page(run)
 
 
-def _not_its_own(run: Path, out: Path) -> None:
+def not_its_own(run: Path, out: Path) -> None:
     """Refuse to write over what a run made."""
     from snows.results.run import RESULTS
 
@@ -68,7 +70,7 @@ def refused(folder: Path, option: str, named: str, trust: bool) -> str:
     )
 
 
-def _load_run(
+def load_run(
     run: Path, images: int, device: str, trust: bool, model: str | None, data: str | None
 ) -> tuple[nn.Module, Tensor, Source]:
     """Load a run's pruned network, a batch of its images, both on the device, and where they come from."""
@@ -101,16 +103,39 @@ def _load_run(
     return network.model.to(place), found.first(images).to(place), source
 
 
-def _runtime(run: Path, asked: Any) -> Any:
-    """Return the runtime that was asked for, else the one whose milliseconds the run's goal meant."""
+def _asked(run: Path, runtime: Any, images: int | None, objective: Any) -> tuple[Any, int, Any]:
+    """Return what was typed, else what the run's goal meant, else what is usual.
+
+    Args:
+        run: the folder.
+        runtime: as typed; None where nothing was.
+        images: at a time, likewise.
+        objective: likewise.
+    """
     from snows.choosing.compiling import RUNTIMES
 
-    if asked is not None or not (run / "report.json").is_file():
-        return asked or "eager"
-    named = read_report(run).settings.get("runtime", "eager")
-    if named not in RUNTIMES:
-        raise ValueError(f"{run / 'report.json'} names no runtime ({named!r:.40}); say which with --runtime")
-    return named
+    settings = read_report(run).settings if (run / "report.json").is_file() else {}
+    found = runtime or settings.get("runtime", "eager")
+    if found not in (*RUNTIMES, "fastest"):
+        raise ValueError(f"{run / 'report.json'} names no runtime ({found!r:.40}); say which with --runtime")
+    usual = settings.get("images", IMAGES)
+    count = usual if type(usual) is int and usual > 0 else IMAGES
+    return found, images or count, objective or ("size" if settings.get("objective") == "size" else "speed")
+
+
+def _before(run: Path, deployed: Deployment) -> str:
+    """Say what the network took before it was pruned, if that was measured in the same way."""
+    report = read_report(run)
+    same = (report.settings.get("runtime"), report.settings.get("images")) == (
+        deployed.runtime,
+        deployed.samples,
+    )
+    if not same or not report.dense_ms > 0:
+        return ""
+    return (
+        f"before pruning the network took {report.dense_ms:.4g} ms, by the times that prune chose by: "
+        f"{report.dense_ms / deployed.sparse_ms:.2f} times as long as now"
+    )
 
 
 def deploy(
@@ -122,14 +147,20 @@ def deploy(
         ),
     ] = None,
     objective: Annotated[
-        Literal["speed", "size"],
-        typer.Option(help="keep the faster of dense and packed, or pack what gets smaller"),
-    ] = "speed",
+        Literal["speed", "size"] | None,
+        typer.Option(
+            help="keep the faster of dense and packed, or pack what gets smaller; by default speed, or size "
+            "where prune was asked for bytes"
+        ),
+    ] = None,
     dtype: Annotated[
         Literal["float32", "float16", "bfloat16"], typer.Option(help="of the packed network")
     ] = "float32",
     runtime: Runtime = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="images at a time that layers are timed with")] = 8,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(min=1, help="images at a time; by default what prune --of latency measured with, or 8"),
+    ] = None,
     device: terminal.Device = "auto",
     trust: Trust = False,
     model: Model = None,
@@ -142,18 +173,21 @@ def deploy(
     from snows.results import files
 
     path = out or run / "packed.safetensors"
-    _not_its_own(run, path)
-    net, example, source = _load_run(run, batch_size, device, trust, model, data)
+    not_its_own(run, path)
+    where, images, chosen = _asked(run, runtime, batch_size, objective)
+    net, example, source = load_run(run, images, device, trust, model, data)
     deployed = snows.deploy(
         net,
         example,
-        objective=objective,
-        runtime=_runtime(run, runtime),
+        objective=chosen,
+        runtime=where,
         dtype=getattr(torch, dtype),
         progress=terminal.errors.is_terminal,
     )
     found = deployed.report
     show(found)
+    if sentence := _before(run, found):
+        say(sentence)
     if all(row.reason for row in found.layers) and not files.has_edits(run / "model.safetensors"):
         raise ValueError(
             "deploy: no layer is packed, so there is nothing to write; --objective size packs whatever gets "
@@ -162,7 +196,7 @@ def deploy(
     snows.save(deployed, path)
     keep_deployment(run, found)
     write_page(run)
-    say(f"{path}: {path.stat().st_size / 1e6:.2f} MB")
+    say(f"{path}: {path.stat().st_size / 1e6:.2f} MB with its header")
     settings = {
         "--dense": source.weights,
         "--classes": source.classes,
@@ -209,9 +243,9 @@ def bench(
             f"--batch-sizes: expected numbers of at least 1 with commas between, got {batch_sizes!r}"
         )
     path = out or run / "bench.json"
-    _not_its_own(run, path)
-    net, images, _ = _load_run(run, max(sizes), device, trust, model, data)
-    rows, where = [], _runtime(run, runtime)
+    not_its_own(run, path)
+    net, images, _ = load_run(run, max(sizes), device, trust, model, data)
+    rows, (where, _, _) = [], _asked(run, runtime, None, None)
     for size in sizes:
         progress = terminal.errors.is_terminal
         found = snows.deploy(net, images[:size], runtime=where, progress=progress).report
@@ -224,50 +258,3 @@ def bench(
         ).encode(),
     )
     say(f"figures are in {path}")
-
-
-def export(
-    run: Folder,
-    onnx: Annotated[
-        Path | None, typer.Option(help="ONNX file: dense weights with their zeros, checked with onnxruntime")
-    ] = None,
-    program: Annotated[
-        Path | None,
-        typer.Option("--torch", help="program of torch.export, which runs without snows and is checked so"),
-    ] = None,
-    dense: Annotated[
-        Path | None, typer.Option(help="safetensors with the keys of the network's own library")
-    ] = None,
-    trust: Trust = False,
-    model: Model = None,
-    data: Data = None,
-) -> None:
-    """Write a run's network for other runtimes and libraries."""
-    from safetensors.torch import save
-
-    from snows.results.onnx import export_onnx
-    from snows.results.program import export_program
-    from snows.results.storage import state, write
-
-    if onnx is None and program is None and dense is None:
-        raise ValueError("export: expected --onnx FILE, --torch FILE or --dense FILE, got none of them")
-    for path in (onnx, program, dense):
-        if path is not None:
-            _not_its_own(run, path)
-    net, example, _ = _load_run(run, 2, "cpu", trust, model, data)
-    if dense is not None:
-        write(dense, save(state(net)))
-        say(f"{dense}: {dense.stat().st_size / 1e6:.2f} MB")
-    if onnx is not None:
-        error = export_onnx(net, example, onnx)
-        say(
-            f"{onnx}: {onnx.stat().st_size / 1e6:.2f} MB; onnxruntime's outputs differ by {error:.1e} of the "
-            "largest"
-        )
-    if program is not None:
-        found = export_program(net, example, program)
-        say(
-            f"{program}: {program.stat().st_size / 1e6:.2f} MB; for "
-            f"{'any number of' if found.dynamic else len(example)} images at a time; its outputs differ by "
-            f"{found.difference:.1e} of the largest"
-        )

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 
 from snows.layers import SparseConv2d, SparseLinear
@@ -193,6 +194,16 @@ def read_batches(model: nn.Module, batches: Any) -> list[Batch]:
                     f"prune: expected batches of at least one sample, got an empty tensor in batch {i}"
                 )
     return found
+
+
+def other_kinds(net: nn.Module) -> dict[str, str]:
+    """Return the modules whose weights are neither those of a Linear nor of a Conv2d, by name: their kinds.
+
+    Normalisations and embeddings are not among them.
+    """
+    kinds = (_ConvNd, nn.Bilinear, nn.RNNBase)
+    found = {name: module for name, module in net.named_modules() if isinstance(module, kinds)}
+    return {name: type(x).__name__ for name, x in found.items() if not isinstance(x, nn.Conv2d)}
 
 
 def check_outputs(first: list[Tensor], second: list[Tensor]) -> None:

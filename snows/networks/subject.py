@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -92,11 +93,16 @@ class Subject:
         close_attention(net)
         return net, [edit for edit in self.edits if isinstance(edit, Fold)]
 
-    def flops(self) -> tuple[int, int]:
-        """Count the operations of the layers: of all weights, and of those that are kept."""
+    def flops(self, packed: Collection[str]) -> tuple[int, int]:
+        """Count the operations of the layers: of all weights, and of packed layers those that are kept.
+
+        Args:
+            packed: names of layers.
+        """
         layers, kept = prunable(self.network), 0
         for name, use in self.trace.layers.items():
-            kept += round(use.flops * float(mask_of(layers[name], name).double().mean()))
+            share = float(mask_of(layers[name], name).double().mean()) if name in packed else 1.0
+            kept += round(use.flops * share)
         return self.trace.flops, kept
 
     @property

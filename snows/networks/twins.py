@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from snows import together
 from snows.networks.attention import plain_forward
 from snows.networks.batches import Batch, output_of, output_tensors
-from snows.networks.checks import check_model, check_numbers, check_outputs, read_batches
+from snows.networks.checks import check_model, check_numbers, check_outputs, other_kinds, read_batches
 from snows.networks.copies import as_it_came, hold_back, working_copy
 from snows.networks.edits import Edit
 from snows.networks.layers import prunable
@@ -71,6 +71,11 @@ class Twins:
         self._trace()
         self.order, self.calls = self._routes()
         self._check_late_starts()
+        if others := [f"{name} ({kind})" for name, kind in other_kinds(self.sparse).items()]:
+            self.notes.append(
+                f"Linear and Conv2d layers alone are pruned; as they came stay {', '.join(others[:4])}"
+                f"{' and more' if len(others) > 4 else ''}."
+            )
 
     def _first(self) -> Batch:
         """Return a copy of the first batch, or of this process's part of it, on the device."""

@@ -21,6 +21,7 @@ from snows.results.tables import add_row, render
 THOUSAND = 1000  # of so many images, or of fewer, one may be told apart on another machine
 DIVERGENCE = 0.01  # of its size
 ROUNDING = 1e-7  # of a divergence
+MACS = "MACs of one sample, zeros among them"
 HOLDS, FAILS = "holds", "does not hold"
 
 
@@ -74,7 +75,7 @@ class Verification:
         differ = len(self.findings) - held - failed - left
         times = f", times that differ: {differ}" if differ else ""
         return (
-            f"{held} claims hold, {failed} do not, {left} were not checked{times}; written by snows "
+            f"{held} claims hold, {failed} do not, {left} not checked{times}; written by snows "
             f"{self.certificate.snows} with torch {self.certificate.torch}"
         )
 
@@ -140,7 +141,7 @@ class Claims:
         for of, claim in (
             ("dense network: architecture", self.certificate.architecture[:12]),
             ("dense network: tensors", self.certificate.dense[:12]),
-            ("MACs of one sample", f"{self.certificate.macs:,}" if self.certificate.macs else ""),
+            (MACS, f"{self.certificate.macs:,}" if self.certificate.macs else ""),
         ):
             if claim:
                 yield Finding(of, claim, "", unchecked(why))

@@ -108,6 +108,9 @@ class Report(Record):
         stages: of making the network smaller, in order.
         macs: multiplications of one sample, before and after; empty where nothing was taken out.
         parameters: before and after; empty where nothing was taken out.
+        counted: what a budget of bytes or weights that are not zero was of, before and after; empty for
+            other goals.
+        unit: of that, as text.
         seconds: wall time of the call to `prune`; where a run was resumed, of the last one.
         dense_ms, small_ms: milliseconds before and after, where a share of them was asked for; else NaN.
     """
@@ -121,6 +124,8 @@ class Report(Record):
     stages: list[StageReport] = field(default_factory=list)
     macs: tuple[int, ...] = ()
     parameters: tuple[int, ...] = ()
+    counted: tuple[int, ...] = ()
+    unit: str = ""
     seconds: float = 0.0
     dense_ms: float = math.nan
     small_ms: float = math.nan
@@ -172,7 +177,8 @@ class Report(Record):
 
     def summary(self) -> str:
         """Say in a sentence what came of it."""
-        prunable, weights = max(self.prunable, 1), max(self.weights, 1)
+        weights = max(self.parameters[1] if self.parameters else self.weights, 1)
+        prunable = max(self.prunable, 1)
         pruned = sum(layer.size - layer.kept for layer in self.layers if not layer.reason)
         smaller = ""
         if self.macs:
@@ -180,6 +186,10 @@ class Report(Record):
                 f"{now / 1e6:.4g} of {before / 1e6:.4g} million {what} ({100 * now / before:.1f} %)"
                 for what, (before, now) in (("MACs", self.macs), ("parameters", self.parameters))
             )
+        if self.counted:
+            before, now = self.counted
+            part = f"{100 * now / before:.1f} %"
+            smaller = f"{now / 1e6:.4g} of {before / 1e6:.4g} million {self.unit} ({part}), {smaller}"
         if self.small_ms == self.small_ms:
             share = 100 * self.small_ms / self.dense_ms
             smaller = f"{self.small_ms:.3g} of {self.dense_ms:.3g} ms ({share:.1f} %), {smaller}"
@@ -187,5 +197,5 @@ class Report(Record):
             return f"{smaller}; {self.seconds:.1f} s"
         return (f"{smaller}; " if smaller else "") + (
             f"{self.zeros} zeros: {100 * pruned / prunable:.2f} % of the {self.prunable} prunable weights, "
-            f"{100 * self.zeros / weights:.2f} % of all {self.weights}; {self.seconds:.1f} s"
+            f"{100 * self.zeros / weights:.2f} % of all {weights}; {self.seconds:.1f} s"
         )

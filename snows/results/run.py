@@ -138,6 +138,8 @@ class Run:
             with suppress(OSError):  # there is a finished layer
                 (self.folder / "layers").rmdir()
                 (self.folder / "run.json").unlink()  # nothing was done: the folder is free for another try
+                (self.folder / LOCK).unlink()
+                self.folder.rmdir()  # if nothing else is in it
         self._lock.release()
 
     def _layer(self, key: str) -> Path:

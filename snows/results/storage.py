@@ -53,6 +53,11 @@ def read_file(path: Path, key: str, asked: str) -> tuple[dict[str, Tensor], dict
     Raises:
         ValueError: there is no such file, or it is no whole one.
     """
+    if path.is_dir():
+        raise ValueError(
+            f"{asked}: expected a file, got the folder {path}; name model.safetensors or "
+            "packed.safetensors in it"
+        )
     if not path.is_file():
         raise ValueError(f"{asked}: there is no file {path}")
     try:
