@@ -94,6 +94,10 @@ def prune(
     minutes: Annotated[
         float | None, typer.Option(help="limit for pruning; the settings are then what is done at most")
     ] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(help='"8GB": what activations may take between layers; others lie in a file in --out'),
+    ] = None,
     judge: Annotated[
         int,
         typer.Option(
@@ -112,9 +116,11 @@ def prune(
 ) -> None:
     """Prune a trained network in one shot."""
     import snows
-    from snows import memory, sources
+    from snows import sources
     from snows.choosing.deadline import check_seconds
     from snows.frontiers import Frontier
+    from snows.memory import kept
+    from snows.networks.room import read_bytes
     from snows.sources.source import Source
 
     options = asking.Options(of, using, order, multiple, runtime, at_a_time, latency)
@@ -123,6 +129,7 @@ def prune(
         raise ValueError(f'--horizon: expected a number or "end", got {horizon!r}')
     solver = snows.Newton(max_iterations=iterations, passes=passes)
     check_seconds(minutes, "--minutes: expected minutes")
+    read_bytes(memory)
     place = terminal.device_of(device)
     if (out / "run.json").exists() and not resume:
         raise ValueError(
@@ -154,7 +161,7 @@ def prune(
     rule: Any = _read_masks(masks) if masks is not None else _rule(select)
     try:
         matching = snows.Matching("end" if horizon == "end" else int(horizon), targets, metric)
-        with memory.kept():
+        with kept():
             sparse, report = snows.prune(
                 net,
                 batches,
@@ -167,6 +174,7 @@ def prune(
                 skip=asking.names(skip),
                 recalibrate=recalibrate,
                 seconds=None if minutes is None else 60 * minutes,
+                memory=memory,
                 out=out,
                 resume=resume,
                 seed=seed,

@@ -157,9 +157,9 @@ def output(call: Call, weight: Tensor) -> Tensor:
 def positions(call: Call) -> int:
     """Count the rows that `patches` gives: images times tokens or output positions."""
     if call.function is F.linear:
-        return call.x.shape[:-1].numel()
-    view = next(_Windows.of(call).views(call.x[:1].to("meta")))
-    return len(call.x) * view.shape[1:4].numel()
+        return call.shape[:-1].numel()
+    view = next(_Windows.of(call).views(torch.empty(1, *call.shape[1:], device="meta")))
+    return call.shape[0] * view.shape[1:4].numel()
 
 
 def _pair(value: Any) -> tuple[int, int]:
