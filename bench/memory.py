@@ -35,7 +35,8 @@ def prune(images: int, batch: int, bound: str, iterations: int, blocks: int) -> 
 
     torch.manual_seed(0)
     net = vit_b_16(weights=None).eval()
-    net.encoder.layers = net.encoder.layers[:blocks]
+    for name in list(dict(net.encoder.layers.named_children()))[blocks:]:
+        delattr(net.encoder.layers, name)
     torch.nn.init.trunc_normal_(net.heads.head.weight, std=0.02)
     batches = list(torch.randn(images, 3, 224, 224).split(batch))
     began, processor = time.perf_counter(), time.process_time()
@@ -82,14 +83,8 @@ def main() -> None:
     if args.one:
         print(json.dumps(prune(args.images, args.batch, args.bounds, args.iterations, args.blocks)))
         return
-    settings = [
-        "--images",
-        str(args.images),
-        "--batch",
-        str(args.batch),
-        "--iterations",
-        str(args.iterations),
-    ]
+    given = ("images", "batch", "iterations", "blocks")
+    settings = [x for name in given for x in (f"--{name}", str(getattr(args, name)))]
     rows = []
     for bound in args.bounds.split(","):
         command = [sys.executable, __file__, "--one", "--bounds", bound, *settings]

@@ -14,7 +14,8 @@ from torch.utils._pytree import tree_leaves
 import snows
 from snows import zoo
 from snows.networks import room
-from snows.networks.store import PAGE, Kept, Store
+from snows.networks.levels import PAGE
+from snows.networks.store import Kept, Store
 from snows.networks.twins import Twins
 
 CPU = torch.device("cpu")
@@ -323,6 +324,25 @@ def test_what_bytes_and_strides_do_not_tell_stays_as_it_is(store):
     found = store.put([*others, own], {}, {own.untyped_storage().data_ptr()})
     assert all(x is y for x, y in zip(found, [*others, own], strict=True))
     assert store.levels[1].end == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("host", [0, 10**9])
+def test_tensors_of_a_gpu_lie_on_the_host_or_in_a_file(host, tmp_path):
+    device, store = torch.device("cuda"), Store()
+    store.bound(device, 10_000, host, tmp_path)
+    values = [[x, x[1:].T] for x in torch.randn(8, 30, 40, device=device)]
+    with store:
+        kept = [store.put([x.clone() for x in value], {}) for value in values]
+        assert store.levels[0].used <= 10_000
+        assert (store.levels[1].used > 0, store.levels[2].used > 0) == (host > 0, host == 0)
+        for _ in range(3):
+            for i, one in enumerate(kept):
+                store.expect(kept[(i + 1) % len(kept)])
+                found, _ = store.take(one)
+                assert all(x.device.type == "cuda" for x in found)
+                assert all(map(torch.equal, found, values[i]))
 
 
 # ---------------------------------------------------------------- bytes

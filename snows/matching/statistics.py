@@ -127,7 +127,7 @@ class LayerStatistics:
         total = next(sums).double()
         for part in sums:
             total += part
-        return (total / self.count).to(self.calls[0].x.dtype)
+        return total.div_(self.count).to(self.calls[0].input.dtype)
 
 
 class Selector(Protocol):
@@ -178,4 +178,6 @@ def _share(gram: Tensor, share: float) -> Tensor:
 
 
 def _raised(gram: Tensor, added: Tensor) -> Tensor:
-    return gram + added[..., None, None] * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    found = gram.clone()
+    found.diagonal(dim1=-2, dim2=-1).add_(added[..., None])
+    return found
