@@ -8,6 +8,7 @@ import tempfile
 import pytest
 import torch
 from models import Branches, Mapped, settle
+from test_cli import run
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
@@ -246,6 +247,28 @@ def test_memory_is_reported_beside_what_was_predicted():
     assert 0.5 * report.peak_bytes < report.predicted_bytes < 2 * report.peak_bytes
     assert f"{report.peak_bytes / 1e9:.3g} GB of memory" in report.summary()
     assert snows.results.report.Report.from_json(report.to_json()).peak_bytes == report.peak_bytes
+
+
+@pytest.mark.parametrize(("memory", "sentence"), [("8", "got '8'"), ("3GB", "asked for '3GB'")])
+def test_the_command_line_has_a_bound(memory, sentence, monkeypatch, capsys, tmp_path):
+    def prune(*arguments, memory, **settings):
+        raise ValueError(f"asked for {memory!r}")
+
+    monkeypatch.setattr(snows, "prune", prune)
+    source = [
+        "--model",
+        "zoo:resnet20",
+        "--data",
+        "zoo:fashion-mnist",
+        "--samples",
+        4,
+        "--pattern",
+        "2:4",
+        "--judge",
+        0,
+    ]
+    code, text = run(monkeypatch, capsys, "prune", *source, "--memory", memory, "--out", tmp_path / "run")
+    assert (code != 0, sentence in text) == (True, True)
 
 
 # ---------------------------------------------------------------- the store
