@@ -19,6 +19,7 @@ from snows.choosing.allowance import Pace
 from snows.choosing.asked import settings
 from snows.choosing.budgets import Budget
 from snows.choosing.deadline import Deadline, check_seconds, load
+from snows.choosing.footprint import footprint
 from snows.choosing.goals import Choosing, LayerChoice, Only, PatternChoice, check_goal, excluded, selected
 from snows.choosing.plan import Plan, decide
 from snows.choosing.stages import Stages
@@ -26,6 +27,7 @@ from snows.matching.losses import Matching, Objective
 from snows.networks.checks import autocast_off, read_batches
 from snows.networks.edits import Edit
 from snows.networks.layers import prunable
+from snows.networks.room import bound, peak, read_bytes, said
 from snows.networks.twins import Twins
 from snows.results.origin import Origin, contents, fingerprint
 from snows.results.progress import shown
@@ -74,6 +76,7 @@ def prune(
     skip: LayerChoice | None = None,
     recalibrate: bool = True,
     seconds: float | None = None,
+    memory: int | str | None = None,
     out: Path | str | None = None,
     resume: bool = False,
     seed: int = 0,
@@ -105,6 +108,10 @@ def prune(
             at last masks by magnitude, and the report's notes say so. Results then depend on how fast the
             machine is, and are not the same bits twice. A run in `out` may go on with another limit or none;
             it takes finished layers as they are.
+        memory: bytes, such as "8GB", that activations may take between layers; by default half of what is
+            free. Those of batches that find no room lie in a file in `out`, or in the system's folder for
+            temporary files; of a GPU first on the host. Results do not depend on it. Networks, pictures and
+            the work on one batch come on top.
         out: a folder; every finished layer is saved there at once.
         resume: go on with the run in `out`.
         seed: of all that is random.
@@ -124,6 +131,7 @@ def prune(
     goal = pattern if isinstance(pattern, Budget) else None
     check_goal(pattern if goal is None else goal.then, select, cap, goal is None)
     _check_settings(solver, matching, out, resume, seed)
+    allowed = read_bytes(memory)
     if goal is not None:
         _check_select(goal, select)
     if deadline is not None:
@@ -135,15 +143,18 @@ def prune(
         only, skip = selected("only", only, twins.sparse), selected("skip", skip, twins.sparse)
         plan = Plan({}) if isinstance(pattern, Budget) else decide(twins, pattern, select, only, skip, cap)
         layers = list(plan.patterns) if goal is None else _allowed(twins.sparse, only, skip)
-        images = twins.batches[0].samples()
+        folder, images = Path(out) if out is not None else None, twins.batches[0].samples()
         asked = settings(pattern, select, solver, matching, cap, recalibrate, seed, plan, layers, images)
         together.agree({name: json.dumps(x, sort_keys=True) for name, x in asked.items()} | {"out": str(out)})
+        walked = plan.choices if goal is None else twins.order
+        predicted = footprint(twins, bound(twins, allowed, walked, folder), walked, matching, solver)
+        tell.note(f"at most {said(predicted)} of memory are predicted")
         opened = (
-            Run.open(Path(out), asked, model, twins.batches, plan.starts(), resume)
-            if out is not None
+            Run.open(folder, asked, model, twins.batches, plan.starts(), resume)
+            if folder is not None
             else nullcontext()
         )
-        with opened as run:
+        with twins.store, opened as run:
             limits = None
             if deadline is not None and goal is not None:
                 limits = Stages(deadline, twins, goal, solver, matching, recalibrate)
@@ -169,6 +180,7 @@ def prune(
             report = shaping.reported(_report(twins, plan, rows, asked, run))
             report.notes += [] if pace is None else time_notes(rows, pace)
             report.seconds = time.perf_counter() - began
+            report.predicted_bytes, report.peak_bytes = predicted, peak(twins.device)
             if run is not None:
                 run.finish(network, twins.masks, report, run_page(report))
     return Pruned(network, report, twins.masks, twins.edits)

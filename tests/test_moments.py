@@ -79,6 +79,14 @@ def test_moments_of_a_linear_count_every_token():
     assert torch.allclose(moments.cross(call, y)[0], torch.einsum("bto,bti->oi", y, x))
 
 
+def test_moments_of_a_wide_layer_are_made_in_pieces(monkeypatch):
+    x = torch.randn(2, 5, 7)
+    monkeypatch.setattr(moments, "WIDE", 3)
+    found = moments.gram(Call(F.linear, x))
+    assert found.dtype == torch.float64
+    assert torch.allclose(found[0], torch.einsum("bti,btj->ij", x, x).double(), rtol=1e-5, atol=1e-6)
+
+
 def test_moments_of_float32_are_as_exact_as_the_numbers():
     _, call = convolution((3, 3), 1, 1, 1, 1, size=(28, 28))
     exact = moments.gram(call)

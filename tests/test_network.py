@@ -75,7 +75,7 @@ def test_a_stream_drops_what_nobody_reads_again():
     net, inputs = nets()["resnet"]
     stream = Stream(Schedule(net, Trace.of(net, inputs)), inputs)
     stream.advance("layer3.1.conv2")
-    alive = {name for name, outputs in stream.memory.items() if not outputs[0].isnan().any()}
+    alive = {name for name, outputs in stream.on_device().memory.items() if not outputs[0].isnan().any()}
     # the residual of the block, and what the convolution reads
     assert alive == {"layer3.0", "layer3.1.relu1"}
 

@@ -95,6 +95,10 @@ def prune(
     minutes: Annotated[
         float | None, typer.Option(help="limit for pruning; the settings are then what is done at most")
     ] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(help='"8GB": what activations may take between layers; others lie in a file in --out'),
+    ] = None,
     judge: Annotated[
         int,
         typer.Option(
@@ -113,9 +117,11 @@ def prune(
 ) -> None:
     """Prune a trained network in one shot."""
     import snows
-    from snows import memory, sources
+    from snows import sources
     from snows.choosing.deadline import check_seconds
     from snows.frontiers import Frontier
+    from snows.memory import kept
+    from snows.networks.room import read_bytes
     from snows.sources.source import Source
 
     options = asking.Options(of, using, order, multiple, runtime, at_a_time, latency)
@@ -124,6 +130,7 @@ def prune(
         raise ValueError(f'--horizon: expected a number or "end", got {horizon!r}')
     solver = snows.Newton(max_iterations=iterations, passes=passes)
     check_seconds(minutes, "--minutes: expected minutes")
+    read_bytes(memory)
     place = terminal.device_of(device)
     if RANK == 0 and (out / "run.json").exists() and not resume:
         raise ValueError(
@@ -155,7 +162,7 @@ def prune(
     rule: Any = _read_masks(masks) if masks is not None else _rule(select)
     try:
         matching = snows.Matching("end" if horizon == "end" else int(horizon), targets, metric)
-        with joined(), memory.kept():
+        with joined(), kept():
             sparse, report = snows.prune(
                 net,
                 batches,
@@ -168,6 +175,7 @@ def prune(
                 skip=asking.names(skip),
                 recalibrate=recalibrate,
                 seconds=None if minutes is None else 60 * minutes,
+                memory=memory,
                 out=out,
                 resume=resume,
                 seed=seed,

@@ -15,7 +15,7 @@ from snows.matching.horizon import Horizon, Outputs
 from snows.matching.metrics import Metric, OutputSensitivity
 from snows.networks.implants import LowRank, weight_of
 from snows.networks.layers import groups_of
-from snows.networks.sites import Pair, Site
+from snows.networks.sites import Pair, Site, in_turn
 from snows.networks.stream import Stream
 from snows.networks.twins import Twins
 from snows.solving.operators import half_inner
@@ -178,7 +178,7 @@ class LayerLosses:
         return len(self.site.training)
 
     def __iter__(self) -> Iterator[Reconstruction]:
-        return map(self._loss, self.site.training)
+        return map(self._loss, in_turn(self.site.training))
 
 
 class Reconstruction:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
+from functools import partial, reduce
 from itertools import combinations
+from operator import iadd
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from snows.networks.watching import Call
 from snows.sparsity import rows
 
 CHUNK = 2**21  # numbers unfolded at a time
+WIDE = 2**13  # inputs of a layer whose second moments are made at a time
 
 
 class _Windows(NamedTuple):
@@ -97,7 +99,7 @@ def gram(call: Call) -> Tensor:
     height is not.
     """
     if call.function is F.linear or (windows := _Windows.of(call)).stride[0] > 1 or windows.kernel[0] == 1:
-        return sum((x.mT @ x).double() for x in patches(call))  # type: ignore[return-value]
+        return reduce(iadd, map(_square, patches(call)))
     height, dilation = windows.kernel[0], windows.dilation[0]
     total: Tensor | None = None
     for view in windows._replace(kernel=(1, windows.kernel[1])).views(call.x):
@@ -122,6 +124,17 @@ def gram(call: Call) -> Tensor:
     for i, j in combinations(range(height), 2):
         total[j, i] = total[i, j].mT
     return total.permute(2, 0, 3, 1, 4).reshape(groups, height * size, height * size)
+
+
+def _square(x: Tensor) -> Tensor:
+    """Return ``x xᵀ`` summed over the rows of x, (groups, in, in), float64; of a wide layer in pieces."""
+    if x.shape[2] <= WIDE:
+        return (x.mT @ x).double()
+    total = x.new_empty(x.shape[0], x.shape[2], x.shape[2], dtype=torch.float64)
+    for start in range(0, x.shape[2], WIDE):
+        part = slice(start, start + WIDE)
+        total[:, part] = x[:, :, part].mT @ x
+    return total
 
 
 def _product(lines: Tensor, others: Tensor, start: int, stop: int) -> Tensor | int:
@@ -157,9 +170,9 @@ def output(call: Call, weight: Tensor) -> Tensor:
 def positions(call: Call) -> int:
     """Count the rows that `patches` gives: images times tokens or output positions."""
     if call.function is F.linear:
-        return call.x.shape[:-1].numel()
-    view = next(_Windows.of(call).views(call.x[:1].to("meta")))
-    return len(call.x) * view.shape[1:4].numel()
+        return call.shape[:-1].numel()
+    view = next(_Windows.of(call).views(torch.empty(1, *call.shape[1:], device="meta")))
+    return call.shape[0] * view.shape[1:4].numel()
 
 
 def _pair(value: Any) -> tuple[int, int]:

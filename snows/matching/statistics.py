@@ -127,7 +127,7 @@ class LayerStatistics:
         return self._mean(x.view(len(self.mean), -1) for x in sums)
 
     def _mean(self, sums: Iterator[Tensor]) -> Tensor:
-        return (self.total(sums) / self.count).to(self.calls[0].x.dtype)
+        return self.total(sums).div_(self.count).to(self.calls[0].input.dtype)
 
     def total(self, sums: Iterator[Tensor]) -> Tensor:
         """Sum what calls give over all that are this process's own, and over all processes: float64."""
@@ -192,4 +192,6 @@ def _share(gram: Tensor, share: float) -> Tensor:
 
 
 def _raised(gram: Tensor, added: Tensor) -> Tensor:
-    return gram + added[..., None, None] * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    found = gram.clone()
+    found.diagonal(dim1=-2, dim2=-1).add_(added[..., None])
+    return found

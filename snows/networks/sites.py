@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -30,6 +30,18 @@ class Pair(NamedTuple):
         assert sparse is not None
         return (dense if _alike(dense, sparse) else sparse), sparse
 
+    def expect(self) -> None:
+        """Fetch what both streams remember, because they are used next."""
+        self.dense.expect()
+        self.sparse.expect()
+
+
+def in_turn(pairs: Sequence[Pair]) -> Iterator[Pair]:
+    """Give pairs in order, each while the next is fetched; after the last the first."""
+    for i, pair in enumerate(pairs, 1):
+        pairs[i % len(pairs)].expect()
+        yield pair
+
 
 def _alike(dense: Call, sparse: Call) -> bool:
     """Say whether both calls answer for the same positions.
@@ -40,13 +52,13 @@ def _alike(dense: Call, sparse: Call) -> bool:
     steps = ("stride", "padding", "dilation")
     one, other = ((call.kernel, *(call.settings.get(x) for x in steps)) for call in (dense, sparse))
     if one != other:
-        return len(dense.x) == len(sparse.x)
+        return dense.shape[0] == sparse.shape[0]
     return _positions(dense) == _positions(sparse)
 
 
 def _positions(call: Call) -> torch.Size:
     """Return the shape of a call's input without its channels, of which a cut network has fewer."""
-    return torch.Size((*call.x.shape[:1], *call.x.shape[2:])) if call.kernel else call.x.shape[:-1]
+    return torch.Size((*call.shape[:1], *call.shape[2:])) if call.kernel else call.shape[:-1]
 
 
 @dataclass(frozen=True)

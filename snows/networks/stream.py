@@ -10,7 +10,7 @@ import copy
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from snows.networks.attention import plain_forward
 from snows.networks.batches import Batch, output_tensors
+from snows.networks.store import Slots, Store, addresses, size
 from snows.networks.trace import Trace
 from snows.networks.watching import Call, Finished, Watch
 
@@ -37,6 +38,8 @@ class Schedule:
         reached: layers that a stream has reached, so that all changes on the way there are known.
         whole: whether every pass runs from the front, because the network's state or its routes would make a
             late start wrong.
+        store: has what the streams remember.
+        rooms: by layer, the bytes that a sample's stream takes there, as far as they are known.
     """
 
     net: nn.Module
@@ -44,6 +47,8 @@ class Schedule:
     changed: set[Output] = field(default_factory=set)
     reached: set[str] = field(default_factory=set)
     whole: bool = False
+    store: Store = field(default_factory=Store)
+    rooms: dict[str, int] = field(default_factory=dict)
 
 
 class Stream:
@@ -53,47 +58,71 @@ class Stream:
 
     Attributes:
         call: the last layer's, None where the batch does not reach it.
-        memory: by module, what its calls returned.
+        memory: by module, what its calls returned, in the schedule's store.
+        slots: of a stream on the device, whose memory is tensors: where the store has these, by address.
     """
 
     def __init__(self, schedule: Schedule, batch: Batch) -> None:
         self.schedule, self.batch = schedule, batch
         self.memory: dict[str, list[Any]] = {}
+        self.slots: Slots | None = None
         self.call: Call | None = None
 
     def on_device(self) -> Stream:
-        """Return the same stream with its batch on the network's device, for as long as it is held."""
+        """Return the same stream with batch and memory on the network's device, for as long as it is held."""
+        if self.slots is not None:
+            return self
         stream = copy.copy(self)
         stream.batch = self.batch.to(next(self.schedule.net.parameters()).device)
+        stream.memory, stream.slots = self.schedule.store.take(self.memory)
         return stream
+
+    def expect(self) -> None:
+        """Fetch what is remembered, because the stream is used next."""
+        self.schedule.store.expect(self.memory)
+
+    @property
+    def room(self) -> int:
+        """The bytes that the stream takes."""
+        return size((self.memory, None if self.call is None else self.call.input))
 
     def advance(self, layer: str) -> Call | None:
         """Run up to a layer, remember what was done on the way, and return the layer's call, if it runs."""
-        schedule, batch = self.schedule, self.on_device().batch
+        schedule, here = self.schedule, self.on_device()
         while True:
             record = _Recording(schedule.net, layer, schedule.changed)
             with (
                 torch.no_grad(),
                 plain_forward(),
-                self.answering(copies=layer not in schedule.reached),
+                here.answering(copies=layer not in schedule.reached),
                 record,
                 suppress(Finished),
             ):
-                batch.through(schedule.net)
-            self.call = record.call
+                here.batch.through(schedule.net)
             if record.call is None or schedule.whole:
-                return record.call
+                return self._keep(record.call, here.memory, here)
             changed = record.changed_since()
             if not changed:
                 break
             schedule.changed |= changed  # noticed once for all batches: remember a copy of these
         schedule.reached.add(layer)
         now = schedule.trace.start[layer]
-        self.memory = defaultdict(list)
+        memory: dict[str, list[Any]] = defaultdict(list)
         for name, output in record.done():
             dead = schedule.trace.last_read.get(name, float("inf")) <= now
-            self.memory[name].append(tree_map(_placeholder, output) if dead else output)
-        return self.call
+            memory[name].append(tree_map(_placeholder, output) if dead else output)
+        return self._keep(record.call, memory, here)
+
+    def _keep(self, call: Call | None, memory: dict[str, list[Any]], here: Stream) -> Call | None:
+        """Put the layer's call and what is remembered from now on into the store; return the call itself."""
+        net, store, before = self.schedule.net, self.schedule.store, here.slots or {}
+        value = (memory, None if call is None else call.input)
+        slots = {at: before[at] for at in addresses(tree_leaves(value)) & before.keys()}
+        here.memory, here.slots, self.memory, self.call = {}, None, {}, None  # room for what is new
+        own = addresses((*net.parameters(), *net.buffers(), *self.batch.tensors()))
+        self.memory, kept = store.put(value, slots, own)
+        self.call = None if call is None else replace(call, input=kept)
+        return call
 
     @contextmanager
     def answering(self, copies: bool = False) -> Iterator[None]:
@@ -105,7 +134,7 @@ class Stream:
         """
         given: list[_Mark] | None = [] if copies else None
         with ExitStack() as stack:
-            for name, outputs in self.memory.items():
+            for name, outputs in self.on_device().memory.items():
                 stack.enter_context(_answer(self.schedule, name, outputs, given))
             yield
         self.schedule.changed |= _changed(given or ())
@@ -235,12 +264,13 @@ def route(net: nn.Module, batch: Batch) -> list[str]:
 def keeps_state(schedule: Schedule, one: Batch, other: Batch) -> bool:
     """Say whether a late start of one batch would use state that another batch left in the network's modules.
 
-    Every layer is reached with both batches in turn, and the rest of the pass compared with a whole pass.
+    Every layer is reached with both batches in turn, and the rest of the pass compared with a whole pass. The
+    schedule learns what a sample takes.
 
     Args:
         schedule: of the network.
-        one: a few samples.
-        other: as many other samples, of the same shapes.
+        one: a sample.
+        other: another one, of the same shapes.
     """
     first, second = Stream(schedule, one), Stream(schedule, other)
     with torch.no_grad(), plain_forward():
@@ -248,6 +278,7 @@ def keeps_state(schedule: Schedule, one: Batch, other: Batch) -> bool:
         for layer in schedule.trace.start:
             first.advance(layer)
             second.advance(layer)
+            schedule.rooms[layer] = second.room  # the first one's are copies, which share nothing
             try:
                 with first.answering(copies=True):
                     found = output_tensors(first.on_device().batch.through(schedule.net))

@@ -20,7 +20,8 @@ from snows.networks.layers import prunable
 from snows.networks.masks import give_mask
 from snows.networks.pairing import paired, unpaired
 from snows.networks.reduction import Reduction
-from snows.networks.sites import Pair, Site
+from snows.networks.sites import Pair, Site, in_turn
+from snows.networks.store import Store
 from snows.networks.stream import Schedule, Stream, keeps_state, route
 from snows.networks.trace import Trace
 from snows.sparsity import MaskedWeight
@@ -42,6 +43,7 @@ class Twins:
         masks: of the layers that were pruned, by name.
         edits: that were made on the working copy.
         parts: that each batch is divided into, so that fewer samples can be taken.
+        store: has what the streams remember.
         reduction: what it has left of the dense network's features.
         carried: masks of `torch.nn.utils.prune` that the model came with.
         notes: sentences that a reader should see.
@@ -66,6 +68,7 @@ class Twins:
         self.notes: list[str] = []
         self.edits: list[Edit] = []
         self.parts = 1
+        self.store = Store()
         self.reduction = Reduction()
         self._channels_last(self._first())
         self._trace()
@@ -100,7 +103,10 @@ class Twins:
                 f"{', '.join(others[:3])}{' and more' if len(others) > 3 else ''}."
             )
         changed: set[tuple[str, int]] = set()  # one set: what is learnt on one network holds for its twin
-        self.schedules = Schedule(self.dense, traces[0], changed), Schedule(self.sparse, traces[1], changed)
+        self.schedules = (
+            Schedule(self.dense, traces[0], changed, store=self.store),
+            Schedule(self.sparse, traces[1], changed, store=self.store),
+        )
         self.begin_again()
 
     def begin_again(self) -> None:
@@ -236,7 +242,7 @@ class Twins:
         reached: list[tuple[int, Pair]] = []
         finite = True
         source = self.reduction.source(name)
-        for i, (dense, sparse) in enumerate(self._streams):
+        for i, (dense, sparse) in enumerate(in_turn(self._streams)):
             if i != self._held and len(reached) == most:
                 continue
             call, other = sparse.advance(name), dense.advance(source)

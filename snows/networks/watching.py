@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
@@ -27,6 +28,7 @@ from torch.overrides import TorchFunctionMode
 from snows.networks.functions import Function, arguments
 from snows.networks.implants import LowRank, first_factors
 from snows.networks.layers import prunable
+from snows.networks.store import Kept
 
 
 @dataclass
@@ -35,15 +37,25 @@ class Call:
 
     Attributes:
         function: ``F.linear`` or ``F.conv2d``.
-        x: the input, as the function got it (after any padding of the module's own).
+        input: as the function got it (after any padding of the module's own), or where a store has it.
         kernel: height and width of a convolution's kernel; empty for a Linear.
         settings: stride, padding, dilation and groups of a convolution, as they were given.
     """
 
     function: Callable[..., Tensor]
-    x: Tensor
+    input: Tensor | Kept
     kernel: tuple[int, ...] = ()
     settings: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def x(self) -> Tensor:
+        """The input, on the network's device for as long as it is held."""
+        return self.input.tensor() if isinstance(self.input, Kept) else self.input
+
+    @property
+    def shape(self) -> torch.Size:
+        """The input's."""
+        return self.input.shape
 
 
 class Finished(Exception):  # noqa: N818 - not an error

@@ -37,6 +37,11 @@ class Tell:
         """Say what is done next with one layer of many; a line follows when it is done."""
         self._bar.update(self._task, description=printable(what))
 
+    def note(self, what: str) -> None:
+        """Say what stays to be read."""
+        if self._lines or not self._bar.disable:
+            self._bar.console.print(printable(what), highlight=False, markup=False, soft_wrap=True)
+
     def layers(self, count: int) -> None:
         """Say how many layers there are."""
         self._bar.update(self._task, total=count)

@@ -113,6 +113,8 @@ class Report(Record):
         unit: of that, as text.
         seconds: wall time of the call to `prune`; where a run was resumed, of the last one.
         dense_ms, small_ms: milliseconds before and after, where a share of them was asked for; else NaN.
+        predicted_bytes, peak_bytes: of memory, at most, as it was predicted and as it was: the whole process,
+            on a GPU what it takes there; 0 where it is not known.
     """
 
     rows: ClassVar[dict[str, type]] = {"layers": LayerReport, "groups": GroupReport, "stages": StageReport}
@@ -129,6 +131,8 @@ class Report(Record):
     seconds: float = 0.0
     dense_ms: float = math.nan
     small_ms: float = math.nan
+    predicted_bytes: int = 0
+    peak_bytes: int = 0
 
     @property
     def zeros(self) -> int:
@@ -193,9 +197,10 @@ class Report(Record):
         if self.small_ms == self.small_ms:
             share = 100 * self.small_ms / self.dense_ms
             smaller = f"{self.small_ms:.3g} of {self.dense_ms:.3g} ms ({share:.1f} %), {smaller}"
+        taken = f", {self.peak_bytes / 1e9:.3g} GB of memory at most" if self.peak_bytes else ""
         if smaller and not self.zeros:
-            return f"{smaller}; {self.seconds:.1f} s"
+            return f"{smaller}; {self.seconds:.1f} s{taken}"
         return (f"{smaller}; " if smaller else "") + (
             f"{self.zeros} zeros: {100 * pruned / prunable:.2f} % of the {self.prunable} prunable weights, "
-            f"{100 * self.zeros / weights:.2f} % of all {weights}; {self.seconds:.1f} s"
+            f"{100 * self.zeros / weights:.2f} % of all {weights}; {self.seconds:.1f} s{taken}"
         )

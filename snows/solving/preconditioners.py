@@ -114,7 +114,8 @@ def _inverse(matrices: Tensor, share: float) -> Tensor:
     """Invert a batch of positive semi-definite matrices damped by `share` of their own mean diagonal."""
     diagonal = matrices.diagonal(dim1=-2, dim2=-1)
     mean = diagonal.mean(-1).double().clamp_min(torch.finfo(torch.float32).tiny)
-    eye = torch.eye(matrices.shape[-1], dtype=torch.float64, device=matrices.device)
-    damped = matrices.double() + (share * mean)[:, None, None] * eye
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped)) * mean[:, None, None]
-    return inverse.to(matrices.dtype)
+    damped = matrices.to(torch.float64, copy=True)
+    damped.diagonal(dim1=-2, dim2=-1).add_((share * mean)[:, None])
+    factor = torch.linalg.cholesky(damped)
+    del damped  # three of these matrices of a wide layer may be more than there is room for
+    return torch.cholesky_inverse(factor).mul_(mean[:, None, None]).to(matrices.dtype)

@@ -1,0 +1,45 @@
+"""How much memory a walk is predicted to take at most."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+from snows.choosing.work import window
+from snows.matching.losses import Matching
+from snows.networks.room import Rooms, taken
+from snows.networks.twins import Twins
+from snows.solving.newton import Newton
+
+PASSES = 8  # that each value of a horizon is held for at a time, by a step of Newton's method
+MOMENTS = 6  # matrices in float64 as wide as a layer: second moments, factors and their inverses
+
+
+def footprint(
+    twins: Twins, rooms: Rooms, layers: Iterable[str], matching: Matching, solver: Newton | None
+) -> int:
+    """Predict the most bytes that this process will take; on a GPU those that it will take there.
+
+    That is what it takes now, activations between the layers, and the work on one batch of one layer.
+
+    Args:
+        twins: the networks and batches; their store is bounded.
+        rooms: what activations take.
+        layers: of the walk.
+        matching: tells how long a horizon is.
+        solver: of Newton's method; None for no steps.
+    """
+    events, weights = twins.trace.events, twins.sparse
+    at = {event.layer: i for i, event in reversed([*enumerate(events)]) if event.layer}
+    share = max(x.samples() for x in twins.batches) / max(twins.batches[0].samples(), 1)
+    passes, work = PASSES if solver is not None else 2, 0.0
+    for name in layers:
+        if name in at:
+            weight: Any = weights.get_submodule(name).weight
+            numbers = sum(math.prod(x.shape) for x in window(events, at[name], matching.horizon))
+            matrices = 8 * MOMENTS * math.prod(weight.shape[1:]) ** 2
+            work = max(work, passes * share * numbers * weight.element_size() + matrices)
+    limit = twins.store.levels[0].limit
+    between = rooms.most if rooms.most <= limit else limit + rooms.least
+    return int(taken(twins.device) + between + work)
