@@ -44,7 +44,7 @@ def prune(images: int, batch: int, bound: str, iterations: int, blocks: int) -> 
         net,
         batches,
         snows.NM(2, 4),
-        select=snows.magnitude,
+        select=snows.magnitude if iterations else snows.least_squares,  # whose weights depend on all pictures
         solver=snows.Newton(max_iterations=iterations) if iterations else None,
         only=LAYERS,
         memory=None if bound == "none" else bound,
