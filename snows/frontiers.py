@@ -23,6 +23,7 @@ from snows.choosing.structure import Deciding
 from snows.matching.losses import Matching, Objective
 from snows.networks.checks import autocast_off
 from snows.networks.twins import Twins
+from snows.ops.precision import products_in
 from snows.results.origin import fingerprint
 from snows.results.progress import shown
 from snows.results.storage import write
@@ -216,7 +217,7 @@ def frontier(
         raise TypeError(f"frontier: expected goal to be a snows.Budget, got {goal!r}")
     if not isinstance(goal.order, str) or goal.then is not None:
         raise ValueError("frontier: expected a goal with an order by name and without then=, got another")
-    with shown(progress) as tell, autocast_off(model):
+    with shown(progress) as tell, autocast_off(model), products_in("float32"):
         tell.doing("checking and tracing the network")
         twins = Twins(model, batches)
         only, skip = selected("only", only, twins.sparse), selected("skip", skip, twins.sparse)

@@ -29,6 +29,7 @@ from snows.networks.edits import Edit
 from snows.networks.layers import prunable
 from snows.networks.room import bound, peak, read_bytes, said
 from snows.networks.twins import Twins
+from snows.ops.precision import products_in
 from snows.results.origin import Origin, contents, fingerprint
 from snows.results.progress import shown
 from snows.results.report import LayerReport, Report
@@ -136,7 +137,7 @@ def prune(
         _check_select(goal, select)
     if deadline is not None:
         load()  # now, so that it is not taken for a part of a layer's work
-    with shown(progress) as tell, autocast_off(model):
+    with shown(progress) as tell, autocast_off(model), products_in("float32"):
         tell.doing("checking and tracing the network")
         twins = Twins(model, batches)
         pace = None if deadline is None else Pace(deadline, twins, solver, matching, recalibrate)

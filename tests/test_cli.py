@@ -261,6 +261,8 @@ def test_prune_eval_report_and_resume(monkeypatch, capsys, tmp_path, pictures):
         2,
         "--horizon",
         "2",
+        "--precision",
+        "tf32",
     ]
     code, text = run(monkeypatch, capsys, *prune)
     assert code == 0, text
@@ -268,7 +270,9 @@ def test_prune_eval_report_and_resume(monkeypatch, capsys, tmp_path, pictures):
     weight = load_file(out / "model.safetensors")["2.weight"]
     assert (weight.flatten(1).unflatten(1, (-1, 4)) != 0).sum(-1).eq(2).all()
     assert torch.equal(load_file(out / "masks.safetensors")["2"], weight != 0)
-    assert json.loads((out / "report.json").read_text())["settings"]["pattern"] == "2:4"
+    settings = json.loads((out / "report.json").read_text())["settings"]
+    assert settings["pattern"] == "2:4"
+    assert settings["solver"] == str(snows.Newton(precision="tf32"))
     before = (out / "model.safetensors").read_bytes()
     code, text = run(monkeypatch, capsys, *prune)
     assert code == 2

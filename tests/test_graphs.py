@@ -10,13 +10,14 @@ from oracles import dense_gauss_newton, dense_hessian, matrix_of
 from test_operators import case
 from torch import nn
 
-from snows import zoo
+from snows import Newton, zoo
 from snows.matching.horizon import Horizon
 from snows.matching.losses import Reconstruction
 from snows.networks.attention import open_attention
 from snows.networks.batches import Batch
 from snows.ops import graphs
 from snows.solving.operators import GaussNewton, Hessian
+from snows.sparsity import MaskedWeight
 
 curvatures = pytest.mark.parametrize(
     ("curvature", "oracle"), [(GaussNewton, dense_gauss_newton), (Hessian, dense_hessian)]
@@ -127,6 +128,105 @@ def test_on_a_cpu_nothing_is_captured():
     operator = Hessian(loss, at)
     assert all(torch.equal(operator @ at, operator.product(at)) for _ in range(3))
     assert operator.products._graph is None
+
+
+class Memory:
+    """Stands for memory that graphs compute in."""
+
+
+class Pretended:
+    """Stands for `torch.cuda.CUDAGraph`: memory can be shared for as long as a graph has it."""
+
+    def capture_begin(self, pool=None):
+        memory = Memory() if pool is None else pool()
+        if memory is None:
+            raise AssertionError("the pool is gone")
+        self.memory, self.open = memory, True
+
+    def capture_end(self):
+        self.open = False
+
+    def pool(self):
+        return weakref.ref(self.memory)
+
+    def replay(self):
+        pass
+
+
+@pytest.fixture
+def pretended(monkeypatch):
+    def forbidden():
+        raise AssertionError("waits for the device or gives memory back")
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Pretended)
+    for name in ("synchronize", "empty_cache"):
+        monkeypatch.setattr(torch.cuda, name, forbidden)
+
+
+def broken(v):
+    raise RuntimeError("not permitted")
+
+
+def captured_memory():
+    """The memory of a graph that is gone at once, as an operator's is before the next is built."""
+    graph, output = graphs.capture(torch.neg, torch.ones(2))
+    assert not graph.open
+    assert torch.equal(output, -torch.ones(2))
+    return weakref.ref(graph.memory)
+
+
+@pytest.mark.usefixtures("pretended")
+def test_successive_graphs_compute_in_one_memory_until_the_end():
+    with graphs.one_pool():
+        found = [captured_memory() for _ in range(3)]
+        assert found[0]() is not None
+        assert found[0]() is found[1]() is found[2]()
+        with graphs.one_pool():  # of another solve
+            assert captured_memory()() is not found[0]()
+        assert captured_memory()() is found[0]()
+    assert found[0]() is None
+    assert captured_memory()() is None  # outside each has its own
+
+
+@pytest.mark.usefixtures("pretended")
+def test_memory_of_a_capture_that_failed_is_not_used_again():
+    with graphs.one_pool():
+        first = captured_memory()
+        with pytest.raises(RuntimeError, match="not permitted"):
+            graphs.capture(broken, torch.ones(2))
+        assert first() is None
+        assert captured_memory()() is not None
+
+
+@pytest.mark.parametrize(
+    ("switch", "device", "calls", "expected"),
+    [
+        (None, "cuda", graphs.FEWEST - 1, False),
+        (None, "cuda", graphs.FEWEST, True),
+        (None, "cuda", None, True),
+        ("0", "cuda", None, False),
+        ("0", "cuda", 1000, False),
+        ("1", "cuda", 2, True),
+        ("1", "cpu", 1000, False),
+        (None, "cpu", None, False),
+    ],
+)
+def test_what_is_captured(monkeypatch, switch, device, calls, expected):
+    monkeypatch.delenv("SNOWS_GRAPHS", raising=False)
+    if switch is not None:
+        monkeypatch.setenv("SNOWS_GRAPHS", switch)
+    assert graphs.capturing(torch.device(device), calls) == (graphs.capture if expected else None)
+
+
+@pytest.mark.parametrize(("solver", "expected"), [(Newton(), False), (Newton.published(), True)])
+def test_a_solver_with_few_products_captures_none(monkeypatch, made, solver, expected):
+    capturing = graphs.capturing
+    monkeypatch.delenv("SNOWS_GRAPHS", raising=False)
+    monkeypatch.setattr(graphs, "capture", recording)
+    monkeypatch.setattr(graphs, "capturing", lambda device, calls: capturing(torch.device("cuda"), calls))
+    loss, at = case(nn.Tanh())
+    solver.solve([loss], MaskedWeight(at, torch.ones_like(at, dtype=torch.bool)))
+    assert len(made) == expected
 
 
 def reconstruction(name, layer):

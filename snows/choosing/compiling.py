@@ -118,6 +118,7 @@ class Captured(nn.Module):
             device = self._inputs[0].device
             with graphs.aside(device):
                 static.through(net)  # libraries start and kernels compile outside of the graph
+            torch.cuda.empty_cache()  # room for all that a network computes
             self._graph, self._output = graphs.captured(lambda: static.through(net), device)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

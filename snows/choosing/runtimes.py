@@ -19,6 +19,7 @@ from snows.networks.batches import Batch
 from snows.networks.copies import as_it_came
 from snows.networks.layers import copied
 from snows.networks.twins import Twins
+from snows.ops.precision import as_given
 
 KNOWN = 0.03  # of a share: known so well it is measured long enough
 
@@ -77,10 +78,12 @@ class Clock:
         """The network as it came, as a user would run it."""
         return self._ready(self._networks(Choice({}))[0])
 
+    @as_given()
     def _dense_ms(self) -> float:
         with torch.no_grad():
             return self.stopwatch.network([partial(self.example.through, self._dense)]).told().medians[0]
 
+    @as_given()
     def _pair(self, choice: Choice) -> Pair:
         nets = [self._dense, *map(self._ready, self._networks(choice))]
         with torch.no_grad():

@@ -22,6 +22,7 @@ from snows import together
 from snows.choosing.measuring import Stopwatch
 from snows.choosing.options import Zeros
 from snows.layers import SparseConv2d, SparseLinear
+from snows.ops.precision import as_given
 from snows.packing import pack
 from snows.reference import innermost_images
 from snows.sparsity import NM
@@ -177,6 +178,7 @@ class Times:
             self.found[key] = together.first(partial(self._timed, shape, pattern, self.like))
         return self.found[key]
 
+    @as_given()
     def _timed(self, shape: Shape, pattern: Zeros | None, like: Tensor) -> Fit:
         own = SHARES if pattern is None else ENDS
         wanted = list(itertools.product((1.0,) if shape.groups > 1 else own, own))

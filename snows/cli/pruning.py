@@ -90,6 +90,10 @@ def prune(
     ] = "output",
     passes: Annotated[int, typer.Option(min=1, help="over the calibration images, at most")] = 1,
     iterations: Annotated[int, typer.Option(min=1, help="conjugate-gradient iterations a step, at most")] = 5,
+    precision: Annotated[
+        Literal["float32", "tf32"],
+        typer.Option(help="of the products of conjugate gradients on a CUDA device"),
+    ] = "float32",
     cap: Annotated[float, typer.Option(help="largest share a layer may lose under a sparsity budget")] = 0.95,
     recalibrate: Annotated[bool, typer.Option(help="re-estimate BatchNorm statistics")] = True,
     minutes: Annotated[
@@ -128,7 +132,7 @@ def prune(
     chosen = asking.goal(pattern, structured, budget, frontier, point, masks is not None, options)
     if not (horizon == "end" or (horizon.isascii() and horizon.isdigit())):
         raise ValueError(f'--horizon: expected a number or "end", got {horizon!r}')
-    solver = snows.Newton(max_iterations=iterations, passes=passes)
+    solver = snows.Newton(max_iterations=iterations, passes=passes, precision=precision)
     check_seconds(minutes, "--minutes: expected minutes")
     read_bytes(memory)
     place = terminal.device_of(device)

@@ -13,6 +13,7 @@ from snows.networks.edits import Fold
 from snows.networks.layers import Layer, copied, is_stock
 from snows.networks.masks import give_mask, kept_mask
 from snows.networks.trace import Trace, Use
+from snows.ops.precision import products_in
 
 FOLDING_ERROR = 1e-5  # of an output's largest entry; edits that move an output by more are not made
 
@@ -53,6 +54,7 @@ def activations(trace: Trace, folded: Iterable[Fold]) -> dict[str, str]:
     return found
 
 
+@products_in("float32")  # TF32's rounding would move outputs by more than the edits may
 def proved(net: nn.Module, edits: list[Fold], batch: Batch) -> list[Fold]:
     """Return the edits that leave a network's outputs alone.
 

@@ -1,10 +1,13 @@
 """CUDA graphs: calls captured once and replayed, so that hundreds of launches become one.
 
-A graph of curvature products lives and dies with one operator, and its memory with it. The first product
-runs eagerly, which also warms up what must not happen while capturing (libraries that start, kernels that
-compile); the second is captured, which costs about as many launches again and an emptied cache; from the
-third on a product is one launch. A solver asks for up to ``1 + max_iterations`` of each operator. Where the
-device is the slower side nothing is gained, and little lost.
+A graph of curvature products lives and dies with one operator. The first product runs eagerly, which also
+warms up what must not happen while capturing (libraries that start, kernels that compile); the second is
+captured, which costs about as many launches again; from the third on a product is one launch. So an operator
+of which few products are expected (`FEWEST`) is not captured. Where the device is the slower side nothing is
+gained, and little lost. `SNOWS_GRAPHS=0` captures no operator, `SNOWS_GRAPHS=1` every one.
+
+The memory that graphs compute in is theirs alone. Within `one_pool` they hand it on, each to the next: what a
+graph leaves there may be overwritten by another, and a result is copied out as soon as it was computed.
 
 One graph for all operators of a horizon would be captured once a layer. It would have to hold the forward
 pass too, which is the network's own Python and ends by an exception, for each size of batch, and would keep
@@ -15,16 +18,20 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Protocol, TypeVar
+from contextvars import ContextVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
+FEWEST = 10  # calls of what is captured, where their number is known: a guess, to be measured
 _side = functools.cache(torch.cuda.Stream)
+_latest: ContextVar[dict[torch.device, Any] | None] = ContextVar("_latest", default=None)
 
 
 class Graph(Protocol):
@@ -32,6 +39,9 @@ class Graph(Protocol):
 
     def replay(self) -> None:
         """Compute the static output from the static input again."""
+
+
+Capture = Callable[[Callable[[Tensor], Tensor], Tensor], tuple[Graph, Tensor]]
 
 
 @contextmanager
@@ -53,16 +63,60 @@ def aside(device: torch.device) -> Iterator[None]:
     here.wait_stream(side)
 
 
-def captured(function: Callable[[], T], device: torch.device) -> tuple[Graph, T]:
-    """Capture a graph of a call on a device; return it, and what the call returned: the memory it writes."""
+def captured(function: Callable[[], T], device: torch.device, pool: Any = None) -> tuple[Any, T]:
+    """Capture a graph of a call on a device; return it, and what the call returned: the memory it writes.
+
+    `torch.cuda.graph` would first wait for the device and give all unused memory back to the driver, from
+    which it would have to be asked for again. Without that a capture may find too little memory, and fails.
+
+    Args:
+        function: what is called.
+        device: a CUDA device.
+        pool: the memory of a graph that is still there, to compute in as well.
+    """
     graph = torch.cuda.CUDAGraph()
-    with aside(device), torch.cuda.graph(graph, stream=torch.cuda.current_stream(device)):
-        return graph, function()
+    with aside(device):
+        graph.capture_begin(*(() if pool is None else (pool,)))
+        try:
+            result = function()
+        finally:
+            graph.capture_end()
+    return graph, result
+
+
+@contextmanager
+def one_pool() -> Iterator[None]:
+    """Let graphs that `capture` makes in here compute in the same memory, which is free at the end.
+
+    It is the latest graph's: memory lives as long as one graph does that was captured in it.
+    """
+    token = _latest.set({})
+    try:
+        yield
+    finally:
+        _latest.reset(token)
 
 
 def capture(function: Callable[[Tensor], Tensor], v: Tensor) -> tuple[Graph, Tensor]:
     """Capture a graph that applies `function` to what `v` holds; return it and the tensor it writes."""
-    return captured(lambda: function(v), v.device)
+    latest = _latest.get()
+    last = None if latest is None else latest.pop(v.device, None)  # gone if this fails, in whatever state
+    graph, output = captured(lambda: function(v), v.device, None if last is None else last.pool())
+    if latest is not None:
+        latest[v.device] = graph
+    return graph, output
+
+
+def capturing(device: torch.device, calls: int | None = None) -> Capture | None:
+    """Return what captures a function on a device; None where it should run eagerly.
+
+    Args:
+        device: that it runs on.
+        calls: the most that are to be expected; None if that is not known.
+    """
+    asked = os.environ.get("SNOWS_GRAPHS")
+    enough = asked == "1" or calls is None or calls >= FEWEST
+    return capture if device.type == "cuda" and asked != "0" and enough else None
 
 
 class Replayed:
@@ -75,9 +129,7 @@ class Replayed:
         capture: makes the graph; None for never.
     """
 
-    def __init__(
-        self, capture: Callable[[Callable[[Tensor], Tensor], Tensor], tuple[Graph, Tensor]] | None
-    ) -> None:
+    def __init__(self, capture: Capture | None) -> None:
         self._capture, self._warm = capture, False
         self._graph: Graph | None = None
 

@@ -13,7 +13,7 @@ from snows import together
 from snows.solving.operators import Curvature, GaussNewton, Hessian, Loss
 
 Build = Callable[[Loss, Tensor], Curvature]
-CURVATURES: dict[str, Build] = {"gauss-newton": GaussNewton, "hessian": Hessian}
+CURVATURES: dict[str, type[GaussNewton] | type[Hessian]] = {"gauss-newton": GaussNewton, "hessian": Hessian}
 
 
 class Losses(Protocol):

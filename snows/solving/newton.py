@@ -13,11 +13,13 @@ import torch
 from torch import Tensor
 
 from snows import together
+from snows.ops import graphs
+from snows.ops.precision import PRECISIONS, Precision, products_in
 from snows.solving.cg import Stop, cg
 from snows.solving.models import CURVATURES, Losses, OverdueError, Timed, from_all, from_each, never, summed
 from snows.solving.operators import LinearOperator, Loss, Restricted, trace
 from snows.solving.preconditioners import Factors, Kronecker, RowBlocks
-from snows.solving.search import Search, armijo
+from snows.solving.search import Search, armijo, damping_factor
 from snows.sparsity import MaskedWeight
 
 
@@ -78,6 +80,9 @@ class Newton:
             (Levenberg-Marquardt) to how well the quadratic model predicted the decrease.
         passes: over the batches, at most.
         min_decrease: a pass that lowers the held-back loss by less than this share is the last.
+        precision: of float32 on a CUDA device in the curvature's products, which take most of the time:
+            "float32", or "tf32" (matrix products and convolutions rounded to 10 bits). Targets, gradients
+            and the search are computed in float32 in any case.
     """
 
     gradient: Literal["all", "batch"] = "all"
@@ -88,12 +93,14 @@ class Newton:
     damping: float = 1e-3
     passes: int = 1
     min_decrease: float = 0.01
+    precision: Precision = "float32"
 
     def __post_init__(self) -> None:
         choices = {
             "gradient": ("all", "batch"),
             "curvature": tuple(CURVATURES),
             "preconditioner": ("rows", "kronecker", "none"),
+            "precision": tuple(PRECISIONS),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
@@ -114,6 +121,8 @@ class Newton:
         """Return the solver of the paper: a step a batch, unpreconditioned (Lucas & Mazumder 2025)."""
         return cls(gradient="batch", preconditioner="none", max_iterations=max_iterations, rtol=rtol)
 
+    @graphs.one_pool()
+    @products_in("float32")
     def solve(
         self,
         losses: Losses,
@@ -143,13 +152,14 @@ class Newton:
         judge = None if held is None else partial(summed, held)
         damping, mean = self.damping, math.nan
         models = from_all if self.gradient == "all" else from_each
+        build = partial(CURVATURES[self.curvature], calls=1 + self.max_iterations, precision=self.precision)
         steps: list[Step] = []
         first = _value(judge, weight)
         best = _Point(weight, first)
         try:
             for index in range(self.passes):
                 before_pass = best.value
-                for model in models(Timed(losses, late), index, CURVATURES[self.curvature]):
+                for model in models(Timed(losses, late), index, build):
                     began = time.perf_counter()
                     if late(steps[-1].seconds if steps else 0.0):
                         raise OverdueError
@@ -179,7 +189,7 @@ class Newton:
                     now = search.value if self._searches_held(judge) else _value(judge, weight)
                     if not now >= best.value:  # True where there are no held-back samples
                         best = _Point(weight, now)
-                    damping *= _damping_factor(direction.slope, search, value)
+                    damping *= damping_factor(direction.slope, search, value)
                 if (
                     best.value > (1 - self.min_decrease) * before_pass
                 ):  # False where there are no held-back samples
@@ -264,29 +274,13 @@ class _Direction(NamedTuple):
     stop: Stop
 
 
-# ---------------------------------------------------------------- damping
-
-
-def _damping_factor(slope: float, search: Search, value: float) -> float:
-    """Say by how much the damping changes (Levenberg-Marquardt).
-
-    It follows how well the model predicted the decrease.
-
-    The direction solves the damped system in its Krylov space, so its quadratic model falls by half its
-    slope.
-    """
-    predicted = slope * search.size * (1 - search.size / 2)
-    agreement = (search.value - value) / predicted if predicted < 0 else 0.0
-    return 4.0 if agreement < 0.25 else 0.5 if agreement > 0.75 else 1.0
+# ---------------------------------------------------------------- curvature and losses
 
 
 def _mean_curvature(H: LinearOperator, at: MaskedWeight, generator: torch.Generator | None) -> float:
     """Estimate the mean of the curvature's diagonal on the mask, by one probe."""
     probe = trace(H, at.mask, probes=1, generator=generator, dtype=at.weight.dtype)
     return abs(probe.mean) / max(int(at.mask.sum()), 1)
-
-
-# ---------------------------------------------------------------- losses
 
 
 def _value(loss: Callable[[Tensor], Tensor] | None, weight: Tensor) -> float:

@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from snows import ops, together
 from snows.ops import graphs
+from snows.ops.precision import Precision, products_in
 
 
 class Loss(Protocol):
@@ -85,7 +86,13 @@ def trace(
 class Curvature(LinearOperator):
     """Hold a loss's second-order model at a point, summed over all processes.
 
-    On a CUDA device its products are captured and replayed, see `graphs`.
+    On a CUDA device its products may be captured and replayed, see `graphs`, and be less precise than value
+    and gradient.
+
+    Args:
+        at: the point.
+        calls: the most products that will be asked for; None if that is not known.
+        precision: of the products on a CUDA device.
 
     Attributes:
         value: the loss there.
@@ -96,11 +103,13 @@ class Curvature(LinearOperator):
     value: float
     grad: Tensor
 
-    def __init__(self, at: Tensor) -> None:
-        self.products = graphs.Replayed(graphs.capture if at.is_cuda else None)
+    def __init__(self, at: Tensor, calls: int | None, precision: Precision) -> None:
+        self.products = graphs.Replayed(graphs.capturing(at.device, calls))
+        self.precision = precision
 
     def __matmul__(self, v: Tensor) -> Tensor:
-        return together.total(self.products(self.product, v))
+        with products_in(self.precision):
+            return together.total(self.products(self.product, v))
 
     @abc.abstractmethod
     def product(self, v: Tensor) -> Tensor:
@@ -121,6 +130,7 @@ class Hessian(Curvature):
     Args:
         loss: differentiable twice.
         at: the weight.
+        calls, precision: see `Curvature`.
 
     Example:
         >>> H = Hessian(lambda w: w.pow(4).sum(), at=torch.tensor([1.0, 2.0]))
@@ -128,8 +138,14 @@ class Hessian(Curvature):
         tensor([12., 48.])
     """
 
-    def __init__(self, loss: Callable[[Tensor], Tensor], at: Tensor) -> None:
-        super().__init__(at)
+    def __init__(
+        self,
+        loss: Callable[[Tensor], Tensor],
+        at: Tensor,
+        calls: int | None = None,
+        precision: Precision = "float32",
+    ) -> None:
+        super().__init__(at, calls, precision)
         with torch.enable_grad(), twice_differentiable(), graphs.aside(at.device):
             self._at = at.detach().clone().requires_grad_()
             value = loss(self._at)
@@ -157,10 +173,13 @@ class GaussNewton(Curvature):
     Args:
         loss: its `residuals` are differentiated.
         at: the weight.
+        calls, precision: see `Curvature`.
     """
 
-    def __init__(self, loss: Loss, at: Tensor) -> None:
-        super().__init__(at)
+    def __init__(
+        self, loss: Loss, at: Tensor, calls: int | None = None, precision: Precision = "float32"
+    ) -> None:
+        super().__init__(at, calls, precision)
         self._loss = loss
         with torch.enable_grad(), twice_differentiable(), graphs.aside(at.device):
             self._at = at.detach().clone().requires_grad_()

@@ -53,3 +53,16 @@ def armijo(
             return Search(size, found, attempt)
         size *= shrink
     return Search(0.0, value, tries)
+
+
+def damping_factor(slope: float, search: Search, value: float) -> float:
+    """Say by how much the damping changes (Levenberg-Marquardt).
+
+    It follows how well the model predicted the decrease.
+
+    The direction solves the damped system in its Krylov space, so its quadratic model falls by half its
+    slope.
+    """
+    predicted = slope * search.size * (1 - search.size / 2)
+    agreement = (search.value - value) / predicted if predicted < 0 else 0.0
+    return 4.0 if agreement < 0.25 else 0.5 if agreement > 0.75 else 1.0
