@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from snows import ops
+from snows.ops.masks import refuse_nan
 
 
 def rows(weight: Tensor) -> Tensor:
@@ -73,14 +74,6 @@ class Pattern(Protocol):
     def group(self) -> int | None:
         """How many consecutive columns of the row view are decided together; None for the whole weight."""
         ...
-
-
-def refuse_nan(scores: Tensor) -> None:
-    """Raise a ValueError for scores that cannot be ranked."""
-    if scores.isnan().any():
-        raise ValueError(
-            "mask: expected scores without NaN, got NaN; check the weights and the calibration images"
-        )
 
 
 @dataclass(frozen=True)
@@ -163,7 +156,7 @@ class Unstructured:
 
     def mask(self, scores: Tensor) -> Tensor:
         """Keep the highest scores; of equal ones the first; bool, scores.shape."""
-        refuse_nan(scores)
+        refuse_nan("mask", scores)
         drop = round(self.sparsity * scores.numel())
         if drop == 0:
             return torch.ones_like(scores, dtype=torch.bool)
@@ -219,7 +212,7 @@ class Taps:
         """Keep all of the channels with the highest scores off the centre; bool, scores.shape."""
         if reason := self.fits(scores.shape):
             raise ValueError(f"Taps: expected a kernel with a centre, got {tuple(scores.shape)}: {reason}")
-        refuse_nan(scores)
+        refuse_nan("mask", scores)
         mask = torch.zeros_like(scores, dtype=torch.bool)
         mask[:, :, scores.shape[2] // 2, scores.shape[3] // 2] = True
         around = scores.masked_fill(mask, 0).flatten(1).sum(1)

@@ -229,11 +229,11 @@ def test_a_solver_with_few_products_captures_none(monkeypatch, made, solver, exp
     assert len(made) == expected
 
 
-def reconstruction(name, layer):
-    """A loss of a trained network in float64 on the device, and a weight to look at it from."""
-    net = zoo.load(name).double().cuda()
+def reconstruction(name, layer, device="cuda"):
+    """A loss of a trained network in float64 on a device, and a weight to look at it from."""
+    net = zoo.load(name).double().to(device)
     open_attention(net)
-    inputs = Batch.of(zoo.images("calibration")[0][:8].double().cuda())
+    inputs = Batch.of(zoo.images("calibration")[0][:8].double().to(device))
     horizon = Horizon(net, layer, 4, inputs)
     stream, weight = horizon.stream(inputs), net.get_submodule(layer).weight.detach()
     with torch.no_grad():

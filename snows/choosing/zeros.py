@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from snows.networks.layers import Layer, groups_of
-from snows.sparsity import Unstructured, refuse_nan
+from snows.ops.masks import refuse_nan
+from snows.sparsity import Unstructured
 
 
 def spend(layers: Mapping[str, Layer], budget: Unstructured, cap: float) -> dict[str, Unstructured]:
@@ -70,7 +71,7 @@ def allocate(scores: Mapping[str, Tensor], sparsity: float, cap: float = 0.95) -
         )
     candidates, owner = [], []
     for index, (name, score) in enumerate(scores.items()):
-        refuse_nan(score)
+        refuse_nan("mask", score)
         candidates.append(score.flatten().float().sort(stable=True).values[: limits[name]])
         owner.append(torch.full((limits[name],), index))
     order = torch.cat(candidates).argsort(stable=True)[:budget].cpu()

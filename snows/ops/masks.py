@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
 import torch
 from torch import Tensor
 
@@ -10,6 +14,29 @@ from snows.ops.checks import FLOATS, check_real, describe, expect
 from snows.ops.register import implementation
 
 KERNEL_LOOKS = implementation("nm_mask") == "native"  # the CPU's refuses NaN in the same pass
+_looking: ContextVar[bool] = ContextVar("_looking", default=True)
+
+
+@contextmanager
+def unlooked() -> Iterator[None]:
+    """Rank scores without looking for NaN, for which the host would wait for a device each time.
+
+    Where there is NaN, which are chosen, and how many, says nothing: the caller has to look later.
+    """
+    token = _looking.set(False)
+    try:
+        yield
+    finally:
+        _looking.reset(token)
+
+
+def refuse_nan(op: str, scores: Tensor) -> None:
+    """Raise a ValueError for scores that cannot be ranked, if anybody looks, see `unlooked`."""
+    # infinities of both signs sum to NaN too
+    if _looking.get() and scores.sum().isnan() and scores.isnan().any():
+        raise ValueError(
+            f"{op}: expected scores without NaN, got NaN; check the weights and the calibration images"
+        )
 
 
 def nm_mask(scores: Tensor, n: int, m: int) -> Tensor:
@@ -67,12 +94,8 @@ def _check_selection(op: str, scores: Tensor, n: int, m: int) -> None:
     if not 0 < n < m:
         raise ValueError(f"{op}: expected 0 < n < m, got n = {n}, m = {m}")
     looks_itself = KERNEL_LOOKS and scores.is_cpu and m <= 32
-    if (
-        not looks_itself and scores.sum().isnan() and scores.isnan().any()
-    ):  # infinities of both signs sum to NaN too
-        raise ValueError(
-            f"{op}: expected scores without NaN, got NaN; check the weights and the calibration images"
-        )
+    if not looks_itself:
+        refuse_nan(op, scores)
 
 
 def pack_bits(mask: Tensor) -> Tensor:

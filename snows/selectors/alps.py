@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from snows.matching.statistics import LayerStatistics, damped
+from snows.ops.masks import refuse_nan, unlooked
 from snows.selectors.least_squares import ridge
 from snows.solving.cg import batched_cg
 from snows.sparsity import MaskedWeight, Pattern, rows, unrows
@@ -60,18 +61,20 @@ def alps(
     mask = settled = mask_of(W)
     D, V, rho = W * mask, torch.zeros_like(W), penalty
     kept = int(mask.sum())
-    for iteration in range(1, max_iterations + 1):
-        X = U @ ((target + U.mT @ (rho * D - V) @ Q) / (curvature + rho)) @ Q.mT
-        shifted = X + V / rho
-        mask = mask_of(shifted)
-        D = shifted * mask
-        V += rho * (X - D)
-        if iteration % 3 == 0:
-            moved = int((mask & ~settled).sum())
-            if moved == 0 and (X - D).norm() <= 0.1 * D.norm():
-                break
-            settled = mask
-            rho *= 1.3 if moved >= 0.1 * kept else 1.2 if moved >= 0.005 * kept else 1.1
+    with unlooked():  # NaN spreads through D and V, so one look is enough, at the end
+        for iteration in range(1, max_iterations + 1):
+            X = U @ ((target + U.mT @ (rho * D - V) @ Q) / (curvature + rho)) @ Q.mT
+            shifted = X + V / rho
+            mask = mask_of(shifted)
+            D = shifted * mask
+            V += rho * (X - D)
+            if iteration % 3 == 0:
+                moved = int((mask & ~settled).sum())
+                if moved == 0 and (X - D).norm() <= 0.1 * D.norm():
+                    break
+                settled = mask
+                rho *= 1.3 if moved >= 0.1 * kept else 1.2 if moved >= 0.005 * kept else 1.1
+    refuse_nan("alps", D)
     solution = batched_cg(gram, right, mask, damping=damping)
     return MaskedWeight(*(unrows(x.flatten(0, 1), weight.shape) for x in (solution, mask)))
 

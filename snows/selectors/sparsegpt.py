@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from snows.matching.statistics import LayerStatistics, damped
+from snows.ops.masks import refuse_nan, unlooked
 from snows.sparsity import MaskedWeight, Pattern, rows, unrows
 
 
@@ -33,25 +34,27 @@ def sparsegpt(
     mask = torch.ones_like(W, dtype=torch.bool)
     width = pattern.group or block
     columns, done, removed = W.shape[-1], 0, 0
-    for start in range(0, columns, width):
-        part = slice(start, min(start + width, columns))
-        diagonal = factor.diagonal(dim1=-2, dim2=-1)[:, None, part]
-        scores = (W[..., part] / diagonal).square()
-        done += scores.numel()
-        if pattern.group:
-            mask[..., part] = pattern.mask(scores.flatten(0, 1)).view_as(scores)
-        else:
-            drop = round((1 - pattern.density) * done) - removed
-            order = scores.flatten().argsort(stable=True)[:drop]
-            mask[..., part] = (
-                torch.ones(scores.numel(), dtype=torch.bool, device=W.device)
-                .index_fill_(0, order, False)
-                .view_as(scores)
-            )
-            removed += drop
-        for j in range(part.start, part.stop):
-            error = (W[..., j] * ~mask[..., j]) / factor[:, None, j, j]  # (groups, out / groups)
-            W[..., j:] -= error.unsqueeze(-1) * factor[:, None, j, j:]
-            W[..., j] *= mask[..., j]
+    with unlooked():  # NaN stays in W, so one look is enough, at the end
+        for start in range(0, columns, width):
+            part = slice(start, min(start + width, columns))
+            diagonal = factor.diagonal(dim1=-2, dim2=-1)[:, None, part]
+            scores = (W[..., part] / diagonal).square()
+            done += scores.numel()
+            if pattern.group:
+                mask[..., part] = pattern.mask(scores.flatten(0, 1)).view_as(scores)
+            else:
+                drop = round((1 - pattern.density) * done) - removed
+                order = scores.flatten().argsort(stable=True)[:drop]
+                mask[..., part] = (
+                    torch.ones(scores.numel(), dtype=torch.bool, device=W.device)
+                    .index_fill_(0, order, False)
+                    .view_as(scores)
+                )
+                removed += drop
+            for j in range(part.start, part.stop):
+                error = (W[..., j] * ~mask[..., j]) / factor[:, None, j, j]  # (groups, out / groups)
+                W[..., j:] -= error.unsqueeze(-1) * factor[:, None, j, j:]
+                W[..., j] *= mask[..., j]
+    refuse_nan("sparsegpt", W)
     chosen = unrows(mask.flatten(0, 1), weight.shape)
     return MaskedWeight(unrows(W.flatten(0, 1), weight.shape).to(weight.dtype) * chosen, chosen)

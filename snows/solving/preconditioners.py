@@ -78,7 +78,7 @@ class RowBlocks(LinearOperator):
         self._real = torch.arange(width, device=mask.device) < counts[:, None]
         sensitivity = factors.outputs.diagonal(dim1=-2, dim2=-1).flatten().double()
         diagonal = factors.inputs.diagonal(dim1=-2, dim2=-1).double()
-        scale = max(sensitivity.mean().item() * diagonal.mean().item(), torch.finfo(torch.float32).tiny)
+        scale = (sensitivity.mean() * diagonal.mean()).clamp_min(torch.finfo(torch.float32).tiny)
         self._inverse = torch.empty(len(kept), width, width, dtype=factors.inputs.dtype, device=mask.device)
         size = len(kept) // groups
         step = max(1, 2**24 // width**2)
@@ -95,7 +95,7 @@ class RowBlocks(LinearOperator):
             while failed.any():  # features so extreme that float32 moments are not positive definite any more
                 shift[failed > 0] *= 10
                 factor, failed = torch.linalg.cholesky_ex(block + torch.diag_embed(shift))
-            self._inverse[part] = torch.cholesky_inverse(factor).to(self._inverse.dtype)
+            self._inverse[part] = inverse_of(factor, at_once=factor.is_cuda).to(self._inverse.dtype)
 
     @classmethod
     def fits(cls, mask: Tensor) -> bool:
@@ -108,6 +108,22 @@ class RowBlocks(LinearOperator):
         packed = matrix.gather(1, self._columns) * self._real
         product = torch.bmm(self._inverse, packed.unsqueeze(-1)).squeeze(-1) * self._real
         return unrows(torch.zeros_like(matrix).scatter_(1, self._columns, product), v.shape)
+
+
+def inverse_of(factors: Tensor, at_once: bool) -> Tensor:
+    """Invert ``L Lᵀ`` for each of many Cholesky factors L.
+
+    Args:
+        factors: L, (count, n, n), lower triangles.
+        at_once: by one triangular solve and one product for all of them. That is slower on a CPU (2.5 times
+            from a width of 288 on), but on a CUDA device PyTorch's `cholesky_inverse` takes one matrix after
+            the other, and each leaves most of the device idle.
+    """
+    if not at_once:
+        return torch.cholesky_inverse(factors)
+    eye = torch.eye(factors.shape[-1], dtype=factors.dtype, device=factors.device)
+    roots: Tensor = torch.linalg.solve_triangular(factors, eye.expand_as(factors), upper=False)
+    return roots.mT @ roots
 
 
 def _inverse(matrices: Tensor, share: float) -> Tensor:
