@@ -333,6 +333,8 @@ def test_the_choice_fills_the_processors(emulated):
         return tuple(found)
 
     assert choose(3072, 768, 197 * 64, 1, 132) == (LARGE, 24 * 99, 1)
+    assert choose(3072, 768, 128 * 11, 1, 132) == (LARGE, 24 * 11, 1)  # two for each processor
+    assert choose(3072, 768, 128 * 10, 1, 132) == (MEDIUM, 48 * 20, 1)
     assert choose(768, 3072, 197, 1, 132) == (MEDIUM, 12 * 4 * 5, 5)
     assert choose(1024, 4096, 16, 1, 132) == (SMALL, 16 * 16, 16)
     assert choose(1024, 64, 1, 1, 132) == (SMALL, 16, 1)  # too few columns to split
@@ -443,7 +445,8 @@ def test_nvcc_compiles_to_sparse_instructions_without_spills(arch, kernels, tmp_
         assert count <= MOST.get(shape, 64), (name, count)
     products = [entry for name, entry in ptx.items() if "sparse_product" in name]
     assert len(products) == len(kernels)
-    for entry in products:
+    for name, entry in ((name, entry) for name, entry in ptx.items() if "sparse_product" in name):
+        assert ("ld.shared.u64" in entry) == ("Pixels" in name)  # addresses of tokens are computed, not kept
         assert re.search(r"mma\.sp(::ordered_metadata)?\.sync\.aligned\.m16n8k32", entry)
         assert "ldmatrix.sync.aligned.m8n8.x4" in entry
         assert "cp.async.cg" in entry

@@ -13,6 +13,7 @@ namespace snows {
 template <bool Wide>
 struct Pixels {
   static constexpr bool WIDE = Wide;  // channels % 8 == 0 and x on 16 bytes
+  static constexpr bool EVEN = false;
   static constexpr int OUTSIDE = -(1 << 30);
 
   struct Row {  // an output pixel: where in its image the kernel begins, perhaps outside

@@ -107,9 +107,11 @@ __device__ void fetch(const Input& input, Line* to, const typename Input::Row& r
 // `Input` finds the numbers: row(n) is computed once, column(k) once a step; at(row, column) is their address, if they are there(row,
 // column), else they count as zeros. Tokens beyond the last may be any: they are not stored.
 // WIDE: eight consecutive columns from a multiple of eight are one line in memory, or all zeros.
+// EVEN: rows lie at one distance, later(row, by) is the one `by` on; they are not kept in shared memory then, whose reads stood in the way
+// of every step's copies.
 template <typename T, typename S, typename Input>
 __device__ void sparse_product(const Product<T>& p, const Input& input) {
-  __shared__ typename Input::Row tokens[S::N];
+  __shared__ typename Input::Row tokens[Input::EVEN ? 1 : S::N];
   Line* const memory = shared_memory();
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
   const int warp_m = warp % S::WARPS_M * S::WM, warp_n = warp / S::WARPS_M * S::WN;
@@ -119,8 +121,10 @@ __device__ void sparse_product(const Product<T>& p, const Input& input) {
   const int split = block / blocks_m / blocks_n, each = (steps + p.splits - 1) / p.splits;
   const int first = split * each, last = first + each < steps ? first + each : steps;  // none, where others have them all: zeros
 
-  for (int n = thread; n < S::N; n += S::THREADS) tokens[n] = input.row(n0 + n);
-  __syncthreads();
+  if constexpr (!Input::EVEN) {
+    for (int n = thread; n < S::N; n += S::THREADS) tokens[n] = input.row(n0 + n);
+    __syncthreads();
+  }
 
   // What a thread copies of every step: of one tile row of the weights, and of every (THREADS / 8)-th token, whose line stands alike.
   constexpr int SHARE = S::THREADS / (S::M / TILE), EVERY = S::THREADS / 8;
@@ -129,6 +133,7 @@ __device__ void sparse_product(const Product<T>& p, const Input& input) {
   const int tile = m0 / TILE + own_tile < down ? m0 / TILE + own_tile : down - 1;  // rows beyond are not stored
   const Line* from = p.order + (int64_t(tile) * steps + first) * (2 * TILE_LINES) + own;
   const int to_a = own_tile * 2 * TILE_LINES + own, to_b = S::A_LINES + 8 * token + (part ^ token % 8);
+  [[maybe_unused]] const auto row = input.row(n0 + token);
   int k = 2 * TILE * first + 8 * part;  // of the next step to be copied; so are its stage and how many are left
   int filling = 0, left = last - first;
   auto fill = [&] {
@@ -139,7 +144,11 @@ __device__ void sparse_product(const Product<T>& p, const Input& input) {
         if (i + SHARE <= 2 * TILE_LINES || own < 2 * TILE_LINES - i) copy_async(stage + to_a + i, from + i);
       const auto column = input.column(k);
 #pragma unroll
-      for (int i = 0; i < S::N / EVERY; ++i) fetch(input, stage + to_b + i * S::THREADS, tokens[token + i * EVERY], k, column);
+      for (int i = 0; i < S::N / EVERY; ++i) {
+        Line* const to = stage + to_b + i * S::THREADS;
+        if constexpr (Input::EVEN) fetch(input, to, input.later(row, i * EVERY), k, column);
+        else fetch(input, to, tokens[token + i * EVERY], k, column);
+      }
       from += 2 * TILE_LINES, k += 2 * TILE, --left;
       filling = filling + 1 < S::STAGES ? filling + 1 : 0;
     }
@@ -216,7 +225,7 @@ template <typename S> int64_t blocks_of(int64_t rows, int64_t tokens) { return (
 
 inline Choice choose(int64_t rows, int64_t columns, int64_t tokens, bool wide, int processors) {
   Choice c{Choice::LARGE, blocks_of<Large>(rows, tokens), 1};
-  if (wide && c.blocks >= processors) return c;
+  if (wide && c.blocks >= 2 * processors) return c;  // two of Large run on a processor at a time
   c = tokens <= Small::N && wide ? Choice{Choice::SMALL, blocks_of<Small>(rows, tokens), 1} : Choice{Choice::MEDIUM, blocks_of<Medium>(rows, tokens), 1};
   const int64_t most = tiles_across(columns) / 2 / 4, wanted = c.blocks > 0 ? 2 * processors / c.blocks : 1;
   c.splits = wanted < most ? wanted : most;

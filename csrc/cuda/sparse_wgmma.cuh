@@ -52,15 +52,13 @@ __device__ void wgmma_product(const Product<T>& p, const Tokens<true>& input) {
 
   constexpr int EVERY = S::THREADS / 8;
   const int part = thread % 8, token = thread / 8, to = 8 * token + (part ^ token % 8);
-  Tokens<true>::Row rows[S::N / EVERY];
-#pragma unroll
-  for (int i = 0; i < S::N / EVERY; ++i) rows[i] = input.row(n0 + token + i * EVERY);
+  const Tokens<true>::Row row = input.row(n0 + token);
   int filled = 0, filling = 0;  // steps; a stage
   auto fill = [&] {
     if (filled < steps) {
       const int k = 2 * TILE * filled + 8 * part;
 #pragma unroll
-      for (int i = 0; i < S::N / EVERY; ++i) fetch(input, memory + filling * S::LINES + to + i * S::THREADS, rows[i], k, input.column(k));
+      for (int i = 0; i < S::N / EVERY; ++i) fetch(input, memory + filling * S::LINES + to + i * S::THREADS, input.later(row, i * EVERY), k, input.column(k));
       ++filled, filling = filling + 1 < S::STAGES ? filling + 1 : 0;
     }
     commit();  // an empty group at the end, so that their number is right
