@@ -80,7 +80,7 @@ class Newton:
             (Levenberg-Marquardt) to how well the quadratic model predicted the decrease.
         passes: over the batches, at most.
         min_decrease: a pass that lowers the held-back loss by less than this share is the last.
-        precision: of float32 on a CUDA device in the curvature's products, which take most of the time:
+        precision: of float32 on a CUDA device in the curvature's products, which are most of the work:
             "float32", or "tf32" (matrix products and convolutions rounded to 10 bits). Targets, gradients
             and the search are computed in float32 in any case.
     """
