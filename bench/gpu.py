@@ -96,6 +96,7 @@ def steps(out: Path) -> list[Step]:
         benchmark(1, "kernels_sparse", 240),
         tests(1, "tests cuda network", 150, "-m", "gpu", "tests/test_cuda_network.py"),
         tests(1, "tests graphs", 90, "-m", "gpu", "tests/test_graphs.py", "tests/test_waits.py"),
+        tests(1, "tests store", 60, "-m", "gpu", "tests/test_store.py"),
         tests(2, "tests runtimes", 150, "-m", "gpu", "tests/test_runtimes.py", "tests/test_cusparselt.py"),
         script(2, "hopper", 150),
         script(2, "products", 240),
