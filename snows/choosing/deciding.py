@@ -70,7 +70,7 @@ def decided(deciding: Deciding) -> Cut:
     if left < (1 - NEAR) * share:
         choice.notes.append(
             f"{share:.1%} of the {WORDS[goal.of]} were asked for; the network that came nearest has "
-            f"{left:.1%}, for widths are multiples of {goal.multiple} and patterns come in steps."
+            f"{left:.1%}, because widths (multiples of {goal.multiple}), ranks and patterns come in steps."
         )
     return deciding.described(choice)
 
