@@ -149,7 +149,7 @@ def prune(
         together.agree({name: json.dumps(x, sort_keys=True) for name, x in asked.items()} | {"out": str(out)})
         walked = plan.choices if goal is None else twins.order
         predicted = footprint(twins, bound(twins, allowed, walked, folder), walked, matching, solver)
-        tell.note(f"at most {said(predicted)} of memory are predicted")
+        tell.note(f"predicted peak memory: {said(predicted)}")
         opened = (
             Run.open(folder, asked, model, twins.batches, plan.starts(), resume)
             if folder is not None

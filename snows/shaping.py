@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Callable
@@ -95,6 +96,9 @@ class Shaping:
         if stored is None:
             limited = None if self.limits is None else self.limits.decide
             self.cut = decide_cut(twins, goal, only, skip, self.objective, self.tell.doing, limited)
+            if together.size() > 1:  # what the first process has chosen, to the last unit
+                own, table = json.dumps(self.cut.described()), self.cut.timetable
+                self.cut = replace(Cut.read(json.loads(together.first(lambda: own))), timetable=table)
             if self.run is not None:
                 self.run.decide(self.cut.described())
                 if self.cut.timetable is not None:

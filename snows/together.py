@@ -8,7 +8,9 @@ is one process, and nothing is sent.
 from __future__ import annotations
 
 import functools
+import io
 import math
+import pickle
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ParamSpec, TypeVar
@@ -32,23 +34,23 @@ def rank() -> int:
 
 
 class LostError(ValueError):
-    """Say that another process has ended, so that nothing can be done together any more."""
+    """Say that processes cannot exchange numbers any more, because one has ended for example."""
 
 
 @contextmanager
 def _sending() -> Iterator[None]:
-    """Tell a process that has ended from what else may go wrong.
+    """Say in a sentence what goes wrong while numbers are exchanged.
 
     Raises:
-        LostError: another process has ended.
+        LostError: they cannot be exchanged.
     """
     try:
         yield
     except RuntimeError as error:  # dist.DistBackendError is one
-        why = str(error).strip().splitlines()[0]
+        why = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise LostError(
-            f"prune: another of the {size()} processes has ended ({why}); a run in out goes on with "
-            "resume, also with another number of processes"
+            f"{size()} processes cannot exchange numbers any more; one has ended for example ({why}); a run "
+            "in out goes on with resume, also with another number of processes"
         ) from error
 
 
@@ -81,15 +83,35 @@ def first(work: Callable[[], Result]) -> Result:
     found: list[Any] = [None, None]
     if rank() == 0:
         try:
-            found[0] = work()
+            found[0] = _packed(work())
         except Exception as error:  # whatever it is, the others must not wait
-            found[1] = error
+            found[1] = _sendable(error)
     with _sending():
         dist.broadcast_object_list(found, 0)
     if found[1] is not None:
         raise found[1]
-    result: Result = found[0]
+    result: Result = torch.load(io.BytesIO(found[0]), _here, weights_only=False)
     return result
+
+
+def _packed(result: Any) -> bytes:
+    file = io.BytesIO()
+    torch.save(result, file)
+    return file.getvalue()
+
+
+def _here(storage: Any, location: str) -> Any:
+    """Put what another process had on its GPU on this one's."""
+    return storage.cuda() if location.startswith("cuda") else storage
+
+
+def _sendable(error: Exception) -> Exception:
+    """Return an error that arrives as it was sent, or a ValueError with its sentence."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # of a class with another constructor, for example
+        return ValueError(str(error))
+    return error
 
 
 def by_first(method: Callable[Given, Result]) -> Callable[Given, Result]:
@@ -129,7 +151,7 @@ def agree(known: Mapping[str, str]) -> None:
     for i, other in enumerate(found):
         if names := [name for name in known if other.get(name) != found[0].get(name)]:
             raise ValueError(
-                f"prune: expected the same {', '.join(names)} in all processes, got others in process {i} "
+                f"expected the same {', '.join(names)} in all processes, got others in process {i} "
                 f"of {size()} than in the first; start all with the same command and files"
             )
 

@@ -130,7 +130,7 @@ class Walk:
         self.tell.at(f"{site.name}: statistics and mask")
         losses = self.objective.at(site)
         statistics = LayerStatistics.of(site, losses.sensitivity)
-        start = _start(site, plan, statistics)
+        start = MaskedWeight(*map(together.same, _start(site, plan, statistics)))
         ration.lap("select")
         if self.solver is None or not ration.step:
             return Fit(start, [], math.nan, math.nan)

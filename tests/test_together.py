@@ -242,3 +242,19 @@ def test_torchrun_prunes_by_the_command_line(tmp_path):
     done = subprocess.run([*command, "groups", *images[:2]], capture_output=True, text=True, env=env)
     assert done.returncode != 0
     assert "groups: expected one process, got 2" in done.stderr
+
+
+def one_held_back():
+    """A batch of eight, of which one sample is held back, by a metric that looks at its variance."""
+    net, _ = subject()
+    batch = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(3)).double()
+    found = snows.prune(
+        net, [batch], NM(2, 4), select=snows.wanda, matching=Matching(2, metric="variance"), progress=False
+    )
+    return found.network.state_dict(), found.masks, [(x.name, x.after) for x in found.report.layers]
+
+
+def test_one_sample_held_back_is_one_for_all(tmp_path):
+    wanted = one_held_back()
+    for each in processes(2, tmp_path / "a", one_held_back):
+        close(wanted, each)

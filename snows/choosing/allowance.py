@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 
+from snows import together
 from snows.choosing.deadline import Deadline
 from snows.choosing.work import Work, cost, selection, stepping, weighing, window
 from snows.matching.losses import Matching
@@ -135,7 +136,7 @@ class Pace:
     def weighing(self) -> float:
         """Predict the seconds that measuring the output sensitivity takes."""
         twins = self.twins
-        share = twins.probe.samples() / max(twins.batches[0].samples(), 1)
+        share = twins.probe.samples() / max(twins.batches[0].part().samples(), 1)
         self._speed = self._speed or self._forward()
         return self._speed * weighing(prunable(twins.sparse), twins.trace.events, share)
 
@@ -248,8 +249,9 @@ class Pace:
                 began = self.deadline.now()
                 probe.map(torch.clone).through(twins.dense)
                 seconds.append(self.deadline.now() - began)
-        share = probe.samples() / max(twins.batches[0].samples(), 1)
-        return max(min(seconds), 1e-9) / max(share * sum(map(cost, twins.trace.events)), 1.0)
+        share = probe.samples() / max(twins.batches[0].part().samples(), 1)  # which was traced
+        found = max(min(seconds), 1e-9) / max(share * sum(map(cost, twins.trace.events)), 1.0)
+        return together.first(lambda: found)
 
     def _measure(self) -> None:
         """Predict what each layer takes with the batches as they are divided."""
@@ -276,3 +278,5 @@ class Pace:
                 **({"step": stepping(self.solver, horizon)} if self.solver is not None else {}),
             }
             before = at
+        mine = self._works, self._last  # by this process's part of the first batch
+        self._works, self._last = together.first(lambda: mine)

@@ -197,8 +197,8 @@ class Chooser:
         unfit = _unfit(self.net, edits, options)
         notes += [f"{name} gets no zeros: {why}." for name, why in unfit.items()]
         options = {name: x for name, x in options.items() if name not in unfit}
-        at = self.widths({name: x for name, x in fewer.items() if name not in whole}, options)
-        return Choice(fewer, options, at, [*edits, *thin], whole, notes)
+        fewer = {name: x for name, x in fewer.items() if name not in whole}
+        return Choice(fewer, options, self.widths(fewer, options), [*edits, *thin], whole, notes)
 
 
 def _together(found: Sequence[Choice], notes: list[str]) -> Choice:

@@ -125,7 +125,7 @@ class Deciding:
     def described(self, choice: Choice, milliseconds: tuple[float, ...] = ()) -> Cut:
         """Write down a choice, with a line of the report for each group and each layer that is treated."""
         groups = self.choose.possible.groups
-        kept = {name: len(x) for name, x in choice.kept.items() if name not in choice.whole}
+        kept = {name: len(x) for name, x in choice.kept.items()}
         rows = [
             _row(choice.whole.get(x.name, x), kept.get(x.name, x.units), self.choose.curves.get(x.name))
             for x in groups

@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-RANK, SIZE = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+def _number(name: str, default: int) -> int:
+    text = os.environ.get(name, "")
+    return int(text) if text.isascii() and text.isdigit() else default
+
+
+SIZE = _number("WORLD_SIZE", 1)
+RANK = _number("RANK", 0) if SIZE > 1 else 0
 
 
 def refuse_several(command: str) -> None:
@@ -25,10 +32,19 @@ def refuse_several(command: str) -> None:
 
 
 def own_gpu() -> torch.device:
-    """Take the GPU of this process's number on this machine."""
+    """Take the GPU of this process's number on this machine.
+
+    Raises:
+        ValueError: there are fewer GPUs than processes.
+    """
     import torch
 
-    index = int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
+    index, count, wanted = _number("LOCAL_RANK", 0), torch.cuda.device_count(), _number("LOCAL_WORLD_SIZE", 1)
+    if wanted > count:
+        raise ValueError(
+            f"--nproc-per-node: expected at most as many processes as GPUs, {count}, got {wanted}; start "
+            "fewer, or add --device cpu"
+        )
     torch.cuda.set_device(index)
     return torch.device("cuda", index)
 

@@ -125,12 +125,12 @@ def _asked(run: Path, runtime: Any, images: int | None, objective: Any) -> tuple
 
 def _before(run: Path, deployed: Deployment) -> str:
     """Say what the network took before it was pruned, if that was measured in the same way."""
+    if not (run / "report.json").is_file():
+        return ""
     report = read_report(run)
-    same = (report.settings.get("runtime"), report.settings.get("images")) == (
-        deployed.runtime,
-        deployed.samples,
-    )
-    if not same or not report.dense_ms > 0:
+    measured = report.settings.get("runtime"), report.settings.get("images")
+    predicted = any(x.startswith("Milliseconds are predicted") for x in report.notes)
+    if measured != (deployed.runtime, deployed.samples) or predicted or not report.dense_ms > 0:
         return ""
     return (
         f"before pruning the network took {report.dense_ms:.4g} ms, by the times that prune chose by: "

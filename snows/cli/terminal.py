@@ -92,7 +92,9 @@ def device_of(text: str) -> torch.device:
     """
     import torch
 
-    if text == "auto":
+    if SIZE > 1 and text.startswith("cuda:"):
+        raise ValueError(f"--device: expected auto, cpu or cuda for {SIZE} processes, got {text}")
+    if text == "auto" or (SIZE > 1 and text == "cuda" and torch.cuda.is_available()):
         found = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         return found if SIZE == 1 or found.type == "cpu" else own_gpu()
     kind, _, index = text.partition(":")

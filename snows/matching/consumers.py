@@ -62,7 +62,8 @@ class Consumer:
         """Add the rows of one call, or nothing in their place where they are another process's."""
         gram, total = moments.gram(call), sum(x.sum(1).double() for x in moments.patches(call))
         assert isinstance(total, Tensor)
-        gram, total = gram * real, total * real
+        if not real:
+            gram, total = torch.zeros_like(gram), torch.zeros_like(total)
         self.gram = gram if self.gram is None else self.gram.add_(gram)
         self.total = total if self.total is None else self.total.add_(total)
         self.count += moments.positions(call) if real else 0
@@ -71,7 +72,7 @@ class Consumer:
         """Add the rows that other processes have."""
         if self.gram is not None and self.total is not None:
             self.gram, self.total = together.total(self.gram), together.total(self.total)
-            self.count = int(together.total(torch.tensor(self.count)))
+            self.count = int(together.total(torch.tensor(self.count, device=self.gram.device)))
 
     @property
     def weight(self) -> Tensor:

@@ -38,14 +38,14 @@ class Metric(NamedTuple):
 
     @classmethod
     def plain(
-        cls, y: Tensor, scaling: Literal["variance", "none"] = "variance", share: float = 1.0
+        cls, y: Tensor, scaling: Literal["variance", "none"] = "variance", share: float | None = None
     ) -> Metric:
         """Take the mean over all elements, divided by the variance of the target `y`, or not.
 
         Args:
-            y: this process's part of it.
+            y: the target, or this process's part of it.
             scaling: whether to divide.
-            share: of the samples, those in y.
+            share: of the samples, those in y; None for all.
         """
         return cls(1.0 / (y.shape[-1] * (variance(y, share) if scaling == "variance" else 1.0)))
 
@@ -230,16 +230,16 @@ class _Measuring(Watch):
         return out
 
 
-def variance(y: Tensor, share: float = 1.0) -> float:
+def variance(y: Tensor, share: float | None = None) -> float:
     """Return a tensor's variance over all elements; 1 where it is 0.
 
     Small tensors are summed in double precision, where that is cheap.
 
     Args:
-        y: of all processes, or a part of it that this one has.
-        share: of the samples, those in y; less than 1 of a part.
+        y: the tensor, or this process's part of one that several processes have.
+        share: of the samples, those in this part; None where this process has all.
     """
-    if share < 1.0:
+    if share is not None and together.size() > 1:
         return together.variance(y, share)
     found = y.double().var(unbiased=False).item() if y.numel() < 2**16 else y.var(unbiased=False).item()
     return found if found > 0 else 1.0

@@ -81,7 +81,7 @@ class LayerStatistics:
     def count(self) -> int:
         """The rows seen: images times tokens or output positions."""
         own = sum(moments.positions(call) for call, real in zip(self.calls, self.counts, strict=True) if real)
-        return int(together.total(torch.tensor(own)))
+        return int(together.total(torch.tensor(own, device=self.calls[0].x.device)))
 
     @cached_property
     def mean(self) -> Tensor:

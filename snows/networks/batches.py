@@ -80,11 +80,15 @@ class Batch(NamedTuple):
     def split(self, size: int) -> list[Batch]:
         """Divide a batch into parts of `size` samples; whole if its tensors disagree on their number."""
         count = self.samples()
-        if size < 1 or any(
-            len(x) != count for x in tree_leaves(tuple(self), is_leaf=_is_batched) if _is_batched(x)
-        ):
+        if size < 1 or not self._divides():
             return [self]
         return [self.between(i, i + size) for i in range(0, count, size)]
+
+    def _divides(self) -> bool:
+        """Say whether all tensors agree on the number of samples."""
+        count = self.samples()
+        leaves = tree_leaves(tuple(self), is_leaf=_is_batched)
+        return all(len(x) == count for x in leaves if _is_batched(x))
 
     def part(self) -> Batch:
         """Return the samples that this process has.
@@ -98,7 +102,7 @@ class Batch(NamedTuple):
         size, rank, count = together.size(), together.rank(), self.samples()
         if size == 1:
             return self
-        if len(self.split(1)) != count:
+        if not self._divides():
             raise ValueError(
                 "prune: expected batches of which every tensor has an entry a sample, to share them among "
                 f"{size} processes, got others; run one process"

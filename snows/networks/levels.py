@@ -62,7 +62,7 @@ class Level:
         """Be told that a slot will be loaded soon."""
 
     def close(self) -> None:
-        """Let go of what is no memory."""
+        """Close the file, if there is one."""
 
     def taken(self, size: int) -> None:
         """Be told that a slot is there."""
@@ -129,6 +129,7 @@ class File(Level):
         self.file: BinaryIO | None = None
         self.end = 0
         self.gaps: list[tuple[int, int]] = []  # begin and size of what is free before the end, in order
+        self.free: list[tuple[int, int]] = []  # of what has become free since
 
     def keep(self, data: Tensor) -> Slot:
         """Write bytes where there is room for them.
@@ -139,6 +140,8 @@ class File(Level):
         at = self._place(_paged(data.numel()))
         try:
             if self.file is None:
+                if self.folder is not None:  # which another process may have made on another machine alone
+                    self.folder.mkdir(parents=True, exist_ok=True)
                 self.file = tempfile.TemporaryFile(buffering=0, dir=self.folder)  # noqa: SIM115 - until `close`
             self.file.seek(at)
             left = memoryview(data.cpu().numpy())  # type: ignore[arg-type]  # numpy's types do not say so
@@ -174,19 +177,21 @@ class File(Level):
     def freed(self, slot: Slot) -> None:
         """Note where the file has room again."""
         super().freed(slot)
-        insort(self.gaps, (slot.at, _paged(slot.size)))
-        joined: list[tuple[int, int]] = []
-        for at, size in self.gaps:
-            if joined and sum(joined[-1]) == at:
-                at, size = joined[-1][0], joined.pop()[1] + size
-            joined.append((at, size))
-        self.gaps = joined
+        self.free.append((slot.at, _paged(slot.size)))  # alone: it may come in the middle of `_place`
 
     def _place(self, size: int) -> int:
         """Return where so many bytes have room."""
-        for i, (at, gap) in enumerate(self.gaps):
+        while self.free:
+            insort(self.gaps, self.free.pop())
+        joined: list[tuple[int, int]] = []
+        for at, gap in self.gaps:
+            if joined and sum(joined[-1]) == at:
+                at, gap = joined[-1][0], joined.pop()[1] + gap
+            joined.append((at, gap))
+        self.gaps = joined
+        for i, (at, gap) in enumerate(joined):
             if gap >= size:
-                self.gaps[i : i + 1] = [(at + size, gap - size)] if gap > size else []
+                joined[i : i + 1] = [(at + size, gap - size)] if gap > size else []
                 return at
         self.end += size
         return self.end - size

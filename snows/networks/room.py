@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Iterable
@@ -15,7 +16,7 @@ from snows import together
 from snows.networks.twins import Twins
 
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-BATCHES = 2  # that are at hand at a time: the one in use and the next, or the samples held back
+BATCHES = 3  # that are at hand at a time: the one in use, the next, and the samples held back
 
 
 class Rooms(NamedTuple):
@@ -61,9 +62,10 @@ def bound(twins: Twins, memory: int | None, layers: Iterable[str], folder: Path 
             f"{rooms.layer}, got {said(memory)}; allow more, or use smaller batches"
         )
     host, here = _free(torch.device("cpu")), _free(device)
-    shares = 2 * together.size()  # as if all processes were on this machine
-    given = memory if memory is not None else float("inf") if here is None else here // shares
-    pinned = float("inf") if host is None else host // shares
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", together.size()))  # of this machine; each has a GPU
+    own = 1 if device.type == "cuda" else processes
+    given = memory if memory is not None else float("inf") if here is None else here // (2 * own)
+    pinned = float("inf") if host is None else host // (2 * processes)
     twins.store.bound(device, max(0, given - rooms.least), pinned, folder)
     return rooms
 

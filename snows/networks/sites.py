@@ -43,6 +43,19 @@ def in_turn(pairs: Sequence[Pair]) -> Iterator[Pair]:
         yield pair
 
 
+def numbered(pairs: Sequence[Pair], held: int, most: int | None) -> Iterator[tuple[int, Pair]]:
+    """Give pairs with their numbers: first those that a layer takes if all reach it, then the others.
+
+    Args:
+        pairs: of all batches.
+        held: number of the one to judge by.
+        most: of the others, that a layer takes; None for all.
+    """
+    near = [i for i in range(len(pairs)) if i == held or most is None or i < most]
+    yield from zip(near, in_turn([pairs[i] for i in near]), strict=True)
+    yield from ((i, pair) for i, pair in enumerate(pairs) if i not in near)
+
+
 def _alike(dense: Call, sparse: Call) -> bool:
     """Say whether both calls answer for the same positions.
 

@@ -118,7 +118,8 @@ class Stream:
         net, store, before = self.schedule.net, self.schedule.store, here.slots or {}
         value = (memory, None if call is None else call.input)
         slots = {at: before[at] for at in addresses(tree_leaves(value)) & before.keys()}
-        here.memory, here.slots, self.memory, self.call = {}, None, {}, None  # room for what is new
+        here.memory, here.slots, self.memory, self.call = {}, None, {}, None
+        here.call, before = None, {}  # what was held before is let go, so that there is room for what is new
         own = addresses((*net.parameters(), *net.buffers(), *self.batch.tensors()))
         self.memory, kept = store.put(value, slots, own)
         self.call = None if call is None else replace(call, input=kept)

@@ -20,7 +20,7 @@ from snows.networks.layers import prunable
 from snows.networks.masks import give_mask
 from snows.networks.pairing import paired, unpaired
 from snows.networks.reduction import Reduction
-from snows.networks.sites import Pair, Site, in_turn
+from snows.networks.sites import Pair, Site, numbered
 from snows.networks.store import Store
 from snows.networks.stream import Schedule, Stream, keeps_state, route
 from snows.networks.trace import Trace
@@ -242,8 +242,8 @@ class Twins:
         reached: list[tuple[int, Pair]] = []
         finite = True
         source = self.reduction.source(name)
-        for i, (dense, sparse) in enumerate(in_turn(self._streams)):
-            if i != self._held and len(reached) == most:
+        for i, (dense, sparse) in numbered(self._streams, self._held, most):
+            if i != self._held and sum(j != self._held or not self._held for j, _ in reached) == most:
                 continue
             call, other = sparse.advance(name), dense.advance(source)
             if call is None or other is None:
@@ -252,6 +252,7 @@ class Twins:
             reached.append((i, Pair(dense, sparse)))
         if not together.everywhere(finite):
             raise ValueError(f"{name}: its inputs are not finite; check the weights before it and the images")
+        reached.sort(key=lambda x: x[0])
         layer: Any = self.sparse.get_submodule(name)
         training = [pair for i, pair in reached if i != self._held or self._held == 0]
         held = next((pair for i, pair in reached if i == self._held), training[0] if training else None)
