@@ -23,6 +23,7 @@ from snows.choosing.footprint import footprint
 from snows.choosing.goals import Choosing, LayerChoice, Only, PatternChoice, check_goal, excluded, selected
 from snows.choosing.plan import Plan, decide
 from snows.choosing.stages import Stages
+from snows.choosing.tables import Timetable
 from snows.matching.losses import Matching, Objective
 from snows.networks.checks import autocast_off, read_batches
 from snows.networks.edits import Edit
@@ -145,6 +146,8 @@ def prune(
         plan = Plan({}) if isinstance(pattern, Budget) else decide(twins, pattern, select, only, skip, cap)
         layers = list(plan.patterns) if goal is None else _allowed(twins.sparse, only, skip)
         folder, images = Path(out) if out is not None else None, twins.batches[0].samples()
+        if goal is not None and goal.times is not None:
+            images = Timetable.read(goal.times).images
         asked = settings(pattern, select, solver, matching, cap, recalibrate, seed, plan, layers, images)
         together.agree({name: json.dumps(x, sort_keys=True) for name, x in asked.items()} | {"out": str(out)})
         walked = plan.choices if goal is None else twins.order

@@ -504,6 +504,7 @@ def test_a_timetable_serves_a_budget_and_nothing_is_timed(table, net, batches, m
     monkeypatch.setattr(Stopwatch, "race", None)
     _, report = quick(net, batches, Budget(0.7, of="latency", times=table[1], multiple=2, floor=0))
     assert report.small_ms / report.dense_ms <= 0.71
+    assert report.settings["images"] == 4  # of the timetable, for `snows deploy`
 
 
 def test_a_timetable_of_something_else_is_refused(table, net, batches, tmp_path):
