@@ -954,3 +954,16 @@ def test_the_demo_ends_with_what_a_budget_gave(monkeypatch, tmp_path):
     assert float(found[2]) == pytest.approx(rows[0]["dense"] - rows[0]["snows"], abs=0.01)
     network = snows.load(tmp_path / "resnet20-1.43-times-as-fast.safetensors", zoo.load("resnet20"))
     assert sum(p.numel() for p in network.parameters()) < 0.9 * 272474
+
+
+@pytest.mark.parametrize("command", ["prune", "frontier", "measure"])
+def test_what_is_stopped_early_says_that_nothing_is_kept(monkeypatch, capsys, tmp_path, pictures, command):
+    def stop(*args, **settings):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(snows, command, stop)
+    asked = {"prune": ["--pattern", "2:4"], "frontier": [], "measure": []}[command]
+    where = ["--model", "test_cli:tiny", "--data", pictures, "--crop", 32, "--out", tmp_path / "out"]
+    code, text = run(monkeypatch, capsys, command, *where, *asked)
+    assert code == 130
+    assert text.strip().endswith("stopped before there was anything to keep")

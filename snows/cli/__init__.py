@@ -52,6 +52,3 @@ def main() -> None:
         said = f"process {RANK}: {error}" if RANK else str(error)
         errors.print(said, style="red", highlight=False, markup=False, soft_wrap=True)
         sys.exit(2)
-    except KeyboardInterrupt:  # before anything that could go on from here
-        errors.print("stopped", highlight=False)
-        sys.exit(130)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -51,7 +53,8 @@ def measure(
     network = load_network(model, weights, random_weights)
     preparation = network.preparation.override(crop, resize, numbers(mean, "mean"), numbers(std, "std"))
     example = example_of(model, data, network, preparation, at_a_time).to(place)
-    table = snows.measure(network.model.to(place), example, runtime=runtime, images=at_a_time)
+    with _stopped():
+        table = snows.measure(network.model.to(place), example, runtime=runtime, images=at_a_time)
     table.save(out)
     say(
         f"{table.whole:.4g} ms for {table.images} images at a time, {table.runtime}, on {table.machine}; "
@@ -126,7 +129,8 @@ def frontier(
             found = Frontier.read(file)
             found.check(net)
         else:
-            found = snows.frontier(net, batches, goal, shares, seed=seed)
+            with _stopped():
+                found = snows.frontier(net, batches, goal, shares, seed=seed)
         found.save(file)
         write(out / "frontier.html", found.page().encode())
         console.print(found.table())
@@ -167,6 +171,16 @@ def frontier(
     say(f"the frontier is in {file}, and its page beside it")
     same = ["--model", model, "--data", data, "--samples", count, "--batch-size", batch_size]
     next_command("snows", "prune", *same, "--frontier", file, "--point", "NUMBER", "--out", "FOLDER")
+
+
+@contextmanager
+def _stopped() -> Iterator[None]:
+    """Say that nothing is kept of what is stopped."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        warn("stopped before there was anything to keep")
+        raise typer.Exit(130) from None
 
 
 def _make(folder: Path) -> None:

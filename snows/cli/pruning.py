@@ -185,7 +185,10 @@ def prune(
                 seed=seed,
             )
     except KeyboardInterrupt:
-        warn(f"stopped; finished layers are kept in {out}. Add --resume to the same command to go on.")
+        if not (out / "run.json").exists():
+            warn("stopped before there was anything to keep")
+        else:
+            warn(f"stopped; finished layers are kept in {out}. Add --resume to the same command to go on.")
         raise typer.Exit(130) from None
     if RANK:  # what comes now the first process does alone
         return
