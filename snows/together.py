@@ -72,6 +72,28 @@ def same(x: Tensor) -> Tensor:
     return x
 
 
+def own(count: int) -> slice:
+    """Say which of so many rows this process works on: about as many each, in order."""
+    return slice(count * rank() // size(), count * (rank() + 1) // size())
+
+
+def joined(part: Tensor, count: int) -> Tensor:
+    """Put together the rows that the processes worked on.
+
+    Args:
+        part: (..., rows, columns), this process's, see `own`.
+        count: rows of all.
+
+    Returns:
+        (..., count, columns), with the same bits everywhere.
+    """
+    if size() == 1:
+        return part
+    whole = part.new_zeros(*part.shape[:-2], count, part.shape[-1])
+    whole[..., own(count), :] = part
+    return total(whole)
+
+
 def first(work: Callable[[], Result]) -> Result:
     """Let the first process do something, and return to all what came of it.
 

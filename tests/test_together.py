@@ -55,6 +55,7 @@ def processes(size, folder, work, *args):
 
 GOALS = {
     "2:4": (NM(2, 4), {"select": snows.sparsegpt}),
+    "alps": (NM(1, 4), {"select": snows.alps}),
     "published": (
         NM(2, 4),
         {"select": snows.magnitude, "matching": Matching.published(2), "solver": Newton.published(3)},
@@ -66,8 +67,9 @@ GOALS = {
 }
 
 
-def close(a, b, atol=1e-6):
-    """The same network to rounding; what ends iterations at a tolerance would amplify that."""
+def close(a, b, goal=""):
+    """The same network to rounding, which conjugate gradients after ALPS amplify: they end at a tolerance."""
+    atol = 1e-5 if goal == "alps" else 1e-6
     (net, masks, losses), (net_, masks_, losses_) = a, b
     assert net.keys() == net_.keys()
     for key in net:
@@ -76,7 +78,7 @@ def close(a, b, atol=1e-6):
     assert all(torch.equal(masks[key], masks_[key]) for key in masks)
     assert [x for x, _ in losses] == [x for x, _ in losses_]
     one, other = (torch.tensor([x for _, x in rows]) for rows in (losses, losses_))
-    assert torch.allclose(one, other, rtol=1e-6, atol=1e-12, equal_nan=True)
+    assert torch.allclose(one, other, rtol=atol, atol=1e-12, equal_nan=True)
 
 
 def identical(a, b):
@@ -147,15 +149,15 @@ def two(tmp_path_factory):
 @pytest.mark.parametrize("goal", GOALS)
 def test_two_processes_agree_with_one(alone, two, goal):
     one, other = (x["goals"][goal] for x in two[1])
-    close(alone[goal], one)
+    close(alone[goal], one, goal)
     assert identical(one, other)
 
 
 def test_three_processes_of_which_one_has_no_sample_of_a_batch_agree_with_one(alone, tmp_path):
-    goals = ("2:4", "variance", "budget")
+    goals = ("2:4", "alps", "variance", "budget")
     found = processes(3, tmp_path / "a", all_goals, goals)
     for goal in goals:
-        close(alone[goal], found[0][goal])
+        close(alone[goal], found[0][goal], goal)
         assert all(identical(found[0][goal], x[goal]) for x in found)
 
 
@@ -213,7 +215,7 @@ def test_a_process_that_ends_is_told_by_the_others(tmp_path):
         processes(2, tmp_path / "a", lost)
     # mp.spawn ends the others, unless they were faster
     path = tmp_path / "a" / "0.pt"
-    assert not path.exists() or "another of the 2 processes has ended" in torch.load(path)
+    assert not path.exists() or "2 processes cannot exchange numbers any more" in torch.load(path)
 
 
 def test_torchrun_prunes_by_the_command_line(tmp_path):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from snows import together
 from snows.matching.statistics import LayerStatistics, damped
 from snows.ops.masks import refuse_nan, unlooked
 from snows.selectors.least_squares import ridge
@@ -33,7 +34,8 @@ def alps(
     D (one eigendecomposition of each factor serves every ρ), D the projection of ``W + V / ρ`` on the
     pattern, V the dual. Rows and columns are scaled to unit diagonals first. Every third iteration ρ grows by
     1.3, 1.2 or 1.1, the faster the more of the mask still moves, until nothing of it does and W is near D
-    (the paper's schedule). Conjugate gradients end it on the mask, as in `least_squares`.
+    (the paper's schedule). Conjugate gradients end it on the mask, as in `least_squares`. Several processes
+    share the products out.
 
     Args:
         weight: the dense weight.
@@ -58,19 +60,23 @@ def alps(
         return rows(pattern.mask(unrows(scores.abs().flatten(0, 1), weight.shape))).view_as(scores)
 
     W = rows(weight).reshape(right.shape) * scale
+    own_rows, own_columns = (together.own(count) for count in W.shape[-2:])
     mask = settled = mask_of(W)
     D, V, rho = W * mask, torch.zeros_like(W), penalty
     kept = int(mask.sum())
     with unlooked():  # NaN spreads through D and V, so one look is enough, at the end
         for iteration in range(1, max_iterations + 1):
-            X = U @ ((target + U.mT @ (rho * D - V) @ Q) / (curvature + rho)) @ Q.mT
+            near = together.total(U.mT @ (rho * D - V)[..., own_columns] @ Q[..., own_columns, :])
+            X = U[..., own_rows, :] @ ((target + near) / (curvature + rho)) @ Q.mT
+            X = together.joined(X, W.shape[-2])
             shifted = X + V / rho
             mask = mask_of(shifted)
             D = shifted * mask
             V += rho * (X - D)
             if iteration % 3 == 0:
-                moved = int((mask & ~settled).sum())
-                if moved == 0 and (X - D).norm() <= 0.1 * D.norm():
+                ratio = (X - D).norm() / D.norm()
+                moved, ratio = together.same(torch.stack([(mask & ~settled).sum(), ratio])).tolist()
+                if moved == 0 and not ratio > 0.1:
                     break
                 settled = mask
                 rho *= 1.3 if moved >= 0.1 * kept else 1.2 if moved >= 0.005 * kept else 1.1
@@ -82,5 +88,6 @@ def alps(
 def _modes(matrices: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """Scale each matrix to a unit diagonal; return the scale, and its eigenvalues and eigenvectors."""
     scale = matrices.diagonal(dim1=-2, dim2=-1).sqrt()
-    values, vectors = torch.linalg.eigh(matrices / scale.unsqueeze(-1) / scale.unsqueeze(-2))
+    found = torch.linalg.eigh(matrices / scale.unsqueeze(-1) / scale.unsqueeze(-2))
+    values, vectors = map(together.same, found)  # other processors find other signs, for example
     return scale.to(dtype), values.to(dtype), vectors.to(dtype)

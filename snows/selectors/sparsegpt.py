@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from snows import together
 from snows.matching.statistics import LayerStatistics, damped
 from snows.ops.masks import refuse_nan, unlooked
 from snows.sparsity import MaskedWeight, Pattern, rows, unrows
@@ -17,7 +18,7 @@ def sparsegpt(
 
     Scores are ``w² / U_jj²``, U the upper Cholesky factor of the inverse damped Gram matrix. A pattern of
     groups, such as N:M, is decided group by group, another by its density over all rows of `block` columns at
-    a time (exact over the layer).
+    a time (exact over the layer). Several processes share the rows out where there are groups.
 
     Args:
         weight: the dense weight.
@@ -31,6 +32,8 @@ def sparsegpt(
         torch.cholesky_inverse(torch.linalg.cholesky(gram)), upper=True
     )  # (groups, in, in)
     W = rows(weight).double().reshape(len(gram), -1, gram.shape[-1]).clone()  # (groups, out / groups, in)
+    count = W.shape[-2]
+    W = W[:, together.own(count)] if pattern.group else W
     mask = torch.ones_like(W, dtype=torch.bool)
     width = pattern.group or block
     columns, done, removed = W.shape[-1], 0, 0
@@ -55,6 +58,8 @@ def sparsegpt(
                 error = (W[..., j] * ~mask[..., j]) / factor[:, None, j, j]  # (groups, out / groups)
                 W[..., j:] -= error.unsqueeze(-1) * factor[:, None, j, j:]
                 W[..., j] *= mask[..., j]
+    if pattern.group:
+        W, mask = together.joined(W, count), together.joined(mask.to(W.dtype), count).bool()
     refuse_nan("sparsegpt", W)
     chosen = unrows(mask.flatten(0, 1), weight.shape)
     return MaskedWeight(unrows(W.flatten(0, 1), weight.shape).to(weight.dtype) * chosen, chosen)

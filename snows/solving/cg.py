@@ -124,7 +124,7 @@ def batched_cg(
 
     P projects on the row's mask.
 
-    Rows stop by themselves; the diagonal of `A` preconditions.
+    Rows stop by themselves; the diagonal of `A` preconditions. Several processes share the rows out.
 
     Args:
         gram: A, (groups, in, in), positive semi-definite.
@@ -141,11 +141,13 @@ def batched_cg(
     diagonal = matrix.diagonal(dim1=-2, dim2=-1)
     diagonal += damping * diagonal.mean(-1, keepdim=True)
     inverse = diagonal.clamp_min(torch.finfo(gram.dtype).tiny).reciprocal()
-    r = (right * mask).contiguous()
+    count = right.shape[-2]
+    mask = mask[..., together.own(count), :].contiguous()
+    r = (right[..., together.own(count), :] * mask).contiguous()
     x, p = torch.zeros_like(r), r * inverse.unsqueeze(-2)
     rz, target = (r * p).sum(-1).double(), rtol * rtol * (r * r).sum(-1).double()
     for iteration in range(max_iterations):
         if _looks(iteration, r) and not (rz > 0).any():
             break
         ops.batched_cg_update(x, r, p, rz, p @ matrix, mask, inverse, target)
-    return x
+    return together.joined(x, count)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from snows import together
 from snows.solving.operators import LinearOperator
 from snows.sparsity import rows, unrows
 
@@ -59,6 +60,8 @@ class RowBlocks(LinearOperator):
     is what counts: the inverse of the whole product, restricted, is far from it as soon as many weights are
     masked.
 
+    Of several processes each has the blocks of its own rows.
+
     Args:
         factors: A and G.
         mask: bool, the layer's weight shape.
@@ -70,26 +73,27 @@ class RowBlocks(LinearOperator):
     def __init__(self, factors: Factors, mask: Tensor, damping: float) -> None:
         self.mask = mask
         kept = rows(mask)
-        groups = len(factors.inputs)
-        counts = kept.sum(1)
-        width = max(1, int(counts.max()))
+        size = len(kept) // len(factors.inputs)
+        width = max(1, int(kept.sum(1).max()))
+        self._own = together.own(len(kept))
+        kept, counts = kept[self._own], kept[self._own].sum(1)
         # the kept columns of each row first, in order; what fills up shorter rows is masked out
         self._columns = kept.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :width]
         self._real = torch.arange(width, device=mask.device) < counts[:, None]
         sensitivity = factors.outputs.diagonal(dim1=-2, dim2=-1).flatten().double()
         diagonal = factors.inputs.diagonal(dim1=-2, dim2=-1).double()
         scale = (sensitivity.mean() * diagonal.mean()).clamp_min(torch.finfo(torch.float32).tiny)
+        own = sensitivity[self._own] / scale
         self._inverse = torch.empty(len(kept), width, width, dtype=factors.inputs.dtype, device=mask.device)
-        size = len(kept) // groups
         step = max(1, 2**24 // width**2)
         for start in range(0, len(kept), step):
             part = slice(start, min(start + step, len(kept)))
-            group = torch.arange(part.start, part.stop, device=mask.device) // size
+            group = (self._own.start + torch.arange(part.start, part.stop, device=mask.device)) // size
             index = self._columns[part]
             block = factors.inputs[group[:, None, None], index[:, :, None], index[:, None, :]].double()
             real = self._real[part]
             block *= real[:, :, None] & real[:, None, :]
-            block *= (sensitivity[part] / scale)[:, None, None]
+            block *= own[part, None, None]
             shift = torch.ones_like(block[..., 0]).masked_fill_(real, damping)
             factor, failed = torch.linalg.cholesky_ex(block + torch.diag_embed(shift))
             while failed.any():  # features so extreme that float32 moments are not positive definite any more
@@ -105,9 +109,10 @@ class RowBlocks(LinearOperator):
 
     def __matmul__(self, v: Tensor) -> Tensor:
         matrix = rows(v)
-        packed = matrix.gather(1, self._columns) * self._real
+        packed = matrix[self._own].gather(1, self._columns) * self._real
         product = torch.bmm(self._inverse, packed.unsqueeze(-1)).squeeze(-1) * self._real
-        return unrows(torch.zeros_like(matrix).scatter_(1, self._columns, product), v.shape)
+        own = torch.zeros_like(matrix[self._own]).scatter_(1, self._columns, product)
+        return unrows(together.joined(own, len(matrix)), v.shape)
 
 
 def inverse_of(factors: Tensor, at_once: bool) -> Tensor:
