@@ -2,9 +2,11 @@
 
 import copy
 import os
+import signal
 import subprocess
 import sys
 import traceback
+from datetime import timedelta
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from test_taking import Net
 
 import snows
 from snows import NM, Budget, Structured, Unstructured, together
+from snows.cli import processes as processes_of_torchrun
 from snows.matching.losses import Matching
 from snows.results.run import Run
 from snows.solving.newton import Newton
@@ -63,6 +66,7 @@ GOALS = {
     "variance": (Unstructured(0.6), {"select": snows.wanda, "matching": Matching(2, metric="variance")}),
     "structured": (Structured(0.6, multiple=2), {}),
     "budget": (Budget(0.5, multiple=2), {}),
+    "memory": (NM(2, 4), {"select": snows.wanda, "memory": "1.5MB"}),
     "hap": (Structured(0.7, multiple=2, using=("channels",), order="hap"), {}),
 }
 
@@ -114,6 +118,7 @@ def of_two(folder):
     found["settings"] = sentence(lambda: prune(solver=Newton(passes=1 + rank)))
     found["seconds"] = sentence(lambda: prune(seconds=100.0 + rank))
     found["first"] = together.first(lambda: rank), sentence(lambda: together.first(lambda: int("x")))
+    found["timed"] = pruned(Structured(0.6, of="latency", multiple=2), torch.float32, solver=None)
     found["limited"] = prune(goal=NM(2, 4), seconds=1.5).report.notes
     (folder / "run").mkdir(exist_ok=True)
     keep, count = Run.keep, 0
@@ -195,6 +200,27 @@ def test_a_limit_of_time_is_one_for_all(two):
     notes = [x["limited"] for x in two[1]]
     assert notes[0] == notes[1]
     assert any(x.startswith("The limit was 1.5 seconds") for x in notes[0])
+
+
+def test_a_budget_of_milliseconds_is_chosen_by_what_the_first_has_timed(two):
+    (net, masks, losses), other = (x["timed"] for x in two[1])
+    assert identical((net, masks, losses), other)
+    wide = subject()[0].state_dict()
+    assert sum(x.numel() for x in net.values()) < sum(x.numel() for x in wide.values())
+
+
+@pytest.mark.parametrize("change", [{}, {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}])
+def test_a_group_that_is_not_there_is_a_sentence(monkeypatch, change):
+    monkeypatch.setattr(processes_of_torchrun, "SIZE", 2)
+    monkeypatch.setattr(processes_of_torchrun, "JOINING", timedelta(seconds=1))
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", **change}.items():
+        monkeypatch.setenv(name, value)
+    before = signal.getsignal(signal.SIGTERM)
+    wanted = "expected 2 processes, as WORLD_SIZE says, got no connection"
+    with pytest.raises(ValueError, match=wanted), processes_of_torchrun.joined():
+        pytest.fail("joined nobody")
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_a_run_goes_on_with_another_number_of_processes(alone, two):

@@ -6,6 +6,7 @@ import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ def _number(name: str, default: int) -> int:
     return int(text) if text.isascii() and text.isdigit() else default
 
 
+JOINING = timedelta(minutes=5)  # the longest wait for the other processes
 SIZE = _number("WORLD_SIZE", 1)
 RANK = _number("RANK", 0) if SIZE > 1 else 0
 
@@ -54,17 +56,38 @@ def joined() -> Iterator[None]:
     """Join the processes that torchrun started, if it did, and leave them at the end.
 
     Raises:
+        ValueError: they cannot be found.
         KeyboardInterrupt: torchrun ends them all, because one of them has ended.
     """
     if SIZE == 1:
         yield
         return
-    import torch
     import torch.distributed as dist
 
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's own handler waits until the others are found
+    try:
+        _join()
+    except (ValueError, RuntimeError) as error:  # dist.DistError is one
+        raise ValueError(
+            f"expected {SIZE} processes, as WORLD_SIZE says, got no connection to them "
+            f"({str(error).splitlines()[0]}); start all by torchrun, or unset WORLD_SIZE"
+        ) from error
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     try:
         yield
     finally:
         dist.destroy_process_group()
+
+
+def _join() -> None:
+    """Find the other processes as torchrun's environment variables say, within `JOINING`."""
+    import torch
+    import torch.distributed as dist
+    from torch.distributed.rendezvous import rendezvous
+
+    store, rank, size = next(rendezvous("env://", timeout=JOINING))
+    store.set_timeout(dist.default_pg_timeout)
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size)
