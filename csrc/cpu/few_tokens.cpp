@@ -21,9 +21,7 @@ template <typename T>
 void all_rows(Weight<T> w, int64_t n, int64_t m) {
   std::vector<float> arranged;
   if (simd() == Simd::avx2) arranged = avx2::arrange(w, m == 0 ? 0 : n);
-  // Threads take whole fours of rows, which AVX2 multiplies together.
-  at::parallel_for(0, (w.rows + 3) / 4, std::max<int64_t>(1, 16384 / w.columns), [&](int64_t begin, int64_t end) {
-    begin *= 4, end = std::min(4 * end, w.rows);
+  at::parallel_for(0, w.rows, std::max<int64_t>(1, 65536 / w.columns), [&](int64_t begin, int64_t end) {
     if (simd() == Simd::avx2)
       m == 0 ? avx2::rows_of_masks(w, begin, end) : avx2::rows_of_groups(w, n, begin, end);
     else
