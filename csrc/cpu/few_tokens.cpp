@@ -10,6 +10,7 @@
 
 #include "few_tokens_avx2.h"
 #include "few_tokens_avx512.h"
+#include "panels.h"
 
 namespace snows {
 

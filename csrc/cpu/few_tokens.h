@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "panels.h"
+#include "vector.h"
 
 namespace snows {
 

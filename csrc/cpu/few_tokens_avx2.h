@@ -16,22 +16,9 @@
 
 namespace snows::avx2 {
 
-#define SNOWS_AVX2 __attribute__((target("avx2,fma,f16c,popcnt")))
-#define SNOWS_AVX2_STEP __attribute__((target("avx2,fma,f16c,popcnt"), always_inline))
+#define SNOWS_AVX2_STEP SNOWS_AVX2 SNOWS_INLINE
 
 constexpr int64_t kTokens = 4;  // that are computed together
-
-// 8 stored values as float32.
-SNOWS_AVX2 inline __m256 load(const float* from) { return _mm256_loadu_ps(from); }
-SNOWS_AVX2 inline __m256 load(const at::Half* from) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))); }
-SNOWS_AVX2 inline __m256 load(const at::BFloat16* from) {
-  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))), 16));
-}
-
-SNOWS_AVX2 inline float sum_of(__m256 x) {
-  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1)), two = _mm_add_ps(four, _mm_movehl_ps(four, four));
-  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
-}
 
 // 2:4 and 1:4: V vectors of x, 2 or 4, serve 8 stored values and their 16 bits of codes. A step takes twice as many; what is left of a row is
 // one step with zeros behind it.
@@ -113,7 +100,7 @@ struct Groups {
 };
 
 // For every 8 bits of a mask: a lane's byte is 0x80 and which value it gets, or 0 where its bit is not set.
-alignas(64) inline constexpr auto kLanes = [] {
+alignas(64) inline constexpr auto kPlaces = [] {
   std::array<std::array<uint8_t, 8>, 256> lanes{};
   for (int mask = 0; mask < 256; ++mask)
     for (int i = 0, value = 0; i < 8; ++i)
@@ -130,7 +117,7 @@ SNOWS_AVX2 const T* masked_row(const Weight<T>& w, const T* values, int64_t row)
     for (auto& sum : half) sum = zero;
   const auto step = [&](uint8_t mask, const float* x, __m256 (&to)[N]) SNOWS_AVX2_STEP {
     int64_t bytes;
-    std::memcpy(&bytes, kLanes[mask].data(), 8);
+    std::memcpy(&bytes, kPlaces[mask].data(), 8);
     const __m256i lanes = _mm256_cvtepi8_epi32(_mm_cvtsi64_si128(bytes));
     const __m256 stored = _mm256_blendv_ps(zero, _mm256_permutevar8x32_ps(load(values), lanes), _mm256_castsi256_ps(lanes));
 #pragma GCC unroll 4

@@ -11,14 +11,7 @@
 
 namespace snows::avx512 {
 
-// 16 numbers as float32, those of the mask's bits; what is not asked for is not read.
-#define SNOWS_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,popcnt")))
-#define SNOWS_AVX512_STEP __attribute__((target("avx512f,avx512bw,avx512vl,popcnt"), always_inline))
-SNOWS_AVX512 inline __m512 widen(__m256i x, at::BFloat16) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
-SNOWS_AVX512 inline __m512 widen(__m256i x, at::Half) { return _mm512_cvtph_ps(x); }
-SNOWS_AVX512 inline __m512 load(const float* from) { return _mm512_loadu_ps(from); }
-template <typename T>
-SNOWS_AVX512 inline __m512 load(const T* from) { return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)), T()); }
+#define SNOWS_AVX512_STEP SNOWS_AVX512 SNOWS_INLINE
 
 // The first numbers at `from`, spread to where the mask's bits are set, zeros elsewhere; no number behind them is read.
 SNOWS_AVX512 inline __m512 spread(uint16_t mask, const float* from) { return _mm512_maskz_expandloadu_ps(mask, from); }
