@@ -1,5 +1,5 @@
-// Few tokens times a packed weight: the weight is read once, so its bytes rule, and it is read as it is packed. Sums are in float32; 16-bit
-// values are widened in registers, and half as many bytes are read. The kernels are in few_tokens_avx512.h and few_tokens_avx2.h.
+// One token, or a few with AVX2, times a packed weight: the weight is read once, so its bytes rule, and it is read as it is packed. Sums are in
+// float32; 16-bit values are widened in registers, and half as many bytes are read. The kernels are in few_tokens_avx512.h and few_tokens_avx2.h.
 
 #include "few_tokens.h"
 
@@ -35,7 +35,8 @@ void all_rows(Weight<T> w, int64_t n, int64_t m) {
 bool few_tokens(const float* x, int64_t tokens, const at::Tensor& values, const uint8_t* codes, const float* bias, float* y, int64_t rows,
                 int64_t columns, int64_t n, int64_t m) {
   // Rows must begin with a byte of codes; with AVX-512 they end with a whole step.
-  const int64_t step = simd() == Simd::avx512 ? (m == 0 ? 16 : 64 / n) : m == 0 ? 8 : 16 / n, most = simd() == Simd::avx512 ? 1 : avx2::kTokens;
+  const bool avx512 = simd() == Simd::avx512;
+  const int64_t step = avx512 ? (m == 0 ? 16 : 64 / n) : (m == 0 ? 8 : 16 / n), most = avx512 ? 1 : avx2::most_tokens(m == 0 ? 0 : n, values.numel(), rows * columns);
   if (simd() == Simd::portable || tokens > most || columns % step != 0 || !(m == 0 || (m == 4 && n <= 2))) return false;
   const auto run = [&](const auto* stored) {
     all_rows(Weight<std::remove_cvref_t<decltype(*stored)>>{stored, stored + values.numel(), codes, bias, x, y, rows, columns, tokens}, n, m);

@@ -1,6 +1,6 @@
 // Up to four tokens times a packed weight with AVX2.
 //
-// N:M: a group of four columns is half a vector, within which vpermilps chooses by two bits of each lane. So the inputs are laid out once a
+// 2:4 and 1:4: a group of four columns is half a vector, within which vpermilps chooses by two bits of each lane. So the inputs are laid out once a
 // call: each vector of x holds one group in either half, and blends put together what was chosen. The positions of R rows are shifted out of
 // their codes once and used for N tokens, and a vector of x once loaded serves R rows.
 // Unstructured: a table names, for every 8 bits of the mask, which of the next stored values goes to which lane.
@@ -18,7 +18,12 @@ namespace snows::avx2 {
 
 #define SNOWS_AVX2_STEP SNOWS_AVX2 SNOWS_INLINE
 
-constexpr int64_t kTokens = 4;  // that are computed together
+// Up to how many tokens these kernels are faster than the panels, measured on a Zen 3 core; n is 0 of an unstructured weight. What they do to
+// a mask's 8 bits does not depend on how many are set, so panels take over where few are.
+inline int64_t most_tokens(int64_t n, int64_t stored, int64_t all) {
+  if (n == 0) return 4 * stored > all ? 4 : 0;
+  return n == 2 ? 4 : 3;
+}
 
 // 2:4 and 1:4: V vectors of x, 2 or 4, serve 8 stored values and their 16 bits of codes. A step takes twice as many; what is left of a row is
 // one step with zeros behind it.

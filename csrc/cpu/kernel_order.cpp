@@ -172,8 +172,8 @@ Blocking blocking_of(bool bfloat16, bool dense) {
       {snows::Simd::avx512, true, false, {3, kNear, 4}},     // 12
       {snows::Simd::avx512, false, true, {6, 64, 7}},        // 12
       {snows::Simd::avx512, false, false, {5, kNear, 7}},    // 10
-      {snows::Simd::avx2, false, true, {3, 128, 6}},         // 16 registers of half a line: 12. Wider panels would be multiplied part by part
-      {snows::Simd::avx2, false, false, {3, kNear, 6}},      //   and narrower blocks pay for nothing
+      {snows::Simd::avx2, false, true, {3, 128, 7}},         // 16 registers of half a line: 12. Wider panels would be multiplied in parts,
+      {snows::Simd::avx2, false, false, {3, kNear, 7}},      // and a row's sums loaded and stored as often for each part of a shorter block
       {snows::Simd::portable, false, true, {6, 64, 7}},
       {snows::Simd::portable, false, false, {5, kNear, 7}},
   };
@@ -181,8 +181,6 @@ Blocking blocking_of(bool bfloat16, bool dense) {
     if (row.simd == snows::simd() && row.bfloat16 == bfloat16 && row.dense == dense) {
       Blocking found = row.blocking;
       if (found.block == kNear) found.block = near_lines() * 3 / 4 / found.lines / 16 * 16;
-      if (getenv("SNOWS_V")) found.lines = atoi(getenv("SNOWS_V")), found.block = atoi(getenv("SNOWS_B"));
-      if (getenv("SNOWS_C")) found.pixels = atoi(getenv("SNOWS_C"));
       return found;
     }
   TORCH_INTERNAL_ASSERT(false);

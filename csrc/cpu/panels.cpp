@@ -61,6 +61,7 @@ SNOWS_AVX512 void run_avx512(const Part& p) { avx512::multiply_pairs<V>(p, 16 * 
 // 16 registers hold 6 vectors of sums for each row, two weights and what is loaded.
 SNOWS_AVX2 void run_avx2(const Part& p) {
   const int64_t width = 16 * p.vectors;
+  if (p.half) return avx2::multiply_pairs<1, 2>(p, width, 0);
   for (int64_t token = 0; token < width;) {
     const int64_t left = (width - token) / 16;
     if (left == 3 || left > 4)
@@ -295,7 +296,7 @@ void multiply(const Order& o, const Panels& panels, const at::Tensor& bias, c10:
                 const int64_t at = chunk * blocks + block, before = (chunk - from) * Order::kChunk, count = o.pairs_of(chunk);
                 run({o.pairs + chunk * blocks * (Order::kChunk / 2) + block * count, count, source.vectors, o.weights + o.starts[2 * at],
                      panels.lines + o.starts[2 * at + 1], source.at, sums + strip * step + before * lanes * source.vectors,
-                     block == 0 ? starts.data() + before : nullptr}, o.bfloat16);
+                     block == 0 ? starts.data() + before : nullptr, source.half}, o.bfloat16);
               }
             }
           for (int64_t strip = 0; strip < panels.strips; ++strip) {

@@ -72,6 +72,7 @@ struct Order {
 struct Source {
   const void* at;
   int64_t vectors;
+  bool half = false;  // no more than 8 tokens: the rest of a line, and of its sums, is anything
 };
 
 // All pairs of a chunk over one block: sums[row] (+)= the weights times the block of the panel.
@@ -83,6 +84,7 @@ struct Part {
   const void* panel;
   float* sums;        // a line's tokens times vectors for each row
   const float* bias;  // a row's sums begin with it; null where they go on
+  bool half;          // see Source
   const float* at(uint16_t line) const { return static_cast<const float*>(panel) + int64_t(line) * 16; }
 };
 

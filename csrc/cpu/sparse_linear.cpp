@@ -78,12 +78,12 @@ at::Tensor sparse_linear(const at::Tensor& input, const at::Tensor& values_, con
   panels.fill = [&](float* scratch, int64_t panel, int64_t, int64_t block, bool first_time) {
     const int64_t first = panel * width, count = std::min(width, tokens - first), padded = (count + 15) / 16 * 16;
     float* const to = scratch + block % ahead * o.block * width;
-    if (block % ahead > 0 || (whole && !first_time)) return snows::Source{to, padded / 16};
+    if (block % ahead > 0 || (whole && !first_time)) return snows::Source{to, padded / 16, count <= 8};
     const int64_t column = block * o.block, many = std::min(ahead * o.block, columns - column);
     for (int64_t t = 0; t < count; t += 16)  // the processor fetches ahead in 16 long rows, in more it loses its thread
       snows::transpose(in + (first + t) * columns + column, columns, scratch + t, width, std::min<int64_t>(16, count - t), many);
     for (int64_t c = 0; c < many && padded > count; ++c) std::fill(scratch + c * width + count, scratch + c * width + padded, 0.0f);
-    return snows::Source{to, padded / 16};
+    return snows::Source{to, padded / 16, count <= 8};
   };
   panels.store = [&](const float* sums, int64_t, int64_t panel, int64_t row, int64_t many) {
     const int64_t first = panel * width, count = std::min(width, tokens - first);
