@@ -5,7 +5,10 @@
 
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
 
+#include <algorithm>
+#include <type_traits>
 #include <vector>
 
 #include "few_tokens_avx2.h"
@@ -30,27 +33,39 @@ void all_rows(Weight<T> w, int64_t n, int64_t m) {
   });
 }
 
+// Up to how many tokens a kernel here takes, 0 where none does. Rows must begin with a byte of codes, and end with
+// a whole step of AVX-512.
+int64_t most_tokens(int64_t columns, int64_t n, int64_t m, int64_t stored, int64_t all) {
+  const bool avx512 = simd() == Simd::avx512;
+  if (simd() == Simd::portable || !(m == 0 || (m == 4 && n <= 2))) return 0;
+  const int64_t step = m == 0 ? (avx512 ? 16 : 8) : (avx512 ? 64 : 16) / n;
+  if (columns % step != 0) return 0;
+  return avx512 ? 1 : avx2::most_tokens(m == 0 ? 0 : n, stored, all);
+}
+
 }  // namespace
 
-bool few_tokens(const float* x, int64_t tokens, const at::Tensor& values, const uint8_t* codes, const float* bias, float* y, int64_t rows,
-                int64_t columns, int64_t n, int64_t m) {
-  // Rows must begin with a byte of codes; with AVX-512 they end with a whole step.
-  const bool avx512 = simd() == Simd::avx512;
-  const int64_t step = avx512 ? (m == 0 ? 16 : 64 / n) : (m == 0 ? 8 : 16 / n), most = avx512 ? 1 : avx2::most_tokens(m == 0 ? 0 : n, values.numel(), rows * columns);
-  if (simd() == Simd::portable || tokens > most || columns % step != 0 || !(m == 0 || (m == 4 && n <= 2))) return false;
+at::Tensor few_tokens(const at::Tensor& input, const at::Tensor& values, const at::Tensor& codes, const at::Tensor& bias, int64_t rows, int64_t n, int64_t m) {
+  const int64_t columns = input.size(-1), tokens = input.numel() / columns;
+  if (tokens == 0 || tokens > most_tokens(columns, n, m, values.numel(), rows * columns)) return {};
+  auto sizes = input.sizes().vec();
+  sizes.back() = rows;
+  const at::Tensor x = input.to(at::kFloat).contiguous(), y = at::empty(sizes, x.options());
   const auto run = [&](const auto* stored) {
-    all_rows(Weight<std::remove_cvref_t<decltype(*stored)>>{stored, stored + values.numel(), codes, bias, x, y, rows, columns, tokens}, n, m);
+    using T = std::remove_cvref_t<decltype(*stored)>;
+    all_rows(Weight<T>{stored, stored + values.numel(), codes.const_data_ptr<uint8_t>(), bias.defined() ? bias.const_data_ptr<float>() : nullptr,
+                       x.const_data_ptr<float>(), y.mutable_data_ptr<float>(), rows, columns, tokens}, n, m);
   };
   if (values.scalar_type() == at::kFloat)
     run(values.const_data_ptr<float>());
   else
     AT_DISPATCH_REDUCED_FLOATING_TYPES(values.scalar_type(), "few_tokens", [&] { run(values.const_data_ptr<scalar_t>()); });
-  return true;
+  return y;
 }
 
 #else
 
-bool few_tokens(const float*, int64_t, const at::Tensor&, const uint8_t*, const float*, float*, int64_t, int64_t, int64_t, int64_t) { return false; }
+at::Tensor few_tokens(const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, int64_t, int64_t, int64_t) { return {}; }
 
 #endif
 

@@ -161,9 +161,8 @@ void lines_of_pieces(const Piece* pieces, int64_t count, int64_t size, float* li
 // out[j * out_stride + i] = in[i * in_stride + j] for i < rows, j < columns; past the caches where that is wanted and possible.
 void transpose(const float* in, int64_t in_stride, float* out, int64_t out_stride, int64_t rows, int64_t columns, bool past = false);
 
-// y = x times the packed weight plus bias (or null), for few tokens; false where there is no kernel for it. The values, of 32 or 16 bits,
-// are contiguous.
-bool few_tokens(const float* x, int64_t tokens, const at::Tensor& values, const uint8_t* codes, const float* bias, float* y, int64_t rows,
-                int64_t columns, int64_t n, int64_t m);
+// The input times the packed weight plus bias, in float32, for few tokens; undefined where there is no kernel for it. Values (of 32 or 16 bits),
+// codes and bias, which may be undefined, are contiguous.
+at::Tensor few_tokens(const at::Tensor& input, const at::Tensor& values, const at::Tensor& codes, const at::Tensor& bias, int64_t rows, int64_t n, int64_t m);
 
 }  // namespace snows

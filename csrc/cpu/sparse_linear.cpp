@@ -60,12 +60,7 @@ at::Tensor sparse_linear(const at::Tensor& input, const at::Tensor& values_, con
   auto sizes = input.sizes().vec();
   sizes.back() = rows;
   const at::Tensor bias = snows::widened(bias_);
-  if (tokens > 0 && tokens <= 4) {
-    const at::Tensor x = input.to(at::kFloat).contiguous(), y = at::empty(sizes, x.options());
-    if (snows::few_tokens(x.const_data_ptr<float>(), tokens, values, codes.const_data_ptr<uint8_t>(), bias.defined() ? bias.const_data_ptr<float>() : nullptr,
-                          y.mutable_data_ptr<float>(), rows, columns, n, m))
-      return snows::activate(y, activation).to(input.scalar_type());
-  }
+  if (const at::Tensor y = snows::few_tokens(input, values, codes, bias, rows, n, m); y.defined()) return snows::activate(y, activation).to(input.scalar_type());
   if (o.bfloat16) return pairs_of_columns(o, input.contiguous(), at::empty(sizes, input.options()), bias, activation);
   const at::Tensor x = input.to(at::kFloat).contiguous(), y = at::empty(sizes, x.options());
   const float* in = x.const_data_ptr<float>();
