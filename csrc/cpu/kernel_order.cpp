@@ -153,6 +153,39 @@ int64_t near_lines() {  // of the first-level cache
   return 512;
 }
 
+// A panel's width, how many columns a block has, and the width of a convolution's panels. Widths are in cache lines, of 16 tokens in float32
+// and 32 in bfloat16.
+struct Blocking {
+  int64_t lines, block, pixels;
+};
+
+// Measured; a weight is dense that stores two fifths of its numbers or more. A block's part of a panel should take 24 to 28 KiB. Wide panels
+// share a weight's broadcast; where a row has few weights in a block, long blocks pay more, for sums are then loaded and stored less often.
+Blocking blocking_of(bool bfloat16, bool dense) {
+  constexpr int64_t kNear = 0;  // as many columns as take three quarters of the first-level cache
+  static constexpr struct {
+    snows::Simd simd;
+    bool bfloat16, dense;
+    Blocking blocking;
+  } table[] = {
+      {snows::Simd::avx512, true, true, {4, 96, 4}},         // 32 registers: sums of two rows take 16
+      {snows::Simd::avx512, true, false, {3, kNear, 4}},     // 12
+      {snows::Simd::avx512, false, true, {6, 64, 7}},        // 12
+      {snows::Simd::avx512, false, false, {5, kNear, 7}},    // 10
+      {snows::Simd::avx2, false, true, {3, 128, 7}},         // 16 registers of half a line: 12. Wider panels would be multiplied in parts,
+      {snows::Simd::avx2, false, false, {3, kNear, 7}},      // and a row's sums loaded and stored as often for each part of a shorter block
+      {snows::Simd::portable, false, true, {6, 64, 7}},
+      {snows::Simd::portable, false, false, {5, kNear, 7}},
+  };
+  for (const auto& row : table)
+    if (row.simd == snows::simd() && row.bfloat16 == bfloat16 && row.dense == dense) {
+      Blocking found = row.blocking;
+      if (found.block == kNear) found.block = near_lines() * 3 / 4 / found.lines / 16 * 16;
+      return found;
+    }
+  TORCH_INTERNAL_ASSERT(false);
+}
+
 // snows/ops/packed.py, kernel_order: the words that Order::read reads, or none.
 at::Tensor kernel_order(const at::Tensor& values_, const at::Tensor& codes_, at::IntArrayRef shape, int64_t n, int64_t m) {
   snows::check_packed("kernel_order", values_, codes_, shape, n, m, 0);
@@ -164,14 +197,11 @@ at::Tensor kernel_order(const at::Tensor& values_, const at::Tensor& codes_, at:
   if ((kind != at::kFloat && kind != at::kHalf && kind != at::kBFloat16) || rows * columns == 0) return at::empty({0}, options);
   if (!decode(values.to(at::kFloat), codes, rows, columns, n, m, stored)) return at::empty({0}, options);
 
-  // A block's part of a panel should take 24 to 28 KiB. Wide panels share a weight's broadcast; where a row has few weights in
-  // a block, long blocks pay more, for sums are then loaded and stored less often: they take three quarters of the first-level cache.
-  // In a convolution taps overlap: a channel takes as many lines as a strip of pixels has neighbours.
-  const bool dense = values_.numel() * 5 >= rows * columns * 2;
   const bool convolves = shape.size() == 4, pairs = kind == at::kBFloat16 && (convolves || (rows % 2 == 0 && columns % 2 == 0)) && snows::multiplies_bfloat16();
-  const int64_t vectors = pairs ? (dense ? 4 : 3) : dense ? 6 : 5, block = dense ? (pairs ? 96 : 64) : near_lines() * 3 / 4 / vectors / 16 * 16;
-  Order o{rows, shape[1], columns / shape[1], block, vectors, 0, 0, pairs, nullptr, nullptr, nullptr, nullptr};
-  if (convolves) o.vectors = pairs ? 4 : 7, o.block = std::max<int64_t>(1, 448 / (shape[2] * (o.vectors + shape[3] - 1)));
+  const Blocking blocking = blocking_of(pairs, values_.numel() * 5 >= rows * columns * 2);
+  Order o{rows, shape[1], columns / shape[1], blocking.block, blocking.lines, 0, 0, pairs, nullptr, nullptr, nullptr, nullptr};
+  // In a convolution taps overlap: a channel takes as many lines as a strip of pixels has neighbours.
+  if (convolves) o.vectors = blocking.pixels, o.block = std::max<int64_t>(1, 448 / (shape[2] * (o.vectors + shape[3] - 1)));
   if (o.taps * o.block * o.vectors > 65536) return at::empty({0}, options);  // lines are 16-bit numbers
   Writer out;
   const int64_t words_of_mask = (o.taps * o.block + 63) / 64;

@@ -2,6 +2,8 @@
 
 #include "panels.h"
 
+#include "vector.h"
+
 #include <ATen/Parallel.h>
 #include <ATen/Version.h>
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -38,103 +40,37 @@ void run_portable(const Part& p) {
 
 #ifdef SNOWS_X86
 
-template <int V>
-__attribute__((target("avx512f"))) void run_avx512(const Part& p) {
-  const float* w = p.weights;
-  const uint16_t* c = p.lines;
-  for (const Pair* pair = p.pairs; pair < p.pairs + p.count; ++pair) {
-    float* first = p.sums + pair->first * 16 * V;
-    float* second = p.sums + pair->second * 16 * V;
-    __m512 a[V], b[V];
-    if (p.bias) {
-#pragma GCC unroll 8
-      for (int v = 0; v < V; ++v) a[v] = _mm512_set1_ps(p.bias[pair->first]), b[v] = _mm512_set1_ps(p.bias[pair->second]);
-    } else {
-#pragma GCC unroll 8
-      for (int v = 0; v < V; ++v) a[v] = _mm512_load_ps(first + 16 * v), b[v] = _mm512_load_ps(second + 16 * v);
-    }
-    for (int i = pair->shared; i > 0; --i, w += 2, ++c) {
-      const float* x = p.at(c[0]);
-      SNOWS_KEEP("r", x);
-      const __m512 of_first = _mm512_set1_ps(w[0]), of_second = _mm512_set1_ps(w[1]);
-#pragma GCC unroll 8
-      for (int v = 0; v < V; ++v) {
-        __m512 tokens = _mm512_load_ps(x + 16 * v);
-        SNOWS_KEEP("v", tokens);
-        a[v] = _mm512_fmadd_ps(of_first, tokens, a[v]);
-        b[v] = _mm512_fmadd_ps(of_second, tokens, b[v]);
-      }
-    }
-    for (int i = pair->both; i > 0; --i, w += 2, c += 2) {
-      const auto all = together<uint32_t>(c);
-      const float *x = p.at(all), *y = p.at(all >> 16);
-      SNOWS_KEEP("r", x);
-      SNOWS_KEEP("r", y);
-      const __m512 of_first = _mm512_set1_ps(w[0]), of_second = _mm512_set1_ps(w[1]);
-#pragma GCC unroll 8
-      for (int v = 0; v < V; ++v) a[v] = _mm512_fmadd_ps(of_first, _mm512_load_ps(x + 16 * v), a[v]);
-#pragma GCC unroll 8
-      for (int v = 0; v < V; ++v) b[v] = _mm512_fmadd_ps(of_second, _mm512_load_ps(y + 16 * v), b[v]);
-    }
-    for (int i = pair->rest; i > 0; --i, ++w, ++c) {
-      const float* x = p.at(c[0]);
-      const __m512 of_first = _mm512_set1_ps(w[0]);
-#pragma GCC unroll 8
-      for (int v = 0; v < V; ++v) a[v] = _mm512_fmadd_ps(of_first, _mm512_load_ps(x + 16 * v), a[v]);
-    }
-#pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) _mm512_store_ps(first + 16 * v, a[v]), _mm512_store_ps(second + 16 * v, b[v]);
-  }
-}
+}  // namespace
 
-// V vectors of 8 tokens at a time, from `token` on: 16 registers hold no more than 4 for each row.
-template <int V>
-__attribute__((target("avx2,fma"))) void part_avx2(const Part& p, int64_t token) {
-  const float* w = p.weights;
-  const uint16_t* c = p.lines;
-  for (const Pair* pair = p.pairs; pair < p.pairs + p.count; ++pair) {
-    float* first = p.sums + pair->first * 16 * p.vectors + token;
-    float* second = p.sums + pair->second * 16 * p.vectors + token;
-    __m256 a[V], b[V];
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) {
-      a[v] = p.bias ? _mm256_set1_ps(p.bias[pair->first]) : _mm256_loadu_ps(first + 8 * v);
-      b[v] = p.bias ? _mm256_set1_ps(p.bias[pair->second]) : _mm256_loadu_ps(second + 8 * v);
-    }
-    for (int i = pair->shared; i > 0; --i, w += 2, ++c) {
-      const float* x = p.at(c[0]) + token;
-      const __m256 of_first = _mm256_set1_ps(w[0]), of_second = _mm256_set1_ps(w[1]);
-#pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) {
-        __m256 tokens = _mm256_loadu_ps(x + 8 * v);
-        SNOWS_KEEP("x", tokens);
-        a[v] = _mm256_fmadd_ps(of_first, tokens, a[v]);
-        b[v] = _mm256_fmadd_ps(of_second, tokens, b[v]);
-      }
-    }
-    for (int i = pair->both; i > 0; --i, w += 2, c += 2) {
-      const float *x = p.at(c[0]) + token, *y = p.at(c[1]) + token;
-      const __m256 of_first = _mm256_set1_ps(w[0]), of_second = _mm256_set1_ps(w[1]);
-#pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) {
-        a[v] = _mm256_fmadd_ps(of_first, _mm256_loadu_ps(x + 8 * v), a[v]);
-        b[v] = _mm256_fmadd_ps(of_second, _mm256_loadu_ps(y + 8 * v), b[v]);
-      }
-    }
-    for (int i = pair->rest; i > 0; --i, ++w, ++c) {
-      const float* x = p.at(c[0]) + token;
-#pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) a[v] = _mm256_fmadd_ps(_mm256_set1_ps(w[0]), _mm256_loadu_ps(x + 8 * v), a[v]);
-    }
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) _mm256_storeu_ps(first + 8 * v, a[v]), _mm256_storeu_ps(second + 8 * v, b[v]);
-  }
+#define SNOWS_SET SNOWS_AVX512
+namespace avx512 {
+#include "panel_kernel.h"
 }
+#undef SNOWS_SET
+#define SNOWS_SET SNOWS_AVX2
+namespace avx2 {
+#include "panel_kernel.h"
+}
+#undef SNOWS_SET
 
-void run_avx2(const Part& p) {
-  int64_t v = 0;
-  for (; v + 2 <= p.vectors; v += 2) part_avx2<4>(p, 16 * v);
-  if (v < p.vectors) part_avx2<2>(p, 16 * v);
+namespace {
+
+template <int V>
+SNOWS_AVX512 void run_avx512(const Part& p) { avx512::multiply_pairs<V>(p, 16 * V, 0); }
+
+// 16 registers hold 6 vectors of sums for each row, two weights and what is loaded.
+SNOWS_AVX2 void run_avx2(const Part& p) {
+  const int64_t width = 16 * p.vectors;
+  if (p.half) return avx2::multiply_pairs<1, 2>(p, width, 0);
+  for (int64_t token = 0; token < width;) {
+    const int64_t left = (width - token) / 16;
+    if (left == 3 || left > 4)
+      avx2::multiply_pairs<6>(p, width, token), token += 48;
+    else if (left > 1)
+      avx2::multiply_pairs<4>(p, width, token), token += 32;
+    else
+      avx2::multiply_pairs<2, 2>(p, width, token), token += 16;
+  }
 }
 
 __attribute__((target("avx2"))) void transpose_8x8(const float* in, int64_t in_stride, float* out, int64_t out_stride) {
@@ -360,7 +296,7 @@ void multiply(const Order& o, const Panels& panels, const at::Tensor& bias, c10:
                 const int64_t at = chunk * blocks + block, before = (chunk - from) * Order::kChunk, count = o.pairs_of(chunk);
                 run({o.pairs + chunk * blocks * (Order::kChunk / 2) + block * count, count, source.vectors, o.weights + o.starts[2 * at],
                      panels.lines + o.starts[2 * at + 1], source.at, sums + strip * step + before * lanes * source.vectors,
-                     block == 0 ? starts.data() + before : nullptr}, o.bfloat16);
+                     block == 0 ? starts.data() + before : nullptr, source.half}, o.bfloat16);
               }
             }
           for (int64_t strip = 0; strip < panels.strips; ++strip) {

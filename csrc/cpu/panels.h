@@ -72,6 +72,7 @@ struct Order {
 struct Source {
   const void* at;
   int64_t vectors;
+  bool half = false;  // no more than 8 tokens: the rest of a line, and of its sums, is anything
 };
 
 // All pairs of a chunk over one block: sums[row] (+)= the weights times the block of the panel.
@@ -83,6 +84,7 @@ struct Part {
   const void* panel;
   float* sums;        // a line's tokens times vectors for each row
   const float* bias;  // a row's sums begin with it; null where they go on
+  bool half;          // see Source
   const float* at(uint16_t line) const { return static_cast<const float*>(panel) + int64_t(line) * 16; }
 };
 
@@ -159,9 +161,8 @@ void lines_of_pieces(const Piece* pieces, int64_t count, int64_t size, float* li
 // out[j * out_stride + i] = in[i * in_stride + j] for i < rows, j < columns; past the caches where that is wanted and possible.
 void transpose(const float* in, int64_t in_stride, float* out, int64_t out_stride, int64_t rows, int64_t columns, bool past = false);
 
-// y = x times the packed weight plus bias (or null), for one token; false where there is no kernel for it. The values, of 32 or 16 bits,
-// are contiguous.
-bool one_token(const float* x, const at::Tensor& values, const uint8_t* codes, const float* bias, float* y, int64_t rows, int64_t columns, int64_t n,
-               int64_t m);
+// The input times the packed weight plus bias, in float32, for few tokens; undefined where there is no kernel for it. Values (of 32 or 16 bits),
+// codes and bias, which may be undefined, are contiguous.
+at::Tensor few_tokens(const at::Tensor& input, const at::Tensor& values, const at::Tensor& codes, const at::Tensor& bias, int64_t rows, int64_t n, int64_t m);
 
 }  // namespace snows

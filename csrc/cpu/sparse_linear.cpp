@@ -60,12 +60,7 @@ at::Tensor sparse_linear(const at::Tensor& input, const at::Tensor& values_, con
   auto sizes = input.sizes().vec();
   sizes.back() = rows;
   const at::Tensor bias = snows::widened(bias_);
-  if (tokens == 1) {
-    const at::Tensor x = input.to(at::kFloat).contiguous(), y = at::empty(sizes, x.options());
-    if (snows::one_token(x.const_data_ptr<float>(), values, codes.const_data_ptr<uint8_t>(), bias.defined() ? bias.const_data_ptr<float>() : nullptr,
-                         y.mutable_data_ptr<float>(), rows, columns, n, m))
-      return snows::activate(y, activation).to(input.scalar_type());
-  }
+  if (const at::Tensor y = snows::few_tokens(input, values, codes, bias, rows, n, m); y.defined()) return snows::activate(y, activation).to(input.scalar_type());
   if (o.bfloat16) return pairs_of_columns(o, input.contiguous(), at::empty(sizes, input.options()), bias, activation);
   const at::Tensor x = input.to(at::kFloat).contiguous(), y = at::empty(sizes, x.options());
   const float* in = x.const_data_ptr<float>();
@@ -78,12 +73,12 @@ at::Tensor sparse_linear(const at::Tensor& input, const at::Tensor& values_, con
   panels.fill = [&](float* scratch, int64_t panel, int64_t, int64_t block, bool first_time) {
     const int64_t first = panel * width, count = std::min(width, tokens - first), padded = (count + 15) / 16 * 16;
     float* const to = scratch + block % ahead * o.block * width;
-    if (block % ahead > 0 || (whole && !first_time)) return snows::Source{to, padded / 16};
+    if (block % ahead > 0 || (whole && !first_time)) return snows::Source{to, padded / 16, count <= 8};
     const int64_t column = block * o.block, many = std::min(ahead * o.block, columns - column);
     for (int64_t t = 0; t < count; t += 16)  // the processor fetches ahead in 16 long rows, in more it loses its thread
       snows::transpose(in + (first + t) * columns + column, columns, scratch + t, width, std::min<int64_t>(16, count - t), many);
     for (int64_t c = 0; c < many && padded > count; ++c) std::fill(scratch + c * width + count, scratch + c * width + padded, 0.0f);
-    return snows::Source{to, padded / 16};
+    return snows::Source{to, padded / 16, count <= 8};
   };
   panels.store = [&](const float* sums, int64_t, int64_t panel, int64_t row, int64_t many) {
     const int64_t first = panel * width, count = std::min(width, tokens - first);

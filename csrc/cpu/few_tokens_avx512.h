@@ -1,33 +1,17 @@
-// One token times a packed weight: the weight is read once, so its bytes rule, and it is read as it is packed.
-// AVX-512 selects from registers by the codes (2:4, 1:4), or by the columns that the mask's bits name (unstructured, where the processor
-// can press bytes together; elsewhere the values are spread to where the bits are set). Sums are in float32; 16-bit values are widened in
-// registers, and half as many bytes are read.
+// One token times a packed weight with AVX-512, a row at a time: codes select inputs from registers (2:4, 1:4), or the columns that the
+// mask's bits name do (unstructured, where the processor can press bytes together; elsewhere the values are spread to where the bits are set).
 
-#include "panels.h"
-
-#include <ATen/Dispatch.h>
-#include <ATen/Parallel.h>
+#pragma once
 
 #include <algorithm>
 #include <array>
 #include <cstring>
 
-namespace snows {
+#include "few_tokens.h"
 
-#ifdef SNOWS_X86
+namespace snows::avx512 {
 
-namespace {
-
-constexpr int AHEAD = 2048;  // bytes; the processor's own prefetching follows a row of so few bytes late
-
-// 16 numbers as float32, those of the mask's bits; what is not asked for is not read.
-#define SNOWS_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,popcnt")))
-#define SNOWS_AVX512_STEP __attribute__((target("avx512f,avx512bw,avx512vl,popcnt"), always_inline))
-SNOWS_AVX512 inline __m512 widen(__m256i x, at::BFloat16) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
-SNOWS_AVX512 inline __m512 widen(__m256i x, at::Half) { return _mm512_cvtph_ps(x); }
-SNOWS_AVX512 inline __m512 load(const float* from) { return _mm512_loadu_ps(from); }
-template <typename T>
-SNOWS_AVX512 inline __m512 load(const T* from) { return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)), T()); }
+#define SNOWS_AVX512_STEP SNOWS_AVX512 SNOWS_INLINE
 
 // The first numbers at `from`, spread to where the mask's bits are set, zeros elsewhere; no number behind them is read.
 SNOWS_AVX512 inline __m512 spread(uint16_t mask, const float* from) { return _mm512_maskz_expandloadu_ps(mask, from); }
@@ -135,56 +119,20 @@ float dot_masked(const T*& values, const uint8_t* codes, const float* x, int64_t
   return presses ? dot_chosen(values, codes, x, columns) : dot_spread(values, codes, x, columns);
 }
 
-__attribute__((target("popcnt"))) int64_t bits_set(const uint8_t* codes, int64_t bytes) {
-  int64_t count = 0, i = 0;
-  for (uint64_t word; i + 8 <= bytes; i += 8) {
-    std::memcpy(&word, codes + i, 8);
-    count += __builtin_popcountll(word);
+template <typename T>
+void rows_of_groups(const Weight<T>& w, int64_t n, int64_t begin, int64_t end) {
+  const int64_t values = w.columns / 4 * n, codes = w.columns / 16 * n;
+  for (int64_t r = begin; r < end; ++r) {
+    const T* stored = w.values + r * values;
+    const uint8_t* code = w.codes + r * codes;
+    w.y[r] = (n == 2 ? dot_2_of_4(stored, code, w.x, w.columns) : dot_1_of_4(stored, code, w.x, w.columns)) + w.bias_of(r);
   }
-  for (; i < bytes; ++i) count += __builtin_popcount(codes[i]);
-  return count;
 }
 
 template <typename T>
-void all_rows(const float* x, const T* values, const uint8_t* codes, const float* bias, float* y, int64_t rows, int64_t columns, int64_t n, int64_t m) {
-  const int64_t row_codes = m == 0 ? columns / 8 : columns / m * n / 4;
-  const int64_t grain = std::max<int64_t>(1, 65536 / columns);
-  at::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
-    const T* stored = values + (m == 0 ? bits_set(codes, begin * row_codes) : begin * columns / m * n);
-    for (int64_t r = begin; r < end; ++r) {
-      const uint8_t* code = codes + r * row_codes;
-      float sum;
-      if (m == 0) {
-        sum = dot_masked(stored, code, x, columns);
-      } else {
-        sum = n == 2 ? dot_2_of_4(stored, code, x, columns) : dot_1_of_4(stored, code, x, columns);
-        stored += columns / m * n;
-      }
-      y[r] = sum + (bias ? bias[r] : 0.0f);
-    }
-  });
+void rows_of_masks(const Weight<T>& w, int64_t begin, int64_t end) {
+  const T* stored = w.values + bits_set(w.codes, begin * w.columns / 8);
+  for (int64_t r = begin; r < end; ++r) w.y[r] = dot_masked(stored, w.codes + r * w.columns / 8, w.x, w.columns) + w.bias_of(r);
 }
 
-}  // namespace
-
-bool one_token(const float* x, const at::Tensor& values, const uint8_t* codes, const float* bias, float* y, int64_t rows, int64_t columns, int64_t n,
-               int64_t m) {
-  // Rows must begin with a byte of codes, and end with a whole step.
-  const bool two = n == 2 && m == 4 && columns % 32 == 0, one = n == 1 && m == 4 && columns % 64 == 0, masked = m == 0 && columns % 16 == 0;
-  if (simd() != Simd::avx512 || !(two || one || masked)) return false;
-  if (values.scalar_type() == at::kFloat)
-    all_rows(x, values.const_data_ptr<float>(), codes, bias, y, rows, columns, n, m);
-  else
-    AT_DISPATCH_REDUCED_FLOATING_TYPES(values.scalar_type(), "one_token", [&] {
-      all_rows(x, values.const_data_ptr<scalar_t>(), codes, bias, y, rows, columns, n, m);
-    });
-  return true;
-}
-
-#else
-
-bool one_token(const float*, const at::Tensor&, const uint8_t*, const float*, float*, int64_t, int64_t, int64_t, int64_t) { return false; }
-
-#endif
-
-}  // namespace snows
+}  // namespace snows::avx512

@@ -1,0 +1,69 @@
+// The inner loop of panels.h, written once over a vector type. panels.cpp includes it for each instruction set: SNOWS_SET allows a function its
+// instructions, and the namespace around it has its Vector (simd.h).
+
+// Sums of two rows for V vectors of tokens, from `token` on, of a panel `width` tokens wide. An addition waits for the one before to the same
+// sums, and with few vectors the processor for both: then steps go in turns to two Sets of sums.
+template <int V, int Sets = 1>
+SNOWS_SET SNOWS_INLINE inline void multiply_pairs(const Part& p, int64_t width, int64_t token) {
+  const float* w = p.weights;
+  const uint16_t* c = p.lines;
+  const char* const panel = static_cast<const char*>(p.panel) + 4 * token;
+  const auto at = [panel](uint16_t line) SNOWS_SET SNOWS_INLINE { return reinterpret_cast<const float*>(panel + int64_t(line) * 64); };
+  for (const Pair* pair = p.pairs; pair < p.pairs + p.count; ++pair) {
+    float* first = p.sums + pair->first * width + token;
+    float* second = p.sums + pair->second * width + token;
+    Vector a[Sets][V], b[Sets][V];
+    if (p.bias) {
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) a[0][v] = set(p.bias[pair->first]), b[0][v] = set(p.bias[pair->second]);
+    } else {
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) a[0][v] = load(first + kLanes * v), b[0][v] = load(second + kLanes * v);
+    }
+#pragma GCC unroll 8
+    for (int v = 0; v < V && Sets == 2; ++v) a[Sets - 1][v] = b[Sets - 1][v] = set(0);
+
+    const auto shared = [&](Vector(&a)[V], Vector(&b)[V]) SNOWS_SET SNOWS_INLINE {
+      const float* x = at(c[0]);
+      SNOWS_KEEP("r", x);
+      const Vector of_first = set(w[0]), of_second = set(w[1]);
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) {
+        Vector tokens = load(x + kLanes * v);
+        SNOWS_KEEP("v", tokens);
+        a[v] = fmadd(of_first, tokens, a[v]);
+        b[v] = fmadd(of_second, tokens, b[v]);
+      }
+      w += 2, ++c;
+    };
+    const auto both = [&](Vector(&a)[V], Vector(&b)[V]) SNOWS_SET SNOWS_INLINE {
+      const auto lines = together<uint32_t>(c);
+      const float *x = at(lines), *y = at(lines >> 16);
+      SNOWS_KEEP("r", x);
+      SNOWS_KEEP("r", y);
+      const Vector of_first = set(w[0]), of_second = set(w[1]);
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) a[v] = fmadd(of_first, load(x + kLanes * v), a[v]);
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) b[v] = fmadd(of_second, load(y + kLanes * v), b[v]);
+      w += 2, c += 2;
+    };
+    const auto rest = [&](Vector(&a)[V], Vector(&)[V]) SNOWS_SET SNOWS_INLINE {
+      const float* x = at(c[0]);
+      const Vector of_first = set(w[0]);
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) a[v] = fmadd(of_first, load(x + kLanes * v), a[v]);
+      ++w, ++c;
+    };
+    const auto times = [&](int count, const auto& step) SNOWS_SET SNOWS_INLINE {
+      for (; Sets == 2 && count >= 2; count -= 2) step(a[0], b[0]), step(a[Sets - 1], b[Sets - 1]);
+      for (; count > 0; --count) step(a[0], b[0]);
+    };
+    times(pair->shared, shared), times(pair->both, both), times(pair->rest, rest);
+
+#pragma GCC unroll 8
+    for (int v = 0; v < V && Sets == 2; ++v) a[0][v] = add(a[0][v], a[Sets - 1][v]), b[0][v] = add(b[0][v], b[Sets - 1][v]);
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) store(first + kLanes * v, a[0][v]), store(second + kLanes * v, b[0][v]);
+  }
+}
