@@ -6,6 +6,7 @@ from oracles import best_masks, masked_least_squares, unfold_rows
 from snows import NM, Unstructured, alps, least_squares, magnitude, sparsegpt, wanda
 from snows.networks.watching import Call
 from snows.selectors import LayerStatistics
+from snows.selectors.alps import modes
 from snows.sparsity import rows
 
 
@@ -168,3 +169,18 @@ def test_least_squares_of_a_grouped_convolution():
         part = slice(2 * g, 2 * g + 2)
         expected = masked_least_squares(X[g], X[g] @ rows(weight)[part].T, rows(found.mask)[part])
         assert torch.allclose(rows(found.weight)[part], expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("width", "rank", "groups", "kept"),
+    [(512, 64, 1, 160), (400, 3, 2, 160), (640, 0, 1, 160), (512, 200, 1, 512), (96, 64, 2, 96)],
+)
+def test_few_directions_of_a_wide_sensitivity_are_found_exactly(width, rank, groups, kept):
+    generator = torch.Generator().manual_seed(rank)
+    basis = torch.randn(groups, width, rank, generator=generator, dtype=torch.float64)
+    matrices = basis @ basis.mT + 0.3 * torch.eye(width, dtype=torch.float64)
+    floor, values, vectors = modes(matrices)
+    assert vectors.shape == (groups, width, kept)
+    eye = torch.eye(width, dtype=torch.float64)
+    assert torch.allclose(vectors.mT @ vectors, eye[:kept, :kept], atol=1e-12)
+    assert torch.allclose(floor * eye + vectors @ ((values - floor) * vectors.mT), matrices, atol=1e-9)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from snows import together
+from snows.matching.metrics import RANK
 from snows.matching.statistics import LayerStatistics, damped
 from snows.ops.masks import refuse_nan, unlooked
 from snows.selectors.least_squares import ridge
@@ -32,10 +33,10 @@ def alps(
     the layer's inputs and G the sensitivity of the features a few operations later to the layer's outputs
     (the identity in the paper): the two factors of the curvature, after K-FAC. In turn: W unconstrained near
     D (one eigendecomposition of each factor serves every ρ), D the projection of ``W + V / ρ`` on the
-    pattern, V the dual. Rows and columns are scaled to unit diagonals first. Every third iteration ρ grows by
-    1.3, 1.2 or 1.1, the faster the more of the mask still moves, until nothing of it does and W is near D
-    (the paper's schedule). Conjugate gradients end it on the mask, as in `least_squares`. Several processes
-    share the products out.
+    pattern, V the dual. Columns are scaled to a unit diagonal of A first, and G to a mean of 1. Every third
+    iteration ρ grows by 1.3, 1.2 or 1.1, the faster the more of the mask still moves, until nothing of it
+    does and W is near D (the paper's schedule). Conjugate gradients end it on the mask, as in
+    `least_squares`. Several processes share the rows out.
 
     Args:
         weight: the dense weight.
@@ -46,29 +47,28 @@ def alps(
         penalty: the first ρ.
         max_iterations: an upper bound; 30 to 60 are usual.
     """
-    gram, right = (
-        statistics.gram,
-        ridge(weight, statistics, damping),
-    )  # (groups, in, in), (groups, out / groups, in)
-    columns, a, Q = _modes(damped(gram, damping), weight.dtype)
-    lines, g, U = _modes(damped(statistics.sensitivity, smoothing), weight.dtype)
-    scale = columns.unsqueeze(-2) * lines.unsqueeze(-1)
-    curvature = g.unsqueeze(-1) * a.unsqueeze(-2)
-    target = g.unsqueeze(-1) * (U.mT @ (right * lines.unsqueeze(-1) / columns.unsqueeze(-2)) @ Q)
+    gram = statistics.gram  # (groups, in, in)
+    right = ridge(weight, statistics, damping)  # (groups, out / groups, in)
+    scale, a, Q = _inputs(damped(gram, damping), weight.dtype)
+    sensitivity = damped(statistics.sensitivity, smoothing)
+    sensitivity = sensitivity / sensitivity.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
+    floor, g, U = (together.same(x).to(weight.dtype) for x in modes(sensitivity))
+    pull = sensitivity.to(weight.dtype) @ (right / scale)
 
     def mask_of(scores: Tensor) -> Tensor:
         return rows(pattern.mask(unrows(scores.abs().flatten(0, 1), weight.shape))).view_as(scores)
 
     W = rows(weight).reshape(right.shape) * scale
-    own_rows, own_columns = (together.own(count) for count in W.shape[-2:])
+    own, count = together.own(W.shape[-2]), W.shape[-2]
     mask = settled = mask_of(W)
     D, V, rho = W * mask, torch.zeros_like(W), penalty
     kept = int(mask.sum())
     with unlooked():  # NaN spreads through D and V, so one look is enough, at the end
         for iteration in range(1, max_iterations + 1):
-            near = together.total(U.mT @ (rho * D - V)[..., own_columns] @ Q[..., own_columns, :])
-            X = U[..., own_rows, :] @ ((target + near) / (curvature + rho)) @ Q.mT
-            X = together.joined(X, W.shape[-2])
+            near = (pull + rho * D - V)[..., own, :] @ Q
+            most, rest = g * a + rho, floor * a + rho
+            seen = together.total(U[..., own, :].mT @ near) * (1 / most - 1 / rest)
+            X = together.joined((near / rest + U[..., own, :] @ seen) @ Q.mT, count)
             shifted = X + V / rho
             mask = mask_of(shifted)
             D = shifted * mask
@@ -85,9 +85,38 @@ def alps(
     return MaskedWeight(*(unrows(x.flatten(0, 1), weight.shape) for x in (solution, mask)))
 
 
-def _modes(matrices: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Scale each matrix to a unit diagonal; return the scale, and its eigenvalues and eigenvectors."""
-    scale = matrices.diagonal(dim1=-2, dim2=-1).sqrt()
-    found = torch.linalg.eigh(matrices / scale.unsqueeze(-1) / scale.unsqueeze(-2))
+def _inputs(grams: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Scale each matrix to a unit diagonal; return scale and eigenvalues as rows, and eigenvectors."""
+    scale = grams.diagonal(dim1=-2, dim2=-1).sqrt().unsqueeze(-2)
+    found = torch.linalg.eigh(grams / scale / scale.mT)
     values, vectors = map(together.same, found)  # other processors find other signs, for example
-    return scale.to(dtype), values.to(dtype), vectors.to(dtype)
+    return scale.to(dtype), values.unsqueeze(-2).to(dtype), vectors.to(dtype)
+
+
+def modes(matrices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Write each symmetric matrix as ``f I + U diag(g - f) Uᵀ``.
+
+    A sensitivity has few directions that weigh more than all others (`matching.metrics`). Those of a wide
+    matrix are found in the span of random vectors and their products, which has all of them if there are no
+    more than the vectors; else this is the eigendecomposition.
+
+    Args:
+        matrices: (groups, n, n), float64.
+
+    Returns:
+        f (groups, 1, 1), g (groups, r, 1) and U (groups, n, r), orthonormal.
+    """
+    width, few = matrices.shape[-1], RANK + 16  # a few more than there are, so that none is hardly met
+    if width >= 4 * few:
+        start = torch.randn(width, few, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        start = start.to(matrices.device).expand(len(matrices), -1, -1)
+        span = torch.linalg.qr(torch.cat([start, matrices @ start], -1)).Q
+        values, vectors = torch.linalg.eigh(span.mT @ (matrices @ span))
+        others = width - span.shape[-1]
+        floor = (matrices.diagonal(dim1=-2, dim2=-1).sum(-1) - values.sum(-1)) / others
+        whole = matrices.square().sum((-2, -1))
+        missed = whole - values.square().sum(-1) - others * floor.square()  # squared norm of what is left out
+        if (missed <= 1e-10 * whole).all():
+            return floor[:, None, None], values.unsqueeze(-1), span @ vectors
+    values, vectors = torch.linalg.eigh(matrices)
+    return values.mean(-1)[:, None, None], values.unsqueeze(-1), vectors
