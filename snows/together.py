@@ -72,26 +72,43 @@ def same(x: Tensor) -> Tensor:
     return x
 
 
-def own(count: int) -> slice:
-    """Say which of so many rows this process works on: about as many each, in order."""
-    return slice(count * rank() // size(), count * (rank() + 1) // size())
+WORTH = 1e9  # operations that are shared out: some 20 ms, of which an exchange of numbers takes about one
 
 
-def joined(part: Tensor, count: int) -> Tensor:
-    """Put together the rows that the processes worked on.
+class Rows:
+    """Share rows out among the processes, or leave all to each where there is little to do.
+
+    Attributes:
+        own: which of the rows this process works on: about as many each, in order.
 
     Args:
-        part: (..., rows, columns), this process's, see `own`.
-        count: rows of all.
-
-    Returns:
-        (..., count, columns), with the same bits everywhere.
+        count: of the rows.
+        operations: multiplications between two exchanges, for all rows.
     """
-    if size() == 1:
-        return part
-    whole = part.new_zeros(*part.shape[:-2], count, part.shape[-1])
-    whole[..., own(count), :] = part
-    return total(whole)
+
+    def __init__(self, count: int, operations: float) -> None:
+        self.count, self.shared = count, size() > 1 and operations >= WORTH
+        self.own = (
+            slice(count * rank() // size(), count * (rank() + 1) // size())
+            if self.shared
+            else slice(0, count)
+        )
+
+    def total(self, x: Tensor) -> Tensor:
+        """Return the sum of what processes made of their rows."""
+        return total(x) if self.shared else x
+
+    def same(self, x: Tensor) -> Tensor:
+        """Return what the first process has, so that all go on alike, where rows are shared out."""
+        return same(x) if self.shared else x
+
+    def joined(self, part: Tensor) -> Tensor:
+        """Put (..., rows, columns) together of what each process made of its rows."""
+        if not self.shared:
+            return part
+        whole = part.new_zeros(*part.shape[:-2], self.count, part.shape[-1])
+        whole[..., self.own, :] = part
+        return total(whole)
 
 
 def first(work: Callable[[], Result]) -> Result:

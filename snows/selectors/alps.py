@@ -49,17 +49,18 @@ def alps(
     """
     gram = statistics.gram  # (groups, in, in)
     right = ridge(weight, statistics, damping)  # (groups, out / groups, in)
-    scale, a, Q = _inputs(damped(gram, damping), weight.dtype)
+    shares = together.Rows(right.shape[-2], 2 * right.numel() * right.shape[-1])
+    scale, a, Q = (shares.same(x).to(weight.dtype) for x in _inputs(damped(gram, damping)))
     sensitivity = damped(statistics.sensitivity, smoothing)
     sensitivity = sensitivity / sensitivity.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
-    floor, g, U = (together.same(x).to(weight.dtype) for x in modes(sensitivity))
+    floor, g, U = (shares.same(x).to(weight.dtype) for x in modes(sensitivity))
     pull = sensitivity.to(weight.dtype) @ (right / scale)
 
     def mask_of(scores: Tensor) -> Tensor:
         return rows(pattern.mask(unrows(scores.abs().flatten(0, 1), weight.shape))).view_as(scores)
 
     W = rows(weight).reshape(right.shape) * scale
-    own, count = together.own(W.shape[-2]), W.shape[-2]
+    own = shares.own
     mask = settled = mask_of(W)
     D, V, rho = W * mask, torch.zeros_like(W), penalty
     kept = int(mask.sum())
@@ -67,15 +68,15 @@ def alps(
         for iteration in range(1, max_iterations + 1):
             near = (pull + rho * D - V)[..., own, :] @ Q
             most, rest = g * a + rho, floor * a + rho
-            seen = together.total(U[..., own, :].mT @ near) * (1 / most - 1 / rest)
-            X = together.joined((near / rest + U[..., own, :] @ seen) @ Q.mT, count)
+            seen = shares.total(U[..., own, :].mT @ near) * (1 / most - 1 / rest)
+            X = shares.joined((near / rest + U[..., own, :] @ seen) @ Q.mT)
             shifted = X + V / rho
             mask = mask_of(shifted)
             D = shifted * mask
             V += rho * (X - D)
             if iteration % 3 == 0:
                 ratio = (X - D).norm() / D.norm()
-                moved, ratio = together.same(torch.stack([(mask & ~settled).sum(), ratio])).tolist()
+                moved, ratio = shares.same(torch.stack([(mask & ~settled).sum(), ratio])).tolist()
                 if moved == 0 and not ratio > 0.1:
                     break
                 settled = mask
@@ -85,12 +86,11 @@ def alps(
     return MaskedWeight(*(unrows(x.flatten(0, 1), weight.shape) for x in (solution, mask)))
 
 
-def _inputs(grams: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+def _inputs(grams: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Scale each matrix to a unit diagonal; return scale and eigenvalues as rows, and eigenvectors."""
     scale = grams.diagonal(dim1=-2, dim2=-1).sqrt().unsqueeze(-2)
-    found = torch.linalg.eigh(grams / scale / scale.mT)
-    values, vectors = map(together.same, found)  # other processors find other signs, for example
-    return scale.to(dtype), values.unsqueeze(-2).to(dtype), vectors.to(dtype)
+    values, vectors = torch.linalg.eigh(grams / scale / scale.mT)
+    return scale, values.unsqueeze(-2), vectors
 
 
 def modes(matrices: Tensor) -> tuple[Tensor, Tensor, Tensor]:

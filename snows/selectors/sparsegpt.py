@@ -32,8 +32,8 @@ def sparsegpt(
         torch.cholesky_inverse(torch.linalg.cholesky(gram)), upper=True
     )  # (groups, in, in)
     W = rows(weight).double().reshape(len(gram), -1, gram.shape[-1]).clone()  # (groups, out / groups, in)
-    count = W.shape[-2]
-    W = W[:, together.own(count)] if pattern.group else W
+    shares = together.Rows(W.shape[-2], W.numel() * W.shape[-1] if pattern.group else 0)
+    W = W[:, shares.own]
     mask = torch.ones_like(W, dtype=torch.bool)
     width = pattern.group or block
     columns, done, removed = W.shape[-1], 0, 0
@@ -58,8 +58,7 @@ def sparsegpt(
                 error = (W[..., j] * ~mask[..., j]) / factor[:, None, j, j]  # (groups, out / groups)
                 W[..., j:] -= error.unsqueeze(-1) * factor[:, None, j, j:]
                 W[..., j] *= mask[..., j]
-    if pattern.group:
-        W, mask = together.joined(W, count), together.joined(mask.to(W.dtype), count).bool()
+    W, mask = shares.joined(W), shares.joined(mask.to(W.dtype)).bool()
     refuse_nan("sparsegpt", W)
     chosen = unrows(mask.flatten(0, 1), weight.shape)
     return MaskedWeight(unrows(W.flatten(0, 1), weight.shape).to(weight.dtype) * chosen, chosen)

@@ -141,13 +141,13 @@ def batched_cg(
     diagonal = matrix.diagonal(dim1=-2, dim2=-1)
     diagonal += damping * diagonal.mean(-1, keepdim=True)
     inverse = diagonal.clamp_min(torch.finfo(gram.dtype).tiny).reciprocal()
-    count = right.shape[-2]
-    mask = mask[..., together.own(count), :].contiguous()
-    r = (right[..., together.own(count), :] * mask).contiguous()
+    shares = together.Rows(right.shape[-2], 50 * right.numel() * right.shape[-1])  # some 50 products
+    mask = mask[..., shares.own, :].contiguous()
+    r = (right[..., shares.own, :] * mask).contiguous()
     x, p = torch.zeros_like(r), r * inverse.unsqueeze(-2)
     rz, target = (r * p).sum(-1).double(), rtol * rtol * (r * r).sum(-1).double()
     for iteration in range(max_iterations):
         if _looks(iteration, r) and not (rz > 0).any():
             break
         ops.batched_cg_update(x, r, p, rz, p @ matrix, mask, inverse, target)
-    return together.joined(x, count)
+    return shares.joined(x)

@@ -75,25 +75,26 @@ class RowBlocks(LinearOperator):
         kept = rows(mask)
         size = len(kept) // len(factors.inputs)
         width = max(1, int(kept.sum(1).max()))
-        self._own = together.own(len(kept))
-        kept, counts = kept[self._own], kept[self._own].sum(1)
+        self._rows = together.Rows(len(kept), 4 * len(kept) * width**3)  # small matrices, in float64
+        own = self._rows.own
+        kept, counts = kept[own], kept[own].sum(1)
         # the kept columns of each row first, in order; what fills up shorter rows is masked out
         self._columns = kept.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :width]
         self._real = torch.arange(width, device=mask.device) < counts[:, None]
         sensitivity = factors.outputs.diagonal(dim1=-2, dim2=-1).flatten().double()
         diagonal = factors.inputs.diagonal(dim1=-2, dim2=-1).double()
         scale = (sensitivity.mean() * diagonal.mean()).clamp_min(torch.finfo(torch.float32).tiny)
-        own = sensitivity[self._own] / scale
+        sensitivity = sensitivity[own] / scale
         self._inverse = torch.empty(len(kept), width, width, dtype=factors.inputs.dtype, device=mask.device)
         step = max(1, 2**24 // width**2)
         for start in range(0, len(kept), step):
             part = slice(start, min(start + step, len(kept)))
-            group = (self._own.start + torch.arange(part.start, part.stop, device=mask.device)) // size
+            group = torch.arange(own.start + part.start, own.start + part.stop, device=mask.device) // size
             index = self._columns[part]
             block = factors.inputs[group[:, None, None], index[:, :, None], index[:, None, :]].double()
             real = self._real[part]
             block *= real[:, :, None] & real[:, None, :]
-            block *= own[part, None, None]
+            block *= sensitivity[part, None, None]
             shift = torch.ones_like(block[..., 0]).masked_fill_(real, damping)
             factor, failed = torch.linalg.cholesky_ex(block + torch.diag_embed(shift))
             while failed.any():  # features so extreme that float32 moments are not positive definite any more
@@ -108,11 +109,11 @@ class RowBlocks(LinearOperator):
         return len(kept) * int(kept.sum(1).max()) ** 2 <= cls.LIMIT
 
     def __matmul__(self, v: Tensor) -> Tensor:
-        matrix = rows(v)
-        packed = matrix[self._own].gather(1, self._columns) * self._real
+        matrix, own = rows(v), self._rows.own
+        packed = matrix[own].gather(1, self._columns) * self._real
         product = torch.bmm(self._inverse, packed.unsqueeze(-1)).squeeze(-1) * self._real
-        own = torch.zeros_like(matrix[self._own]).scatter_(1, self._columns, product)
-        return unrows(together.joined(own, len(matrix)), v.shape)
+        found = torch.zeros_like(matrix[own]).scatter_(1, self._columns, product)
+        return unrows(self._rows.joined(found), v.shape)
 
 
 def inverse_of(factors: Tensor, at_once: bool) -> Tensor:
