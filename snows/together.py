@@ -88,11 +88,8 @@ class Rows:
 
     def __init__(self, count: int, operations: float) -> None:
         self.count, self.shared = count, size() > 1 and operations >= WORTH
-        self.own = (
-            slice(count * rank() // size(), count * (rank() + 1) // size())
-            if self.shared
-            else slice(0, count)
-        )
+        part, parts = (rank(), size()) if self.shared else (0, 1)
+        self.own = slice(count * part // parts, count * (part + 1) // parts)
 
     def total(self, x: Tensor) -> Tensor:
         """Return the sum of what processes made of their rows."""

@@ -110,7 +110,7 @@ class Moments:
 
 def chosen():
     """What selectors and a preconditioner make of their shares of a layer's rows."""
-    found = {}
+    found = {"own": together.Rows(7, 0).own}
     for shape in ((5, 8), (330, 12)):  # few directions of the wider one weigh more
         moments = Moments(*shape)
         for name in ("alps", "sparsegpt", "least_squares"):
@@ -196,6 +196,8 @@ def test_three_processes_of_which_one_has_no_sample_of_a_batch_agree_with_one(al
 
 def test_rows_that_processes_share_out_are_those_of_one(tmp_path):
     alone, shared = chosen(), processes(3, tmp_path / "a", chosen)
+    assert alone.pop("own") == slice(0, 7)
+    assert [x.pop("own") for x in shared] == [slice(0, 2), slice(2, 4), slice(4, 7)]
     for key, found in alone.items():
         for other in shared:
             if key[0] == "rows":

@@ -11,8 +11,6 @@ namespace snows {
 
 #ifdef SNOWS_X86
 
-constexpr int AHEAD = 2048;  // bytes; the processor's own prefetching follows a row of so few bytes late
-
 // A packed weight whose rows begin with a byte of codes, and what is computed of it: token t is at x + t * (how far tokens are apart), its
 // outputs at y + t * rows. A row's codes are read once for all tokens.
 template <typename T>

@@ -11,6 +11,8 @@
 
 namespace snows::avx512 {
 
+constexpr int AHEAD = 2048;  // bytes; the processor's own prefetching follows a row of so few bytes late
+
 #define SNOWS_AVX512_STEP SNOWS_AVX512 SNOWS_INLINE
 
 // The first numbers at `from`, spread to where the mask's bits are set, zeros elsewhere; no number behind them is read.

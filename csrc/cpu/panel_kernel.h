@@ -1,5 +1,5 @@
 // The inner loop of panels.h, written once over a vector type. panels.cpp includes it for each instruction set: SNOWS_SET allows a function its
-// instructions, and the namespace around it has its Vector (simd.h).
+// instructions, and the namespace around it has its Vector (vector.h).
 
 // Sums of two rows for V vectors of tokens, from `token` on, of a panel `width` tokens wide. An addition waits for the one before to the same
 // sums, and with few vectors the processor for both: then steps go in turns to two Sets of sums.

@@ -64,7 +64,8 @@ def joined() -> Iterator[None]:
         return
     import torch.distributed as dist
 
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's own handler waits until the others are found
+    # Python's own handler of Ctrl-C waits until the others are found
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         _join()
     except (ValueError, RuntimeError) as error:  # dist.DistError is one
@@ -73,7 +74,7 @@ def joined() -> Iterator[None]:
             f"({str(error).splitlines()[0]}); start all by torchrun, or unset WORLD_SIZE"
         ) from error
     finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGINT, before)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield

@@ -55,21 +55,21 @@ def alps(
     sensitivity = sensitivity / sensitivity.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
     floor, g, U = (shares.same(x).to(weight.dtype) for x in modes(sensitivity))
     pull = sensitivity.to(weight.dtype) @ (right / scale)
+    U = U[..., shares.own, :]
 
     def mask_of(scores: Tensor) -> Tensor:
         return rows(pattern.mask(unrows(scores.abs().flatten(0, 1), weight.shape))).view_as(scores)
 
     W = rows(weight).reshape(right.shape) * scale
-    own = shares.own
     mask = settled = mask_of(W)
     D, V, rho = W * mask, torch.zeros_like(W), penalty
     kept = int(mask.sum())
     with unlooked():  # NaN spreads through D and V, so one look is enough, at the end
         for iteration in range(1, max_iterations + 1):
-            near = (pull + rho * D - V)[..., own, :] @ Q
+            near = (pull + rho * D - V)[..., shares.own, :] @ Q
             most, rest = g * a + rho, floor * a + rho
-            seen = shares.total(U[..., own, :].mT @ near) * (1 / most - 1 / rest)
-            X = shares.joined((near / rest + U[..., own, :] @ seen) @ Q.mT)
+            seen = shares.total(U.mT @ near) * (1 / most - 1 / rest)
+            X = shares.joined((near / rest + U @ seen) @ Q.mT)
             shifted = X + V / rho
             mask = mask_of(shifted)
             D = shifted * mask
