@@ -5,13 +5,13 @@ import platform
 import pytest
 import torch
 
-from snows import memory
+from snows import heap
 
 
 @pytest.fixture(scope="session", autouse=True)
 def kept_memory():
     """As in `turns.in_turns`, for all alike."""
-    with memory.kept():
+    with heap.kept():
         yield
 
 

@@ -29,7 +29,7 @@ from turns import keep
 from zoo import images_of
 
 import snows
-from snows import memory, zoo
+from snows import heap, zoo
 from snows.evaluation import evaluate
 from snows.networks.masks import kept_mask
 
@@ -115,7 +115,7 @@ def accuracy(args):
                     note(f"{label}, deployed", deployed.network)
 
 
-@memory.kept()
+@heap.kept()
 def speed(args):
     rows, clock = [], time.process_time if args.clock == "processor" else time.perf_counter
     for case in args.cases.split(","):

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import torch
 
-from snows import memory
+from snows import heap
 from snows.choosing.measuring import Stopwatch
 
 
-@memory.kept()
+@heap.kept()
 def in_turns(
     case: str, runs: Mapping[str, Callable[[], object]], rounds: int, **more: object
 ) -> list[dict[str, object]]:

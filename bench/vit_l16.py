@@ -15,7 +15,6 @@ import argparse
 import contextlib
 import json
 import platform
-import resource
 import sys
 import time
 from pathlib import Path
@@ -54,13 +53,13 @@ def main() -> None:
     torch.nn.init.trunc_normal_(net.heads.head.weight, std=0.02)
     batches = list(torch.randn(args.images, 3, 224, 224).split(args.batch))
     chosen = [f"encoder_layer_{i}." for i in args.blocks.split(",")] if args.blocks else [""]
-    steps = {}
+    steps = []  # of layers that this process fitted by steps, in order
 
     class Timed(Newton):
         def solve(self, *arguments, **options):
             began = time.process_time()
             fit = super().solve(*arguments, **options)
-            steps[len(steps)] = (time.process_time() - began) / max(len(fit.steps), 1)
+            steps.append((time.process_time() - began) / max(len(fit.steps), 1))
             return fit
 
     goal = snows.Structured(0.5) if args.goal == "structured" else snows.parse_pattern(args.goal)
@@ -81,7 +80,8 @@ def main() -> None:
     )
     seconds, processor = time.perf_counter() - began, time.process_time() - processor
     layers = [x for x in report.layers if not x.reason]
-    done = len(layers) - len(steps)  # by earlier processes
+    fitted = [x.name for x in layers if x.before == x.before]
+    step = dict(zip(fitted[len(fitted) - len(steps) :], steps, strict=True))
     result = {
         "network": f"torchvision vit_{args.size}_16",
         "pattern": args.goal,
@@ -96,19 +96,19 @@ def main() -> None:
         "seconds": round(seconds, 1),
         "processor seconds": round(processor, 1),
         "layers' seconds": round(sum(x.seconds for x in layers), 1),
-        "layers of earlier processes": done,
-        "peak GB": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
+        "predicted peak GB": round(report.predicted_bytes / 1e9, 2),
+        "peak GB": round(report.peak_bytes / 1e9, 2),
         "summary": report.summary(),
         "notes": report.notes,
         "rows": [
             {
                 "layer": x.name,
-                "step": round(steps[i - done], 2) if i - done in steps else None,
+                "step": round(step[x.name], 2) if x.name in step else None,
                 "seconds": round(x.seconds, 1),
                 "before": x.before,
                 "after": x.after,
             }
-            for i, x in enumerate(layers)
+            for x in layers
         ],
     }
     print(json.dumps(result, indent=1))

@@ -15,7 +15,7 @@ from rich.table import Table
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from snows import build, memory, zoo
+from snows import build, heap, zoo
 from snows.choosing.budgets import UNITS, Budget, Structured
 from snows.choosing.costs import WORDS
 from snows.choosing.cuts import Cut
@@ -70,7 +70,7 @@ DEPLOYED = (
 Row = dict[str, Any]
 
 
-@memory.kept()
+@heap.kept()
 def run(
     out: Path,
     console: Console,

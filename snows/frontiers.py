@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 from rich.table import Table
 from torch import nn
 
+from snows import together
 from snows.choosing.budgets import Budget
 from snows.choosing.choices import Choice
 from snows.choosing.costs import WORDS
@@ -22,6 +23,7 @@ from snows.choosing.shares import ImpossibleError
 from snows.choosing.structure import Deciding
 from snows.matching.losses import Matching, Objective
 from snows.networks.checks import autocast_off
+from snows.networks.room import bound, read_bytes
 from snows.networks.twins import Twins
 from snows.ops.precision import products_in
 from snows.results.origin import fingerprint
@@ -175,6 +177,7 @@ def _zeros(text: str) -> Any:
     return parse_pattern(text)
 
 
+@together.alone()
 def frontier(
     model: nn.Module,
     batches: Iterable[Any],
@@ -184,14 +187,15 @@ def frontier(
     matching: Matching = Matching(),
     only: LayerChoice | None = None,
     skip: LayerChoice | None = None,
+    memory: int | str | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> Frontier:
     """Predict what a network loses at many budgets, from one set of statistics.
 
-    Nothing is fitted. Milliseconds are of layers timed at a few widths, corrected by whole networks that are
-    timed at the middle one of the shares, or at the next larger that is possible; a share that is not
-    possible is left out with a note.
+    Nothing is fitted; one process does it, also in a process group. Milliseconds are of layers timed at a few
+    widths, corrected by whole networks that are timed at the middle one of the shares, or at the next larger
+    that is possible; a share that is not possible is left out with a note.
 
     Args:
         model: as for `prune`.
@@ -201,6 +205,7 @@ def frontier(
         matching: as for `prune`.
         only: as for `prune`.
         skip: as for `prune`.
+        memory: as for `prune`; what finds no room lies in the system's folder for temporary files.
         seed: of all that is random.
         progress: show a progress bar.
 
@@ -217,9 +222,12 @@ def frontier(
         raise TypeError(f"frontier: expected goal to be a snows.Budget, got {goal!r}")
     if not isinstance(goal.order, str) or goal.then is not None:
         raise ValueError("frontier: expected a goal with an order by name and without then=, got another")
-    with shown(progress) as tell, autocast_off(model), products_in("float32"):
+    allowed = read_bytes(memory)
+    with shown(progress) as tell, autocast_off(model), products_in("float32"), ExitStack() as opened:
         tell.doing("checking and tracing the network")
         twins = Twins(model, batches)
+        bound(twins, allowed, twins.order, None)
+        opened.enter_context(twins.store)
         only, skip = selected("only", only, twins.sparse), selected("skip", skip, twins.sparse)
         middle = len(shares) // 2
         goal = replace(goal, share=shares[middle], ms=None, mb=None, layers=None)

@@ -10,7 +10,7 @@ these may have been moved to another device since.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -34,10 +34,15 @@ class Held:
 
     Attributes:
         weights: the names of the parameters that are held.
+
+    Args:
+        found: the module and the prefix of each weight, by the parameter's name.
+        read: names of those whose mask was read from their zeros; `remove` takes it away again.
     """
 
-    def __init__(self, found: Mapping[str, tuple[nn.Module, str]]) -> None:
+    def __init__(self, found: Mapping[str, tuple[nn.Module, str]], read: Collection[str] = ()) -> None:
         self.weights = tuple(found)
+        self._read = [(weakref.ref(found[name][0]), found[name][1]) for name in read]
         # weak, because PyTorch keeps the hook of all optimizers as long as the process lives
         held: weakref.WeakKeyDictionary[nn.Module, list[str]] = weakref.WeakKeyDictionary()
         for layer, prefix in found.values():
@@ -55,6 +60,10 @@ class Held:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
+        for layer, prefix in self._read:
+            if (module := layer()) is not None:
+                give_mask(module, None, prefix)
+        self._read.clear()
 
     def __enter__(self) -> Held:
         return self
@@ -90,7 +99,9 @@ def hold(network: nn.Module) -> Held:
         ValueError: there is nothing to hold; a layer is packed; a weight is not zero off its mask, computed
             by a parametrisation, or spread over processes.
     """
-    found, needs_nothing = {}, False
+    found: dict[str, tuple[nn.Module, str]] = {}
+    read: dict[str, Tensor] = {}
+    needs_nothing = False
     for name, module in network.named_modules():
         if isinstance(module, PackedLayer):
             raise ValueError(
@@ -102,14 +113,19 @@ def hold(network: nn.Module) -> Held:
             weight = f"{name}.{prefix}weight".lstrip(".")
             if f"{prefix}weight_mask" in module._buffers:  # torch.nn.utils.prune masks in every pass
                 needs_nothing = True
-            elif _has_zeros(module, prefix, weight):
+            elif (mask := _zeros(module, prefix, weight)) is not None:
                 found[weight] = module, prefix
+                if kept_mask(module, prefix) is None:
+                    read[weight] = mask
     if not found and not needs_nothing:
         raise ValueError(
             "hold: expected a pruned network, got one without masks and without zeros in its layers; prune "
             "it first, or train it as it is"
         )
-    return Held(found)
+    for weight, mask in read.items():  # all layers are in order
+        module, prefix = found[weight]
+        give_mask(module, mask, prefix)
+    return Held(found, read)
 
 
 def _prefixes(module: nn.Module) -> Iterator[str]:
@@ -120,25 +136,23 @@ def _prefixes(module: nn.Module) -> Iterator[str]:
         yield from (f"{part}_" for part in PROJECTIONS)
 
 
-def _has_zeros(module: nn.Module, prefix: str, name: str) -> bool:
-    """Say whether a weight has zeros to hold; a mask that is read from them is kept beside it."""
+def _zeros(module: nn.Module, prefix: str, name: str) -> Tensor | None:
+    """Return the mask of a weight that has zeros to hold; None where it has none."""
     weight, kept = module._parameters.get(f"{prefix}weight"), kept_mask(module, prefix)
     layer = name.removesuffix("weight").rstrip("._") or "the network"
     if weight is None:
         if kept is not None:
             raise ValueError(f"hold: the weight of {layer} is computed by {how_computed(module)}")
-        return False
+        return None
     if type(weight.detach()) is not Tensor:
         raise ValueError(
             f"hold: expected the weight of {layer} to lie whole on one device, got a "
             f"{type(weight.detach()).__name__}; hold a network that is not sharded"
         )
     mask = mask_of(module, layer, prefix)
-    if kept is None:
-        if bool(mask.all()) or not bool(mask.any()):
-            return False
-        give_mask(module, mask, prefix)
-    return True
+    if kept is None and (bool(mask.all()) or not bool(mask.any())):
+        return None
+    return mask
 
 
 def _after_gradient(layer: nn.Module, prefix: str) -> Callable[[Tensor], None]:
@@ -178,4 +192,7 @@ def _clear(x: Tensor, mask: Tensor) -> None:
     A product of their bits, as whole numbers, takes a seventh of the time of `masked_fill_`, and clears NaN
     too.
     """
-    x.detach().view(_INTEGERS[x.element_size()]).mul_(mask)
+    if x.element_size() in _INTEGERS:
+        x.detach().view(_INTEGERS[x.element_size()]).mul_(mask)
+    else:  # complex128
+        x.detach().masked_fill_(~mask, 0)

@@ -65,6 +65,7 @@ class Pruned:
         return iter((self.network, self.report))
 
 
+@together.exchange()
 def prune(
     model: nn.Module,
     batches: Iterable[Any],
@@ -198,6 +199,12 @@ def _agreed(model: Any, batches: Iterable[Any], seconds: float | None) -> Iterab
     """
     if together.size() == 1 or not isinstance(model, nn.Module):
         return batches
+    device = next(model.parameters(), torch.empty(0)).device
+    if not together.everywhere(device.type != "cuda" or device.index == torch.cuda.current_device()):
+        raise ValueError(
+            "prune: expected each process's model on its current GPU, got one on another; call "
+            "torch.cuda.set_device before moving it there"
+        )
     found = read_batches(model, batches)
     known = {
         "model": fingerprint(model),

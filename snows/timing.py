@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from snows import together
 from snows.choosing.budgets import Budget
 from snows.choosing.compiling import Runtime
 from snows.choosing.deciding import clock_of, decide_cut
@@ -24,6 +25,7 @@ from snows.networks.twins import Twins
 from snows.results.progress import shown
 
 
+@together.alone()
 def measure(
     model: nn.Module,
     example: Any,

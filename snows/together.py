@@ -1,8 +1,8 @@
 """Several processes that prune one network: each has some of the samples of every batch.
 
-Whatever is a sum over samples goes through `total`, whatever one process alone knows (files, clocks, times)
-through `first`, so that all decide alike. Without an initialised process group of `torch.distributed` there
-is one process, and nothing is sent.
+Whatever is a sum over samples goes through `total` (all-reduce), whatever one process alone knows (files,
+clocks, times) through `first` (broadcast from rank 0), so that all decide alike. Without an initialised
+process group of `torch.distributed` there is one process, and nothing is sent.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import math
 import pickle
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -23,9 +24,23 @@ Result = TypeVar("Result")
 Given = ParamSpec("Given")
 
 
+_alone = False
+
+
 def size() -> int:
-    """Return how many processes there are."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    """Return how many processes work together."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() and not _alone else 1
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Work as one process, whatever process group there is."""
+    global _alone
+    before, _alone = _alone, True
+    try:
+        yield
+    finally:
+        _alone = before
 
 
 def rank() -> int:
@@ -34,7 +49,48 @@ def rank() -> int:
 
 
 class LostError(ValueError):
-    """Say that processes cannot exchange numbers any more, because one has ended for example."""
+    """Say that another process cannot be reached any more."""
+
+
+MEETING = timedelta(minutes=5)  # the longest wait for all processes to begin
+_group: dist.ProcessGroup | None = None  # of what is done together now; None for the default group
+
+
+@contextmanager
+def exchange() -> Iterator[None]:
+    """Open a process group of its own for what all processes do together, and close it at the end.
+
+    A process that fails closes its own, which ends the waits of the others at once; the default group, which
+    is the caller's, stays as it was.
+
+    Raises:
+        LostError: not all processes have come here within `MEETING` (where the backend is gloo).
+    """
+    global _group
+    if size() == 1 or _group is not None:
+        yield
+        return
+    if dist.get_backend() == dist.Backend.GLOO:
+        try:
+            dist.monitored_barrier(timeout=MEETING)
+        except RuntimeError as error:
+            raise LostError(
+                f"expected all {size()} processes to prune together, got some that do not "
+                f"({_reason(error)}); call prune in every process, or destroy the process group first"
+            ) from error
+    with _sending():
+        _group = group = dist.new_group()
+    try:
+        yield
+        with _sending():
+            dist.barrier(group)
+    finally:
+        _group = None
+        dist.destroy_process_group(group)
+
+
+def _reason(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 @contextmanager
@@ -46,30 +102,41 @@ def _sending() -> Iterator[None]:
     """
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:  # dist.DistBackendError is one
-        why = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise LostError(
-            f"{size()} processes cannot exchange numbers any more; one has ended for example ({why}); a run "
-            "in out goes on with resume, also with another number of processes"
+            f"lost another of {size()} processes, which has ended or failed ({_reason(error)}); a run in out "
+            "goes on with resume, also with another number of processes"
         ) from error
 
 
 def total(x: Tensor) -> Tensor:
-    """Return the sum of a tensor over all processes; with one process the tensor itself."""
+    """Sum a tensor over all processes (all-reduce); with one process this is the tensor itself."""
     if size() > 1:
         x = x.detach().clone(memory_format=torch.contiguous_format)
         with _sending():
-            dist.all_reduce(x)
+            dist.all_reduce(x, group=_group)
     return x
 
 
 def same(x: Tensor) -> Tensor:
-    """Return what the first process has of a tensor of the same shape everywhere."""
+    """Take the first process's tensor (broadcast from rank 0), which has the same shape in all processes."""
     if size() > 1:
         x = x.detach().clone(memory_format=torch.contiguous_format)
         with _sending():
-            dist.broadcast(x, 0)
+            dist.broadcast(x, 0, group=_group)
     return x
+
+
+def gathered(x: Tensor) -> Tensor:
+    """Concatenate the rows that each process has (all-gather), which may be of another number in each."""
+    if size() == 1:
+        return x
+    found: list[Any] = [None] * size()
+    with _sending():
+        dist.all_gather_object(found, _packed(x.detach()), group=_group)
+    return torch.cat([_unpacked(part) for part in found])
 
 
 WORTH = 1e9  # operations that are shared out: some 20 ms, of which an exchange of numbers takes about one
@@ -109,7 +176,7 @@ class Rows:
 
 
 def first(work: Callable[[], Result]) -> Result:
-    """Let the first process do something, and return to all what came of it.
+    """Call a function in the first process, and return what it returns in all (broadcast from rank 0).
 
     Raises:
         Exception: what it raised there, in all processes.
@@ -123,10 +190,10 @@ def first(work: Callable[[], Result]) -> Result:
         except Exception as error:  # whatever it is, the others must not wait
             found[1] = _sendable(error)
     with _sending():
-        dist.broadcast_object_list(found, 0)
+        dist.broadcast_object_list(found, 0, group=_group)
     if found[1] is not None:
         raise found[1]
-    result: Result = torch.load(io.BytesIO(found[0]), _here, weights_only=False)
+    result: Result = _unpacked(found[0])
     return result
 
 
@@ -134,6 +201,10 @@ def _packed(result: Any) -> bytes:
     file = io.BytesIO()
     torch.save(result, file)
     return file.getvalue()
+
+
+def _unpacked(content: bytes) -> Any:
+    return torch.load(io.BytesIO(content), _here, weights_only=False)
 
 
 def _here(storage: Any, location: str) -> Any:
@@ -161,12 +232,12 @@ def by_first(method: Callable[Given, Result]) -> Callable[Given, Result]:
 
 
 def everywhere(known: bool) -> bool:
-    """Say whether something holds in all processes."""
+    """Say whether something holds in all processes (logical AND)."""
     if size() == 1:
         return known
     found: list[bool] = [False] * size()
     with _sending():
-        dist.all_gather_object(found, known)
+        dist.all_gather_object(found, known, group=_group)
     return all(found)
 
 
@@ -183,7 +254,7 @@ def agree(known: Mapping[str, str]) -> None:
         return
     found: list[Any] = [None] * size()
     with _sending():
-        dist.all_gather_object(found, dict(known))
+        dist.all_gather_object(found, dict(known), group=_group)
     for i, other in enumerate(found):
         if names := [name for name in known if other.get(name) != found[0].get(name)]:
             raise ValueError(

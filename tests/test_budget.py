@@ -395,7 +395,9 @@ def test_packed_weights_are_predicted_to_save_what_they_save_in_the_network(part
         assert found.packed == pytest.approx(part if len(clock.seen) > 1 else 1.0, rel=1e-6)
 
 
-def test_times_that_scatter_too_much_are_refused():
+def test_times_that_scatter_too_much_are_refused(monkeypatch):
+    monkeypatch.setattr("snows.choosing.timed.NOISE", 0.15)
+
     class Noisy(Fake):
         def beside(self, choice):
             return super().beside(choice)._replace(error=0.4)

@@ -476,6 +476,35 @@ def test_what_cannot_be_held_is_refused():
             snows.hold(net)
 
 
+def test_a_refusal_and_an_end_leave_no_masks():
+    bare = network(pruned=False)
+    bare.load_state_dict(network().state_dict())
+    bare.append(snows.SparseLinear.from_dense(network()[0].float()))
+    with pytest.raises(ValueError, match="got 3, which is packed"):
+        snows.hold(bare)
+    assert kept_mask(bare[0]) is None
+    del bare[3]
+    with snows.hold(bare):
+        assert kept_mask(bare[0]) is not None
+    assert kept_mask(bare[0]) is None
+    train(bare, torch.optim.SGD(bare.parameters(), 0.1), 1)
+    assert snows.mask_of(bare[0]).double().mean() > 0.9  # an ordinary step moves what was held
+    net = network()
+    snows.hold(net).remove()
+    assert kept_mask(net[0]) is not None  # which `prune` gave
+
+
+def test_complex_weights_are_held():
+    net = nn.Linear(4, 4, dtype=torch.complex128)
+    mask = torch.eye(4, dtype=torch.bool)
+    net.weight.data[~mask] = 0
+    snows.hold(net)
+    net(torch.ones(4, dtype=torch.complex128)).abs().sum().backward()
+    torch.optim.SGD(net.parameters(), 0.1, momentum=0.9).step()
+    assert net.weight.detach()[~mask].count_nonzero() == 0
+    assert net.weight.detach()[mask].count_nonzero() == 4
+
+
 # ---------------------------------------------------------------- compilers and processes
 
 

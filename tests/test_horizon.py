@@ -191,7 +191,7 @@ def test_sensitivities_are_metrics_of_noise_pulled_back_from_the_output(activati
     net = nn.Sequential(nn.Linear(3, 4), activation, nn.Linear(4, 2)).double().eval()
     x = torch.randn(5, 3).double()
     names = ["0:linear", f"1:{'tanh' if isinstance(activation, nn.Tanh) else 'relu'}", "2:linear"]
-    found = OutputSensitivity(net, Batch.of(x), torch.Generator().manual_seed(0)).of(names)
+    found = OutputSensitivity(net, Batch.of(x), 0).of(names)
     first = net[0](x).detach().requires_grad_()
     second = activation(first.clone()).detach().requires_grad_()
     output = net[2](second).detach()
@@ -239,7 +239,7 @@ def test_sensitivities_tell_the_channels_of_any_layout():
         ":tanh",
         "head:linear",
     ]
-    found = OutputSensitivity(net, batch, torch.Generator().manual_seed(0)).of(operations)
+    found = OutputSensitivity(net, batch, 0).of(operations)
     assert [(m.channel, m.basis.shape[0]) for m in found.values()] == [
         (1, 5),
         (1, 5),
@@ -280,9 +280,7 @@ def test_the_channels_of_an_operation_are_followed_from_its_input(move):
             self.side(x.mean((2, 3)))  # channels of another branch, last
             return F.gelu(move(y))
 
-    found = OutputSensitivity(
-        Net().eval(), Batch.of(torch.randn(2, 3, 8, 9)), torch.Generator().manual_seed(0)
-    ).of([":gelu"])
+    found = OutputSensitivity(Net().eval(), Batch.of(torch.randn(2, 3, 8, 9)), 0).of([":gelu"])
     assert found[":gelu"].basis.shape[0] == 5
 
 
@@ -297,7 +295,7 @@ def test_an_operation_that_the_output_does_not_depend_on_has_no_weight():
             self.b(x)
             return self.c(x)
 
-    found = OutputSensitivity(Net().eval(), Batch.of(torch.randn(6, 3)), torch.Generator().manual_seed(0))
+    found = OutputSensitivity(Net().eval(), Batch.of(torch.randn(6, 3)), 0)
     assert [m.is_zero for m in found.of(["a:linear", "b:linear", "c:linear"]).values()] == [
         False,
         True,
@@ -309,12 +307,7 @@ def test_an_operation_that_the_output_does_not_depend_on_has_no_weight():
 def test_an_output_that_is_constant_depends_on_nothing():
     net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).eval()
     nn.init.zeros_(net[2].weight)
-    assert (
-        OutputSensitivity(net, Batch.of(torch.randn(6, 3)), torch.Generator().manual_seed(0)).of(
-            ["0:linear", "1:tanh"]
-        )
-        == {}
-    )
+    assert OutputSensitivity(net, Batch.of(torch.randn(6, 3)), 0).of(["0:linear", "1:tanh"]) == {}
 
 
 @pytest.mark.parametrize("rows", [200, 7], ids=["more rows than channels", "fewer"])

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from test_pruning import quiet, small
 
 from snows import NM
+from snows.results import storage
 from snows.results.run import LOCK
 
 
@@ -144,3 +145,22 @@ def test_a_folder_is_free_after_an_error_before_the_first_layer(tmp_path):
         quiet(net, batches, NM(2, 4), select=fails, out=tmp_path)
     _, report = quiet(net, batches, NM(2, 4), out=tmp_path)
     assert report.zeros
+
+
+def test_a_file_that_is_interrupted_leaves_nothing(tmp_path, monkeypatch):
+    def interrupt(handle):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("os.fsync", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        storage.write(tmp_path / "a", b"x")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_process_left_half_written_goes_on_resume(run):
+    _, _, folder, wanted = run
+    half = folder / "layers" / ".0001.safetensors.abcdef"
+    half.write_bytes(b"half")
+    resumed, _ = again(run)
+    assert not half.exists()
+    assert all(torch.equal(a, b) for a, b in zip(bits(resumed), wanted, strict=True))

@@ -2,10 +2,12 @@
 
 import copy
 import functools
+import math
 import os
 import signal
 import subprocess
 import sys
+import time
 import traceback
 from datetime import timedelta
 
@@ -18,8 +20,11 @@ from test_taking import Net
 
 import snows
 from snows import NM, Budget, Structured, Unstructured, together
+from snows.choosing import timed
 from snows.cli import processes as processes_of_torchrun
 from snows.matching.losses import Matching
+from snows.matching.metrics import OutputSensitivity
+from snows.networks.batches import Batch
 from snows.results.run import Run
 from snows.solving.newton import Newton
 from snows.solving.preconditioners import Factors, RowBlocks
@@ -43,6 +48,7 @@ def pruned(goal, dtype=torch.float64, **settings):
 def _work(rank, size, folder, work, args):
     torch.set_num_threads(1)
     together.WORTH = 0  # so that rows are shared out, of layers as small as these too
+    timed.NOISE = math.inf  # also on a busy machine
     dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=size)
     try:
         found = work(*args)
@@ -53,10 +59,16 @@ def _work(rank, size, folder, work, args):
 
 
 def processes(size, folder, work, *args):
-    """What each of several processes returns."""
+    """What each of several processes returns; None of one that ended before."""
     folder.mkdir()
-    mp.spawn(_work, (size, str(folder), work, args), nprocs=size)
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(size)]
+    context = mp.get_context("spawn")
+    all_ = [context.Process(target=_work, args=(i, size, str(folder), work, args)) for i in range(size)]
+    for each in all_:
+        each.start()
+    for each in all_:
+        each.join()
+    paths = [folder / f"{rank}.pt" for rank in range(size)]
+    return [torch.load(path, weights_only=False) if path.exists() else None for path in paths]
 
 
 GOALS = {
@@ -121,6 +133,38 @@ def chosen():
     return found
 
 
+class Turned(torch.nn.Module):
+    """A network of whose outputs one has samples in its second dimension."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.other = torch.nn.Linear(3, 9), torch.nn.Linear(9, 4)
+
+    def forward(self, x):
+        y = self.one(x).relu()
+        return self.other(y), y.mean(1).mT
+
+
+def measured():
+    """How strongly outputs depend on operations: by case, the metrics' matrices."""
+    net, batches = subject()
+    torch.manual_seed(3)
+    turned = settle(Turned()).double()
+    cases = {
+        "7 samples": (net, batches[0]),
+        "2 samples": (net, batches[2]),  # of three processes one has none
+        "turned": (turned, torch.randn(7, 5, 3, generator=torch.Generator().manual_seed(4)).double()),
+    }
+    found = {}
+    for case, (model, x) in cases.items():
+        sensitivity = OutputSensitivity(model, Batch.of(x), 5)
+        assert not sensitivity.note
+        for name, metric in sensitivity.of(sensitivity._metrics).items():
+            width = metric.basis.shape[0]
+            found[case, name] = metric.matrix(width)
+    return found
+
+
 def sentence(work):
     """The error that something raises."""
     try:
@@ -145,6 +189,11 @@ def of_two(folder):
     found["data"] = sentence(lambda: prune(data=batches[: 4 - rank]))
     found["settings"] = sentence(lambda: prune(solver=Newton(passes=1 + rank)))
     found["seconds"] = sentence(lambda: prune(seconds=100.0 + rank))
+    found["memory"] = sentence(lambda: prune(data=batches[:1], memory=600_000))  # three and four pictures
+    with together.alone():
+        found["alone"] = all_goals(["2:4"])["2:4"]
+    if rank == 0:
+        found["frontier"] = len(snows.frontier(net, batches, Budget(0.6), (0.8,), progress=False).points)
     found["first"] = together.first(lambda: rank), sentence(lambda: together.first(lambda: int("x")))
     found["timed"] = pruned(Structured(0.6, of="latency", multiple=2), torch.float32, solver=None)
     found["limited"] = prune(goal=NM(2, 4), seconds=1.5).report.notes
@@ -186,16 +235,24 @@ def test_two_processes_agree_with_one(alone, two, goal):
     assert identical(one, other)
 
 
-def test_three_processes_of_which_one_has_no_sample_of_a_batch_agree_with_one(alone, tmp_path):
-    goals = ("2:4", "variance", "budget")
-    found = processes(3, tmp_path / "a", all_goals, goals)
-    for goal in goals:
-        close(alone[goal], found[0][goal])
-        assert all(identical(found[0][goal], x[goal]) for x in found)
+def of_three(goals):
+    return all_goals(goals), chosen(), measured()
 
 
-def test_rows_that_processes_share_out_are_those_of_one(tmp_path):
-    alone, shared = chosen(), processes(3, tmp_path / "a", chosen)
+@pytest.fixture(scope="module")
+def three(tmp_path_factory):
+    return processes(3, tmp_path_factory.mktemp("three") / "a", of_three, ("2:4", "variance", "budget"))
+
+
+def test_three_processes_of_which_one_has_no_sample_of_a_batch_agree_with_one(alone, three):
+    found = [x[0] for x in three]
+    for goal, one in found[0].items():
+        close(alone[goal], one)
+        assert all(identical(one, x[goal]) for x in found)
+
+
+def test_rows_that_processes_share_out_are_those_of_one(three):
+    alone, shared = chosen(), [x[1] for x in three]
     assert alone.pop("own") == slice(0, 7)
     assert [x.pop("own") for x in shared] == [slice(0, 2), slice(2, 4), slice(4, 7)]
     for key, found in alone.items():
@@ -206,6 +263,17 @@ def test_rows_that_processes_share_out_are_those_of_one(tmp_path):
             assert torch.equal(found.mask, other[key].mask), key
             assert torch.allclose(found.weight, other[key].weight, rtol=1e-6, atol=1e-9), key
             assert torch.equal(other[key].weight, shared[0][key].weight)
+
+
+def test_output_sensitivity_that_processes_measure_is_that_of_one(three):
+    alone, shared = measured(), [x[2] for x in three]
+    assert {case for case, _ in alone} == {"7 samples", "2 samples", "turned"}
+    for other in shared:
+        assert other.keys() == alone.keys()
+        for key, found in alone.items():
+            assert torch.equal(other[key], shared[0][key]), key
+            if key[0] != "turned":  # its noise is drawn a process, so that it is another estimate of the same
+                assert torch.allclose(other[key], found, rtol=1e-8, atol=1e-10 * found.abs().max()), key
 
 
 def test_a_repeated_run_gives_the_same_bits(two):
@@ -236,6 +304,18 @@ def test_processes_with_different_arguments_are_told_which(two):
             assert text in each[name]
         assert each["first"][0] == 0
         assert "invalid literal for int" in each["first"][1]
+
+
+def test_a_bound_that_is_too_small_for_one_is_told_to_all(two):
+    one, other = (x["memory"] for x in two[1])
+    assert one == other
+    assert one.startswith("memory: expected at least ")
+
+
+def test_one_process_alone_works_in_a_group(alone, two):
+    for each in two[1]:
+        assert identical(alone["2:4"], each["alone"])
+    assert two[1][0]["frontier"] == 1
 
 
 def test_a_limit_of_time_is_one_for_all(two):
@@ -272,18 +352,71 @@ def test_a_run_goes_on_with_another_number_of_processes(alone, two):
     close(alone["2:4"], pruned(goal, out=folder / "run", resume=True, **settings))
 
 
-def lost():
-    if dist.get_rank():
-        os._exit(1)
-    return sentence(lambda: together.total(torch.ones(3)))
+def until_the_third_layer(then, folder):
+    """What a process is told, where in the second one something happens in the third layer."""
+    layers, solve = [], Newton.solve
+
+    def watched(self, *args, **kwargs):
+        layers.append(1)
+        if len(layers) == 3 and dist.get_rank():
+            then()
+        return solve(self, *args, **kwargs)
+
+    goal, settings = GOALS["2:4"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Newton, "solve", watched)
+        return sentence(lambda: pruned(goal, out=folder, **settings))
 
 
-def test_a_process_that_ends_is_told_by_the_others(tmp_path):
-    with pytest.raises(mp.ProcessExitedException):
-        processes(2, tmp_path / "a", lost)
-    # mp.spawn ends the others, unless they were faster
-    path = tmp_path / "a" / "0.pt"
-    assert not path.exists() or "2 processes cannot exchange numbers any more" in torch.load(path)
+def fail():
+    raise ValueError("of one alone")
+
+
+def failing(folder):
+    began = time.perf_counter()
+    told = until_the_third_layer(fail, folder)
+    return told, time.perf_counter() - began, all_goals(["2:4"])["2:4"]
+
+
+def ending(folder):
+    return until_the_third_layer(lambda: os._exit(1), folder)
+
+
+def test_a_process_that_fails_ends_the_waits_of_the_others(alone, tmp_path):
+    one, other = processes(2, tmp_path / "a", failing, tmp_path / "run")
+    assert one[0].startswith("lost another of 2 processes, which has ended or failed (")
+    assert other[0] == "of one alone"
+    assert one[1] < 120  # and not the half hour that a group waits
+    assert not (tmp_path / "run").exists() or len(list((tmp_path / "run" / "layers").iterdir())) == 2
+    close(alone["2:4"], one[2])  # the caller's group stays as it was
+    assert identical(one[2], other[2])
+
+
+def going_on(folder):
+    goal, settings = GOALS["2:4"]
+    return pruned(goal, out=folder, resume=True, **settings)
+
+
+def test_a_run_of_which_a_process_ends_goes_on_with_three(alone, tmp_path):
+    told, ended = processes(2, tmp_path / "a", ending, tmp_path / "run")
+    assert ended is None
+    assert "a run in out goes on with resume, also with another number of processes" in told
+    assert len(list((tmp_path / "run" / "layers").iterdir())) == 2
+    found = processes(3, tmp_path / "b", going_on, tmp_path / "run")
+    close(alone["2:4"], found[0])
+    assert all(identical(found[0], x) for x in found)
+
+
+def absent():
+    """What a process is told that prunes where another does not."""
+    together.MEETING = timedelta(seconds=2)
+    net, batches = subject()
+    return "" if dist.get_rank() else sentence(lambda: snows.prune(net, batches, NM(2, 4), progress=False))
+
+
+def test_a_process_that_prunes_where_others_do_not_is_told(tmp_path):
+    told, _ = processes(2, tmp_path / "a", absent)
+    assert told.startswith("expected all 2 processes to prune together, got some that do not (")
 
 
 def test_torchrun_prunes_by_the_command_line(tmp_path):

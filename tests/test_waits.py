@@ -13,7 +13,7 @@ from snows import NM, Unstructured, alps, reference, sparsegpt
 from snows.networks.watching import Call
 from snows.ops import masks
 from snows.selectors import LayerStatistics
-from snows.solving.cg import Stop, cg
+from snows.solving.cg import Stop, _looks, cg
 from snows.solving.operators import GaussNewton, Hessian, LinearOperator, Restricted
 from snows.solving.preconditioners import Factors, Kronecker, RowBlocks, inverse_of
 from snows.sparsity import rows
@@ -133,6 +133,29 @@ def test_conjugate_gradients_wait_once_in_eight_iterations_and_at_the_end(
         found, waits = solve(curvature, preconditioner, name, layer, "cpu", iterations)
         assert (found.iterations, found.stop) == (iterations, Stop.ITERATIONS)
         assert waits.found == ["aten._local_scalar_dense"] * looks + ["tolist"]
+
+
+def test_a_device_is_looked_at_every_eighth_iteration_and_asked_for_the_time_then():
+    on_device, here = torch.empty(1, device="meta"), torch.empty(1)
+    assert [i for i in range(24) if _looks(i, on_device)] == [7, 15, 23]
+    assert all(_looks(i, here) for i in range(24))
+    asked, b = [], torch.ones(5, dtype=torch.float64)
+    A = Restricted(Diagonal(torch.logspace(0, 9, 5, dtype=b.dtype)), torch.ones(5, dtype=torch.bool), 0.0)
+
+    def late():
+        asked.append(1)
+        return len(asked) == 2
+
+    found = cg(A, b, rtol=0.0, max_iterations=100, check_every=3, late=late)
+    assert (found.stop, found.iterations, len(asked)) == (Stop.TIME, 5, 2)
+
+
+class Diagonal(LinearOperator):
+    def __init__(self, entries):
+        self.entries = entries
+
+    def __matmul__(self, v):
+        return self.entries * v
 
 
 def layer(inputs, outputs):

@@ -131,14 +131,15 @@ class Pace:
     @property
     def passing(self) -> float:
         """The seconds of a forward pass of a batch as it came."""
-        return self._speed * sum(map(cost, self.twins.trace.events))
+        return together.first(lambda: self._speed * sum(map(cost, self.twins.trace.events)))
 
     def weighing(self) -> float:
         """Predict the seconds that measuring the output sensitivity takes."""
         twins = self.twins
-        share = twins.probe.samples() / max(twins.batches[0].part().samples(), 1)
+        share = twins.probe.part().samples() / max(twins.batches[0].part().samples(), 1)
         self._speed = self._speed or self._forward()
-        return self._speed * weighing(prunable(twins.sparse), twins.trace.events, share)
+        found = self._speed * weighing(prunable(twins.sparse), twins.trace.events, share)
+        return together.first(lambda: found)
 
     def weighs(self) -> bool:
         """Say whether there is time to measure the output sensitivity; without it there are no steps."""
@@ -242,7 +243,7 @@ class Pace:
 
     def _forward(self) -> float:
         """Measure how long an operation of a forward pass takes."""
-        probe, twins = self.twins.probe, self.twins
+        probe, twins = self.twins.probe.part(), self.twins
         seconds = []
         with torch.no_grad(), plain_forward():
             for _ in range(2):  # the first may be slower

@@ -95,6 +95,9 @@ def frontier(
         bool,
         typer.Option("--resume", help="go on with the frontier in --out: its points stand, pruning ends"),
     ] = False,
+    memory: Annotated[
+        str | None, typer.Option(help='"8GB": what activations may take between layers, as for prune')
+    ] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     device: terminal.Device = "auto",
     crop: terminal.Crop = None,
@@ -104,8 +107,9 @@ def frontier(
 ) -> None:
     """Predict what a network loses at many budgets, and prune a few of them."""
     import snows
-    from snows import evaluation, memory, sources
+    from snows import evaluation, heap, sources
     from snows.frontiers import Frontier
+    from snows.networks.room import read_bytes
     from snows.results.storage import write
     from snows.sources.source import Source
     from snows.verification import judgement
@@ -113,6 +117,7 @@ def frontier(
     place = terminal.device_of(device)
     shares = [asking.share(x.strip(), "budgets") for x in budgets.split(",") if x.strip()]
     goal = asking.Options(of, using, order, multiple, runtime, at_a_time, latency).budget("50%")
+    read_bytes(memory)
     file = out / "frontier.json"
     if file.exists() and not resume:
         raise ValueError(f"--out: {file} is there; add --resume to go on with it, or name another folder")
@@ -124,13 +129,13 @@ def frontier(
     say_prepared(images)
     net = network.model.to(place)
     _make(out)
-    with memory.kept():
+    with heap.kept():
         if file.exists():
             found = Frontier.read(file)
             found.check(net)
         else:
             with _stopped():
-                found = snows.frontier(net, batches, goal, shares, seed=seed)
+                found = snows.frontier(net, batches, goal, shares, memory=memory, seed=seed)
         found.save(file)
         write(out / "frontier.html", found.page().encode())
         console.print(found.table())
@@ -151,7 +156,7 @@ def frontier(
             )
 
             try:
-                rows = _prune(found, prune, net, batches, source, out, place.type)
+                rows = _prune(found, prune, net, batches, source, out, place.type, memory)
             except KeyboardInterrupt:
                 warn(f"stopped; the frontier is in {file}. Add --resume to the same command to go on.")
                 raise typer.Exit(130) from None
@@ -196,7 +201,14 @@ def _make(folder: Path) -> None:
 
 
 def _prune(
-    found: Frontier, count: int, net: nn.Module, batches: list[Any], source: Source, out: Path, device: str
+    found: Frontier,
+    count: int,
+    net: nn.Module,
+    batches: list[Any],
+    source: Source,
+    out: Path,
+    device: str,
+    memory: str | None,
 ) -> list[tuple[int, nn.Module]]:
     """Prune a few points, each into a folder of its own; return their numbers and networks."""
     import snows
@@ -210,7 +222,7 @@ def _prune(
     for i in sorted({round(x * last) for x in places}):
         folder, point, goal = out / f"point-{i}", found.points[i], found.budget(i)
         resume = (folder / "run.json").exists()
-        network, report = snows.prune(net, batches, goal, out=folder, resume=resume)
+        network, report = snows.prune(net, batches, goal, memory=memory, out=folder, resume=resume)
         source.save(folder)
         if not resume:  # a run that goes on may have been timed on another machine
             claim_time(folder, report, goal, batches[0], device)

@@ -75,10 +75,11 @@ def joined() -> Iterator[None]:
         ) from error
     finally:
         signal.signal(signal.SIGINT, before)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
     finally:
+        signal.signal(signal.SIGTERM, before)
         dist.destroy_process_group()
 
 

@@ -124,7 +124,7 @@ def prune(
     from snows import sources
     from snows.choosing.deadline import check_seconds
     from snows.frontiers import Frontier
-    from snows.memory import kept
+    from snows.heap import kept
     from snows.networks.room import read_bytes
     from snows.sources.source import Source
 

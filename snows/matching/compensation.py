@@ -123,7 +123,7 @@ def compensate(site: Site, seen: LayerStatistics, intercept: Intercept, weights:
             for pair in site.training:
                 own = Moments.of(channels_first(moments.output(pair.calls[1], weight), site))
                 given.add(own.times(pair.sparse.batch.share > 0))
-            given = given.together()
+            given = given.pooled()
         now = (rows(weight).reshape(shape).double() @ mean[:, :, None]).squeeze(-1)
         intercept.write((level - now).flatten(), wanted, given)
 
@@ -172,7 +172,7 @@ def targets(seen: LayerStatistics, weight: Tensor) -> tuple[Moments, Tensor]:
             yield moments.cross(call, y)
 
     cross = seen.total(crosses()) / seen.count
-    return wanted.together(), cross
+    return wanted.pooled(), cross
 
 
 def channels_first(y: Tensor, site: Site) -> Tensor:

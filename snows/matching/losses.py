@@ -10,7 +10,6 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from snows import together
 from snows.matching.horizon import Horizon, Outputs
 from snows.matching.metrics import Metric, OutputSensitivity
 from snows.networks.implants import LowRank, weight_of
@@ -80,9 +79,7 @@ class Objective:
     def sensitivity(self) -> OutputSensitivity:
         """How strongly the network's output depends on its operations, on a few dozen samples."""
         twins = self.twins
-        found = together.first(
-            lambda: OutputSensitivity(self.net, twins.probe, torch.Generator().manual_seed(self.seed))
-        )
+        found = OutputSensitivity(self.net, twins.probe, self.seed)
         if found.note:
             twins.notes.append(
                 "The output sensitivity could not be measured, so that features are weighed by their "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Iterable
 from functools import partial
@@ -62,7 +63,7 @@ class Metric(NamedTuple):
         """Take ``G = Σ g gᵀ`` over rows g, the output factor of K-FAC, with its small eigenvalues averaged.
 
         The larger ones are found by subspace iteration (Halko et al. 2011), so that a wide layer's G is never
-        decomposed.
+        decomposed. Of several processes each has some of the rows; the sum is over all.
 
         Args:
             gradients: (positions, channels).
@@ -72,19 +73,25 @@ class Metric(NamedTuple):
             rank: the most directions kept.
         """
         width = gradients.shape[1]
-        trace = gradients.square().sum().item()
+        sums = torch.stack([gradients.square().sum().double(), gradients.new_tensor(len(gradients)).double()])
+        trace, count = together.total(sums).tolist()
         mean = trace / width
-        gram = gradients.T @ gradients if width <= len(gradients) else None
-        Q = torch.randn(width, min(rank, width), generator=generator, dtype=gradients.dtype).to(
-            gradients.device
-        )
-        for _ in range(ROUNDS):
-            product = gram @ Q if gram is not None else gradients.T @ (gradients @ Q)
-            last, Q = Q, torch.linalg.qr(product).Q
-        values, vectors = torch.linalg.eigh(last.T @ product)
-        keep = values > SMALL * mean
-        rest = max(trace - values[keep].sum().item(), 0.0) / max(width - int(keep.sum()), 1)
-        return cls(rest + smoothing * mean, last @ vectors[:, keep] * (values[keep] - rest).sqrt(), channel)
+        gram = together.total(gradients.T @ gradients) if width <= count else None
+        gradients = gradients if gram is not None else together.gathered(gradients)
+
+        def largest() -> tuple[Tensor, Tensor]:
+            Q = torch.randn(width, min(rank, width), generator=generator, dtype=gradients.dtype)
+            Q = Q.to(gradients.device)
+            for _ in range(ROUNDS):
+                product = gram @ Q if gram is not None else gradients.T @ (gradients @ Q)
+                last, Q = Q, torch.linalg.qr(product).Q
+            values, vectors = torch.linalg.eigh(last.T @ product)
+            keep = values > SMALL * mean
+            return values[keep], last @ vectors[:, keep]
+
+        values, vectors = together.first(largest)
+        rest = max(trace - values.sum().item(), 0.0) / max(width - len(values), 1)
+        return cls(rest + smoothing * mean, vectors * (values - rest).sqrt(), channel)
 
     @property
     def is_zero(self) -> bool:
@@ -112,24 +119,23 @@ class Metric(NamedTuple):
 class OutputSensitivity:
     """Measure how strongly a network's output depends on each of its operations.
 
-    One forward and one backward pass serve for all.
+    One forward and one backward pass serve for all; of several processes each does its part of the samples.
 
     Gaussian noise z takes the place of the output's error, divided by the square root of the output's
-    variance and number of
-    entries, and is pulled back to every operation: g = Jᵀ z. For a mismatch e at one position, the mean of
-    (gᵀ e)² over z is the share of the output's variance that e makes up. Summed over positions, as if they
-    erred independently, that is the metric of the operation.
+    variance and number of entries, and is pulled back to every operation: g = Jᵀ z. For a mismatch e at one
+    position, the mean of (gᵀ e)² over z is the share of the output's variance that e makes up. Summed over
+    positions, as if they erred independently, that is the metric of the operation.
 
     Attributes:
         note: why nothing could be measured; empty where it was.
 
     Args:
         net: in evaluation mode.
-        batch: a few dozen samples; memory grows with them as in training.
-        generator: source of the noise, on the CPU.
+        batch: a few dozen samples, the same in all processes; memory grows with them as in training.
+        seed: of the noise.
     """
 
-    def __init__(self, net: nn.Module, batch: Batch, generator: torch.Generator) -> None:
+    def __init__(self, net: nn.Module, batch: Batch, seed: int) -> None:
         self.note = ""
         self._metrics: dict[str, Metric | None] = {}
         for run in (
@@ -137,10 +143,12 @@ class OutputSensitivity:
             partial(protected, _plain),
         ):  # the second for a network that changes in place what a derivative needs
             try:
-                self._metrics, self.note = _measured(net, batch, generator, run), ""
+                self._metrics, self.note = _measured(net, batch, seed, run), ""
                 return
             except (RuntimeError, NotImplementedError) as error:
                 self.note = first_line(error)
+                if "memory" in self.note and together.size() > 1:  # maybe this process's alone
+                    raise
 
     def of(self, names: Iterable[str]) -> dict[str, Metric]:
         """Return the metrics of operations by name.
@@ -160,24 +168,43 @@ def _plain(func: Any, args: Any, kwargs: Any) -> Any:
     return func(*args, **kwargs)
 
 
-def _measured(net: nn.Module, batch: Batch, generator: torch.Generator, run: Run) -> dict[str, Metric | None]:
+def _measured(net: nn.Module, batch: Batch, seed: int, run: Run) -> dict[str, Metric | None]:
     """Pull noise back from the output to every operation, and return the metrics by name.
 
     A metric is None where no gradient arrives.
     """
-    watch = _Measuring(net, generator, run)
+    generator = torch.Generator().manual_seed(seed)
+    watch, own = _Measuring(net, generator, run), batch.part()
     with torch.enable_grad(), frozen(net), plain_forward():
         with watch:
-            output = batch.through(net)
+            output = own.through(net)
         ends = [y for y in output_tensors(output) if y.requires_grad]
-        noise = [
-            torch.randn(y.shape, generator=generator, dtype=y.dtype).to(y.device)
-            / (y.numel() * variance(y.detach())) ** 0.5
-            for y in ends
-        ]
+        noise = [_noise(y.detach(), batch, own, generator) for y in ends]
         if ends:
             torch.autograd.backward(ends, noise)
     return watch.metrics
+
+
+def _noise(y: Tensor, batch: Batch, own: Batch, generator: torch.Generator) -> Tensor:
+    """Return noise of one output's shape, divided by the square root of its variance and number of entries.
+
+    Several processes draw it for all samples and take that of their own, so that it does not depend on how
+    many they are; an output that has not one entry a sample gets the same in all.
+
+    Args:
+        y: of this process's samples.
+        batch: all samples.
+        own: those of this process; where their share is 0, the noise is too.
+        generator: of the noise.
+    """
+    divided = own is not batch and y.ndim and len(y) == own.samples()
+    shape = torch.Size([batch.samples(), *y.shape[1:]]) if divided else y.shape
+    z = torch.randn(shape, generator=generator, dtype=y.dtype)
+    if divided:
+        (z,) = Batch.of(z).part().tensors()
+    counts = bool(own.share)
+    entries = together.total(torch.tensor(y.numel() * counts, device=y.device)).item()
+    return z.to(y.device) * (counts / math.sqrt(entries * variance(y, own.share)))
 
 
 class _Measuring(Watch):

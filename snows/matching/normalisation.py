@@ -48,12 +48,12 @@ def recalibrate_statistics(
 
     def watch_dense(name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
         found = Moments.of(_input(args, kwargs)).of_channels(kept.get(name))
-        seen[name].append(found.times(own_share).together())
+        seen[name].append(found.times(own_share).pooled())
 
     def watch_sparse(name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
         if not seen[name]:  # routing sent nothing here in the dense network
             return
-        before, after = seen[name].pop(0), Moments.of(_input(args, kwargs)).times(own_share).together()
+        before, after = seen[name].pop(0), Moments.of(_input(args, kwargs)).times(own_share).pooled()
         set_statistics(name, before, after)  # what comes after is to see it as it will be
         totals[name][0].add(before)
         totals[name][1].add(after)
@@ -156,7 +156,7 @@ class Moments:
         found.count = self.count if real else 0
         return found
 
-    def together(self) -> Moments:
+    def pooled(self) -> Moments:
         """Pool with the moments of the same images' other parts, that other processes have."""
         count = self.mean.new_tensor([self.count])
         sums = together.total(torch.cat([count * self.mean, count * self.square, count]))

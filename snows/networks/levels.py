@@ -49,9 +49,9 @@ class Level:
     def __init__(self, limit: float) -> None:
         self.limit, self.used = limit, 0
 
-    def keep(self, data: Tensor) -> Slot:
-        """Take the bytes of a storage."""
-        return Slot(self, data.numel(), data)
+    def keep(self, data: Tensor) -> Slot | None:
+        """Take the bytes of a storage, if there is room for them."""
+        return Slot(self, data.numel(), data) if self.used + data.numel() <= self.limit else None
 
     def load(self, slot: Slot) -> Tensor:
         """Return a slot's bytes on the device."""
@@ -81,10 +81,24 @@ class Host(Level):
         self.device = device
         self.stream = torch.cuda.Stream(device)
 
-    def keep(self, data: Tensor) -> Slot:
-        """Copy bytes to the host."""
-        host = torch.empty(data.shape, dtype=torch.uint8, pin_memory=True)
+    def keep(self, data: Tensor) -> Slot | None:
+        """Copy bytes to the host, if there is room: a pinned block may be rounded up to a power of two."""
+        if self.used + _power(data.numel()) > self.limit:
+            return None
+        try:
+            host = torch.empty(data.shape, dtype=torch.uint8, pin_memory=True)
+        except RuntimeError:  # the system pins no more
+            self.limit = self.used
+            return None
         return Slot(self, data.numel(), host.copy_(data))
+
+    def taken(self, size: int) -> None:
+        """Be told that a slot is there."""
+        super().taken(_power(size))
+
+    def freed(self, slot: Slot) -> None:
+        """Be told that a slot is gone."""
+        self.used -= _power(slot.size)
 
     def load(self, slot: Slot) -> Tensor:
         """Return a slot's copy on the device, once it is whole."""
@@ -160,7 +174,14 @@ class File(Level):
         """Map a slot's bytes."""
         assert self.file is not None
         self.expect(slot)
-        found = _Map(self.file.fileno(), slot.size, access=mmap.ACCESS_COPY, offset=slot.at)
+        try:
+            found = _Map(self.file.fileno(), slot.size, access=mmap.ACCESS_COPY, offset=slot.at)
+        except OSError:  # each has a file descriptor, of which a process has some hundreds at most
+            read = bytearray(slot.size)
+            self.file.seek(slot.at)
+            if self.file.readinto(read) != slot.size:  # type: ignore[attr-defined]  # of what is not buffered
+                raise
+            return torch.frombuffer(read, dtype=torch.uint8).to(self.device)
         found.slot = slot
         return torch.frombuffer(found, dtype=torch.uint8).to(self.device)
 
@@ -199,3 +220,8 @@ class File(Level):
 
 def _paged(size: int) -> int:
     return -(-size // PAGE) * PAGE
+
+
+def _power(size: int) -> int:
+    """Round up to a power of two."""
+    return 1 << max(size - 1, 0).bit_length()

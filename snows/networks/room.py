@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import sys
@@ -35,7 +36,7 @@ class Rooms(NamedTuple):
     @classmethod
     def of(cls, twins: Twins, layers: Iterable[str]) -> Rooms:
         """Predict them from what a sample's take, for a walk through some layers."""
-        sizes = [x.part().samples() for x in twins.batches]
+        sizes = [math.ceil(x.samples() / together.size()) for x in twins.batches]
         sample, layer = max(((_sample(twins, name), name) for name in layers), default=(0, ""))
         return cls(2 * sample * sum(sizes), layer, 2 * sample * max(sizes) * BATCHES)
 
@@ -55,7 +56,7 @@ def bound(twins: Twins, memory: int | None, layers: Iterable[str], folder: Path 
     Raises:
         ValueError: one layer needs more; the sentence says how much.
     """
-    rooms, device = Rooms.of(twins, layers), twins.device
+    rooms, device = together.first(lambda: Rooms.of(twins, layers)), twins.device
     if memory is not None and memory < rooms.least:
         raise ValueError(
             f"memory: expected at least {said(rooms.least)}, which {BATCHES} batches take before "
@@ -97,6 +98,8 @@ def peak(device: torch.device) -> int:
     """Return the most bytes that this process has taken so far, on a GPU what it took there; 0 if unknown."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
+    if found := _number("/proc/self/status", "VmHWM:", 1024):  # getrusage counts the parent's, until the exec
+        return found
     with suppress(ImportError):
         import resource
 
@@ -121,7 +124,7 @@ def _sample(twins: Twins, layer: str) -> int:
     if use is None or not use.calls:
         return 0
     weight: Any = twins.sparse.get_submodule(layer).weight
-    return int(use.calls[-1][0].numel() * weight.element_size() // max(twins.batches[0].samples(), 1))
+    return int(use.calls[-1][0].numel() * weight.element_size() // max(twins.batches[0].part().samples(), 1))
 
 
 def _free(device: torch.device) -> int | None:

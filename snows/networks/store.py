@@ -6,8 +6,6 @@ the others are read from the file each time, the next batch's while this one's a
 
 from __future__ import annotations
 
-import ctypes
-import os
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from snows.heap import trim
 from snows.networks.levels import File, Host, Level, Slot
 
 TRIM = 2**28  # bytes that are kept from one time that the heap is trimmed to the next
@@ -118,18 +117,7 @@ class Store:
         if self._since >= TRIM:
             self._since = 0
             trim()
-        return next(x for x in self.levels if x.used + data.numel() <= x.limit).keep(data)
-
-
-def trim() -> None:
-    """Give back what is free inside the C library's heap, if it is glibc's.
-
-    Between what lives for a layer and what lives for an operation the heap is left with holes, which grow to
-    a third of the activations of ViT-B/16.
-    """
-    library = ctypes.CDLL(None) if os.name == "posix" else None
-    if (give_back := getattr(library, "malloc_trim", None)) is not None:
-        give_back(0)
+        return next(slot for level in self.levels if (slot := level.keep(data)) is not None)
 
 
 def size(value: Any) -> int:

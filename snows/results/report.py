@@ -113,8 +113,8 @@ class Report(Record):
         unit: of that, as text.
         seconds: wall time of the call to `prune`; where a run was resumed, of the last one.
         dense_ms, small_ms: milliseconds before and after, where a share of them was asked for; else NaN.
-        predicted_bytes, peak_bytes: of memory, at most, as it was predicted and as it was: the whole process,
-            on a GPU what it takes there; 0 where it is not known.
+        predicted_bytes, peak_bytes: of memory, at most, as it was predicted and as it was: the whole process
+            since it started, on a GPU what it takes there; 0 where it is not known.
     """
 
     rows: ClassVar[dict[str, type]] = {"layers": LayerReport, "groups": GroupReport, "stages": StageReport}

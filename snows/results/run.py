@@ -81,20 +81,24 @@ class Run:
             ValueError: the folder holds another run, holds one although `resume` is off, is in use, or cannot
                 be written.
         """
-        given = {
-            f"{kind} {name}": x
-            for name, start in starts.items()
-            for kind, x in zip(("start", "mask"), start, strict=True)
-        }
-        asked = {
-            "version": VERSION,
-            **settings,
-            "model": fingerprint(model),
-            "data": digest(*contents(batches)),
-            "masks": digest(given),
-        }
-        wanted, locks = json.loads(json.dumps(asked)), list[FileLock]()
-        threads = together.first(lambda: cls._begun(folder, wanted, resume, locks))
+        locks = list[FileLock]()
+
+        def begun() -> int:
+            given = {
+                f"{kind} {name}": x
+                for name, start in starts.items()
+                for kind, x in zip(("start", "mask"), start, strict=True)
+            }
+            asked = {
+                "version": VERSION,
+                **settings,
+                "model": fingerprint(model),
+                "data": digest(*contents(batches)),
+                "masks": digest(given),
+            }
+            return cls._begun(folder, json.loads(json.dumps(asked)), resume, locks)
+
+        threads = together.first(begun)
         return cls(folder, locks[0] if locks else None, threads)
 
     @staticmethod
@@ -110,6 +114,8 @@ class Run:
             path = folder / "run.json"
             if path.exists():
                 threads = _check(folder, wanted, resume, threads)
+                for left in (folder / "layers").glob(".*.safetensors.*"):  # of a process that was killed
+                    left.unlink(missing_ok=True)
             elif others := [
                 *(folder / "layers").iterdir(),
                 *(folder / x for x in RESULTS if (folder / x).exists()),

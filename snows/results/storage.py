@@ -92,11 +92,13 @@ def write(path: Path, content: bytes, asked: str = "out") -> None:
             os.fsync(handle)
             os.fchmod(handle, 0o666 & ~_umask())
         temporary.replace(path)
-    except OSError as error:
+    except BaseException as error:  # a KeyboardInterrupt too
         if temporary is not None:
             with suppress(OSError):
                 temporary.unlink(missing_ok=True)
-        raise ValueError(f"{asked}: {path} cannot be written ({error.strerror})") from error
+        if isinstance(error, OSError):
+            raise ValueError(f"{asked}: {path} cannot be written ({error.strerror})") from error
+        raise
 
 
 def _umask() -> int:

@@ -53,7 +53,7 @@ def alps(
     scale, a, Q = (shares.same(x).to(weight.dtype) for x in _inputs(damped(gram, damping)))
     sensitivity = damped(statistics.sensitivity, smoothing)
     sensitivity = sensitivity / sensitivity.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
-    floor, g, U = (shares.same(x).to(weight.dtype) for x in modes(sensitivity))
+    floor, g, U = (x.to(weight.dtype) for x in together.first(lambda: modes(sensitivity)))
     pull = sensitivity.to(weight.dtype) @ (right / scale)
     U = U[..., shares.own, :]
 
@@ -82,6 +82,7 @@ def alps(
                 settled = mask
                 rho *= 1.3 if moved >= 0.1 * kept else 1.2 if moved >= 0.005 * kept else 1.1
     refuse_nan("alps", D)
+    mask = together.same(mask)
     solution = batched_cg(gram, right, mask, damping=damping)
     return MaskedWeight(*(unrows(x.flatten(0, 1), weight.shape) for x in (solution, mask)))
 

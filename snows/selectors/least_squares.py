@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from snows import together
 from snows.matching.statistics import LayerStatistics, Selector
 from snows.selectors.scores import magnitude
 from snows.solving.cg import batched_cg
@@ -32,8 +33,9 @@ def least_squares(
     """
     chosen = select(weight, statistics, pattern)
     right = ridge(weight, statistics, damping)
-    solution = batched_cg(statistics.gram, right, rows(chosen.mask).reshape(right.shape), damping=damping)
-    return MaskedWeight(unrows(solution.flatten(0, 1), weight.shape), chosen.mask)
+    mask = together.same(chosen.mask)
+    solution = batched_cg(statistics.gram, right, rows(mask).reshape(right.shape), damping=damping)
+    return MaskedWeight(unrows(solution.flatten(0, 1), weight.shape), mask)
 
 
 def ridge(weight: Tensor, statistics: LayerStatistics, damping: float) -> Tensor:

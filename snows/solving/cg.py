@@ -75,7 +75,7 @@ def cg(
         check_every: iterations from one look at the status to the next; until then a state that has stopped
             leaves everything as it is. By default 1 on a CPU, and 8 where the host has to wait for the
             device.
-        late: says whether to stop before the next product.
+        late: says at each look whether to stop before the next product.
     """
     r, over = b.clone(memory_format=torch.contiguous_format), False
     x, p = torch.zeros_like(r), torch.zeros_like(r)
@@ -83,10 +83,8 @@ def cg(
     for iteration in range(max_iterations):
         if _looks(iteration, r, check_every):
             state = together.same(state)  # so that all processes end alike
-            if state[reference.STATUS].item() != reference.RUNNING:
+            if state[reference.STATUS].item() != reference.RUNNING or (over := late()):
                 break
-        if over := late():
-            break
         ops.cg_direction(p, r, r if preconditioner is None else preconditioner @ r, state)
         ops.cg_update(x, r, p, A @ p, state, rtol)
     status, iterations, _, rr, bb = together.same(state).tolist()

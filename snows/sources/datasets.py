@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import inspect
+import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import numpy as np
+from filelock import FileLock
 from numpy.typing import NDArray
 
 from snows.networks.batches import first_line
@@ -65,7 +69,8 @@ def of_torchvision(name: str, rest: str, split: Split, fetch: bool) -> Found:
     opened: dict[str, Any] = {}
     for arguments in tries:
         try:
-            dataset, opened = cast("Any", make)(where, **arguments), arguments
+            with _fetching(where) if "download" in arguments else nullcontext():
+                dataset, opened = cast("Any", make)(where, **arguments), arguments
             break
         except Exception as error:  # a split of another name, or no files
             errors.append(first_line(error))
@@ -95,6 +100,12 @@ def of_torchvision(name: str, rest: str, split: Split, fetch: bool) -> Found:
         (f" {opened[key]}" for key in ("split", "train") if key in opened), ""
     )  # without one, both splits are the same pictures
     return Found(f"{name}{part}", lambda i: open_picture(dataset[i][0]), np.array(labels, np.int64), named)
+
+
+def _fetching(folder: str) -> FileLock:
+    """Let one of a user's processes at a time fetch files into a folder; the others then find them there."""
+    name = hashlib.sha256(f"{Path(folder).resolve()} {Path.home()}".encode()).hexdigest()[:16]
+    return FileLock(Path(tempfile.gettempdir()) / f"snows-{name}.lock")
 
 
 def of_datasets(name: str, rest: str, split: Split, fetch: bool) -> Found:

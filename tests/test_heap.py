@@ -13,7 +13,7 @@ pytestmark = pytest.mark.skipif(not GLIBC, reason="needs glibc")
 PASSES = """
 import ctypes, os, resource, torch
 from contextlib import nullcontext
-from snows import memory
+from snows import heap
 
 statm = os.open("/proc/self/statm", os.O_RDONLY)
 
@@ -33,7 +33,7 @@ def asked(around):
 
 torch.set_num_threads(1)
 ctypes.CDLL(None).mallopt(-3, 2**20)  # tensors are mapped one by one; left to itself, glibc goes by how the heap happens to lie
-print(asked(nullcontext()), asked(memory.kept()))
+print(asked(nullcontext()), asked(heap.kept()))
 """
 
 
@@ -67,15 +67,15 @@ def test_the_environment_has_the_say(name, value):
 
 HELD = """
 import torch
-from snows import memory
+from snows import heap
 
 def held():  # in memory or swapped out
     with open("/proc/self/status") as file:
         return sum(int(line.split()[1]) for line in file if line.startswith(("VmRSS", "VmSwap"))) / 1e3
 
 before = held()
-with memory.kept():
-    with memory.kept():  # its end changes nothing yet
+with heap.kept():
+    with heap.kept():  # its end changes nothing yet
         pass
     tensors = [torch.ones(2_000_000) for _ in range(40)]  # 320 MB, each below the threshold
     during = held()
