@@ -6,6 +6,7 @@ SNOWS_BUILD=1 makes every missing kernel an error, SNOWS_BUILD=0 builds none.
 """
 
 import os
+import platform
 import re
 import shlex
 import shutil
@@ -21,13 +22,17 @@ from setuptools.command.build_py import build_py
 
 REQUIRED, UNWANTED = (os.environ.get("SNOWS_BUILD") == value for value in "10")
 OPENMP = [] if sys.platform == "darwin" else ["-fopenmp"]
-CXX = [
-    "-std=c++20",
-    "-O3",
-    "-g0",
-    "-fno-trapping-math",
-    *OPENMP,
-]  # torch 2.11 would say C++17 where none is named
+
+
+def compiler_flags(machine: str) -> list[str]:
+    """Return the C++ compiler's flags for a processor."""
+    flags = ["-std=c++20", "-O3", "-g0", "-fno-trapping-math", *OPENMP]  # torch 2.11 would say C++17
+    if machine == "aarch64":  # gcc would load so far ahead that the product's sums leave the registers
+        flags.append("-fno-schedule-insns")
+    return flags
+
+
+CXX = compiler_flags(platform.machine())
 NVCC = ["-std=c++20", "-O3"]
 
 

@@ -1,17 +1,19 @@
 """Compiles csrc/cpu against the headers of the oldest and the newest supported torch; links and runs nothing.
 
-The headers are those of torch's wheels for macOS, the smallest there are (0.1 GB each); they stay in
-.headers, which git ignores.
+For this machine, and for Arm where that compiler is. The headers are those of torch's wheels for macOS,
+the smallest there are (0.1 GB each); they stay in .headers, which git ignores.
 """
 
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -19,6 +21,7 @@ sys.path.insert(0, str(ROOT))
 from setup import CXX  # noqa: E402
 
 CACHE = ROOT / ".headers"
+ARM = "aarch64-linux-gnu-g++"
 
 
 def headers(version: str) -> Path:
@@ -54,10 +57,10 @@ def headers(version: str) -> Path:
     return found / "torch/include"
 
 
-def compiled(source: Path, include: Path) -> str:
+def compiled(source: Path, include: Path, compiler: list[str]) -> str:
     """Return what the compiler says against a file; "" if nothing."""
     command = [
-        *shlex.split(os.environ.get("CXX") or "c++"),
+        *compiler,
         *CXX,
         "-O0",
         "-fsyntax-only",
@@ -73,23 +76,20 @@ def main() -> None:
     """Compile every file against both, and end with exit code 1 if one fails."""
     oldest = re.search(r'"torch>=([\d.]+)"', (ROOT / "pyproject.toml").read_text()).group(1)
     sources = sorted((ROOT / "csrc/cpu").glob("*.cpp"))
+    compilers = [shlex.split(os.environ.get("CXX") or "c++"), *([[ARM]] if shutil.which(ARM) else [])]
     failed = False
     for version in (f"=={oldest}.*", f">={oldest}"):
         include = headers(version)
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            said = [
-                text
-                for text in pool.map(lambda source, include=include: compiled(source, include), sources)
-                if text
-            ]
-        failed = failed or bool(said)
-        print(
-            *said,
-            f"torch {include.parts[-3]}: {len(sources) - len(said)} of {len(sources)} files of csrc/cpu "
-            "compile",
-            sep="\n",
-            flush=True,
-        )
+        for compiler in compilers:
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                said = [
+                    text
+                    for text in pool.map(partial(compiled, include=include, compiler=compiler), sources)
+                    if text
+                ]
+            failed = failed or bool(said)
+            count = f"{len(sources) - len(said)} of {len(sources)} files of csrc/cpu compile"
+            print(*said, f"torch {include.parts[-3]}, {compiler[0]}: {count}", sep="\n", flush=True)
     sys.exit(failed)
 
 

@@ -9,9 +9,9 @@
 
 #include <algorithm>
 #include <cmath>
-#include <type_traits>
 #include <vector>
 
+#include "cg.h"
 #include "checks.h"
 #include "simd.h"
 
@@ -22,8 +22,6 @@ constexpr double RUNNING = 0, CONVERGED = 1, NEGATIVE_CURVATURE = 2, NOT_FINITE 
 struct State {  // the tensor's numbers, in order
   double status, iterations, rz, rr, bb;
 };
-
-template <typename T> using Wide = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
 constexpr int64_t CHUNK = 8192;
 
@@ -41,33 +39,12 @@ double sum_chunks(int64_t n, F f) {
   return sum;
 }
 
-template <typename T>
-SNOWS_INLINE inline double dot(const T* a, const T* b, int64_t begin, int64_t end) {
-  double sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = begin; i < end; ++i) sum += double(Wide<T>(a[i])) * double(Wide<T>(b[i]));
-  return sum;
-}
-
-template <typename T>
-SNOWS_INLINE inline double step(T* x, T* r, const T* p, const T* Ap, Wide<T> alpha, int64_t begin, int64_t end) {
-  double sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = begin; i < end; ++i) {
-    x[i] = Wide<T>(x[i]) + alpha * Wide<T>(p[i]);
-    const T rest = Wide<T>(r[i]) - alpha * Wide<T>(Ap[i]);
-    r[i] = rest;
-    sum += double(Wide<T>(rest)) * double(Wide<T>(rest));
-  }
-  return sum;
-}
-
 template <typename scalar_t>
 void update(at::Tensor& x_, at::Tensor& r_, const at::Tensor& p_, const at::Tensor& Ap_, State& s, double rtol) {
   scalar_t *x = x_.data_ptr<scalar_t>(), *r = r_.data_ptr<scalar_t>();
   const scalar_t *p = p_.const_data_ptr<scalar_t>(), *Ap = Ap_.const_data_ptr<scalar_t>();
   const int64_t n = x_.numel();
-  const double curvature = sum_chunks(n, [=](int64_t begin, int64_t end) SNOWS_INLINE { return dot(p, Ap, begin, end); });
+  const double curvature = sum_chunks(n, [=](int64_t begin, int64_t end) SNOWS_INLINE { return snows::dot(p, Ap, begin, end); });
   s.iterations += 1;
   if (!std::isfinite(curvature)) {
     s.status = NOT_FINITE;
@@ -75,22 +52,21 @@ void update(at::Tensor& x_, at::Tensor& r_, const at::Tensor& p_, const at::Tens
     s.status = NEGATIVE_CURVATURE;
     if (s.iterations == 1) std::copy(p, p + n, x);  // x was zero: the first direction itself
   } else {
-    const Wide<scalar_t> alpha = s.rz / curvature;
-    s.rr = sum_chunks(n, [=](int64_t begin, int64_t end) SNOWS_INLINE { return step(x, r, p, Ap, alpha, begin, end); });
+    const snows::Wide<scalar_t> alpha = s.rz / curvature;
+    s.rr = sum_chunks(n, [=](int64_t begin, int64_t end) SNOWS_INLINE { return snows::step(x, r, p, Ap, alpha, begin, end); });
     if (s.rr <= rtol * rtol * s.bb) s.status = CONVERGED;
   }
 }
 
 template <typename scalar_t>
-void turn(at::Tensor& p_, const at::Tensor& r_, const at::Tensor& z_, State& s) {
+void direct(at::Tensor& p_, const at::Tensor& r_, const at::Tensor& z_, State& s) {
   scalar_t* p = p_.data_ptr<scalar_t>();
   const scalar_t *r = r_.const_data_ptr<scalar_t>(), *z = z_.const_data_ptr<scalar_t>();
-  const double rz = sum_chunks(p_.numel(), [=](int64_t begin, int64_t end) SNOWS_INLINE { return dot(r, z, begin, end); });
-  const Wide<scalar_t> beta = rz / s.rz;  // 0 for the first direction: rz begins at infinity
+  const double rz = sum_chunks(p_.numel(), [=](int64_t begin, int64_t end) SNOWS_INLINE { return snows::dot(r, z, begin, end); });
+  const snows::Wide<scalar_t> beta = rz / s.rz;  // 0 for the first direction: rz begins at infinity
   at::parallel_for(0, p_.numel(), CHUNK, [=](int64_t begin, int64_t end) {
     snows::vectorised([=]() SNOWS_INLINE {
-#pragma omp simd
-      for (int64_t i = begin; i < end; ++i) p[i] = Wide<scalar_t>(z[i]) + beta * Wide<scalar_t>(p[i]);
+      snows::turn(p, z, beta, begin, end);
     });
   });
   s.rz = rz;
@@ -100,7 +76,6 @@ template <typename scalar_t>
 void update_rows(at::Tensor& x_, at::Tensor& r_, at::Tensor& p_, at::Tensor& rz_, const at::Tensor& product_,
                  const at::Tensor& mask_, const at::Tensor& inverse_, const at::Tensor& target_) {
   const int64_t rows = x_.size(1), columns = x_.size(2);
-  using W = Wide<scalar_t>;
   at::parallel_for(0, x_.size(0) * rows, std::max<int64_t>(1, CHUNK / std::max<int64_t>(1, columns)), [&](int64_t from, int64_t to) {
     for (int64_t row = from; row < to; ++row) {
       double& rz = rz_.data_ptr<double>()[row];
@@ -110,27 +85,7 @@ void update_rows(at::Tensor& x_, at::Tensor& r_, at::Tensor& p_, at::Tensor& rz_
       const scalar_t* product = product_.const_data_ptr<scalar_t>() + row * columns;
       const scalar_t* inverse = inverse_.const_data_ptr<scalar_t>() + row / rows * columns;
       const bool* mask = mask_.const_data_ptr<bool>() + row * columns;
-      double curvature = 0, rr = 0, left = 0;
-#pragma omp simd reduction(+ : curvature)
-      for (int64_t i = 0; i < columns; ++i) curvature += mask[i] ? double(W(p[i])) * double(W(product[i])) : 0.0;
-      if (curvature > 0) {
-        const W alpha = rz / curvature;
-#pragma omp simd reduction(+ : rr, left)
-        for (int64_t i = 0; i < columns; ++i) {
-          const W rest = W(r[i]) - (mask[i] ? alpha * W(product[i]) : W(0));
-          x[i] = W(x[i]) + alpha * W(p[i]);
-          r[i] = rest;
-          rr += double(rest) * double(rest);
-          left += double(rest) * double(rest * W(inverse[i]));
-        }
-        if (!(rr > target_.const_data_ptr<double>()[row])) left = 0;
-      }
-      if (left > 0) {
-        const W beta = left / rz;
-#pragma omp simd
-        for (int64_t i = 0; i < columns; ++i) p[i] = W(r[i]) * W(inverse[i]) + beta * W(p[i]);
-      }
-      rz = left > 0 ? left : 0;
+      rz = snows::step_of_row(x, r, p, product, mask, inverse, columns, rz, target_.const_data_ptr<double>()[row]);
     }
   });
 }
@@ -148,7 +103,7 @@ void cg_direction(at::Tensor& p, const at::Tensor& r, const at::Tensor& z, at::T
   snows::check_like("cg_direction", "the state", state, {5}, at::kDouble, p.device());
   State& s = *static_cast<State*>(state.data_ptr());
   if (s.status == RUNNING)
-    AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, p.scalar_type(), "cg_direction", [&] { turn<scalar_t>(p, r, z, s); });
+    AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, p.scalar_type(), "cg_direction", [&] { direct<scalar_t>(p, r, z, s); });
 }
 
 void batched_cg_update(at::Tensor& x, at::Tensor& r, at::Tensor& p, at::Tensor& rz, const at::Tensor& product,

@@ -1,8 +1,6 @@
 // One token, or a few with AVX2, times a packed weight: the weight is read once, so its bytes rule, and it is read as it is packed. Sums are in
 // float32; 16-bit values are widened in registers, and half as many bytes are read. The kernels are in few_tokens_avx512.h and few_tokens_avx2.h.
 
-#include "few_tokens.h"
-
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
@@ -11,13 +9,14 @@
 #include <type_traits>
 #include <vector>
 
-#include "few_tokens_avx2.h"
-#include "few_tokens_avx512.h"
 #include "panels.h"
 
-namespace snows {
-
 #ifdef SNOWS_X86
+
+#include "few_tokens_avx2.h"
+#include "few_tokens_avx512.h"
+
+namespace snows {
 
 namespace {
 
@@ -63,10 +62,10 @@ at::Tensor few_tokens(const at::Tensor& input, const at::Tensor& values, const a
   return y;
 }
 
+}  // namespace snows
+
 #else
 
-at::Tensor few_tokens(const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, int64_t, int64_t, int64_t) { return {}; }
+at::Tensor snows::few_tokens(const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, int64_t, int64_t, int64_t) { return {}; }
 
 #endif
-
-}  // namespace snows

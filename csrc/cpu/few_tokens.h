@@ -1,6 +1,9 @@
-// What the kernels for few tokens (few_tokens.cpp) share.
+// What the kernels for few tokens (few_tokens.cpp) share, which are for x86.
 
 #pragma once
+
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
 
 #include <cstdint>
 #include <cstring>
@@ -8,8 +11,6 @@
 #include "vector.h"
 
 namespace snows {
-
-#ifdef SNOWS_X86
 
 // A packed weight whose rows begin with a byte of codes, and what is computed of it: token t is at x + t * (how far tokens are apart), its
 // outputs at y + t * rows. A row's codes are read once for all tokens.
@@ -32,7 +33,5 @@ __attribute__((target("popcnt"))) inline int64_t bits_set(const uint8_t* codes, 
   for (; i < bytes; ++i) count += __builtin_popcount(codes[i]);
   return count;
 }
-
-#endif
 
 }  // namespace snows

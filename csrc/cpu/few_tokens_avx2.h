@@ -18,6 +18,12 @@ namespace snows::avx2 {
 
 #define SNOWS_AVX2_STEP SNOWS_AVX2 SNOWS_INLINE
 
+// 16-bit values, widened.
+SNOWS_AVX2 inline Vector widen(__m128i x, c10::BFloat16) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16)); }
+SNOWS_AVX2 inline Vector widen(__m128i x, c10::Half) { return _mm256_cvtph_ps(x); }
+template <typename T>
+SNOWS_AVX2 inline Vector load(const T* from) { return widen(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)), T()); }
+
 // Up to how many tokens these kernels are faster than the panels, measured on a Zen 3 core; n is 0 of an unstructured weight. What they do to
 // a mask's 8 bits does not depend on how many are set, so panels take over where few are.
 inline int64_t most_tokens(int64_t n, int64_t stored, int64_t all) {

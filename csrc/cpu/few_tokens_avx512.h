@@ -15,6 +15,12 @@ constexpr int AHEAD = 2048;  // bytes; the processor's own prefetching follows a
 
 #define SNOWS_AVX512_STEP SNOWS_AVX512 SNOWS_INLINE
 
+// 16-bit values, widened.
+SNOWS_AVX512 inline Vector widen(__m256i x, c10::BFloat16) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
+SNOWS_AVX512 inline Vector widen(__m256i x, c10::Half) { return _mm512_cvtph_ps(x); }
+template <typename T>
+SNOWS_AVX512 inline Vector load(const T* from) { return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)), T()); }
+
 // The first numbers at `from`, spread to where the mask's bits are set, zeros elsewhere; no number behind them is read.
 SNOWS_AVX512 inline __m512 spread(uint16_t mask, const float* from) { return _mm512_maskz_expandloadu_ps(mask, from); }
 template <typename T>

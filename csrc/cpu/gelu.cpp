@@ -3,17 +3,26 @@
 // AVX, where PyTorch's two passes are faster.
 
 #include <ATen/Parallel.h>
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
 #include <bit>
 #include <tuple>
+#include <utility>
 
 #include "simd.h"
 
 namespace {
 
 constexpr int64_t kGrain = 16384;
+
+// The op's reference, which stands behind every device's key, for what a kernel does not take.
+template <typename Signature, typename... Args>
+auto reference(const char* op, Args&&... args) {
+  static const auto handle = c10::Dispatcher::singleton().findSchemaOrThrow(op, "").typed<Signature>();
+  return handle.redispatch(c10::DispatchKeySet(c10::DispatchKey::Meta), std::forward<Args>(args)...);
+}
 
 // exp(-x² / 2) to two units in the last place: the square is split, so that its rounding does not grow with it.
 SNOWS_INLINE inline float bell(float x) {
@@ -59,7 +68,7 @@ using Two = std::tuple<at::Tensor, at::Tensor>;
 
 Two gelu(const at::Tensor& x_, c10::string_view approximate) {
   if (!takes(x_, approximate) || snows::simd() == snows::Simd::portable)
-    return snows::reference<Two(const at::Tensor&, c10::string_view)>("snows::gelu", x_, approximate);
+    return reference<Two(const at::Tensor&, c10::string_view)>("snows::gelu", x_, approximate);
   at::Tensor value_ = at::empty_like(x_), slope_ = at::empty_like(x_);
   const float* x = x_.const_data_ptr<float>();
   float *value = value_.mutable_data_ptr<float>(), *slope = slope_.mutable_data_ptr<float>();
@@ -78,7 +87,7 @@ Two gelu(const at::Tensor& x_, c10::string_view approximate) {
 
 at::Tensor gelu_curve(const at::Tensor& x_, const at::Tensor& g_, c10::string_view approximate) {
   if (!takes(x_, approximate) || !takes(g_, approximate) || g_.sizes() != x_.sizes() || g_.strides() != x_.strides())
-    return snows::reference<at::Tensor(const at::Tensor&, const at::Tensor&, c10::string_view)>("snows::gelu_curve", x_, g_, approximate);
+    return reference<at::Tensor(const at::Tensor&, const at::Tensor&, c10::string_view)>("snows::gelu_curve", x_, g_, approximate);
   at::Tensor out_ = at::empty_like(x_);
   const float *x = x_.const_data_ptr<float>(), *g = g_.const_data_ptr<float>();
   float* out = out_.mutable_data_ptr<float>();

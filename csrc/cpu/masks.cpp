@@ -18,93 +18,16 @@
 #include <vector>
 
 #include "checks.h"
+#include "masks.h"
 #include "simd.h"
 
 namespace {
 
 constexpr int64_t kGrain = 16384;  // entries a thread takes at the least
 
-template <typename T> using Wide = std::conditional_t<std::is_same_v<T, double>, double, float>;
-
 int64_t rows_at_once(int64_t columns) { return std::max<int64_t>(1, kGrain / std::max<int64_t>(1, columns)); }
 
 // ---------------------------------------------------------------- selection
-
-// An entry goes before another if it is higher, or equal with a lower index; its rank is how many go before it. True if there was a NaN.
-template <typename T>
-bool select_group(const T* scores, bool* mask, int64_t size, int64_t n) {
-  bool nan = false;
-  for (int64_t j = 0; j < size; ++j) {
-    int64_t rank = 0;
-    for (int64_t i = 0; i < j; ++i) rank += scores[i] >= scores[j];
-    for (int64_t i = j + 1; i < size; ++i) rank += scores[i] > scores[j];
-    mask[j] = rank < n;
-    nan |= scores[j] != scores[j];
-  }
-  return nan;
-}
-
-// Groups of four side by side in vectors: six comparisons for all ranks. True if there was a NaN.
-template <typename T>
-SNOWS_INLINE inline bool select_fours(const T* scores, bool* mask, int64_t groups, int32_t n) {
-  typedef uint32_t __attribute__((may_alias, aligned(1))) Bools;
-  Bools* const words = reinterpret_cast<Bools*>(mask);  // a group's four
-  int32_t nan = 0;
-#pragma omp simd reduction(| : nan)
-  for (int64_t g = 0; g < groups; ++g) {
-    const Wide<T> a = scores[4 * g], b = scores[4 * g + 1], c = scores[4 * g + 2], d = scores[4 * g + 3];
-    const int32_t ab = a >= b, ac = a >= c, ad = a >= d, bc = b >= c, bd = b >= d, cd = c >= d;
-    words[g] = uint32_t(3 - ab - ac - ad < n) | uint32_t(2 + ab - bc - bd < n) << 8 | uint32_t(1 + ac + bc - cd < n) << 16 |
-               uint32_t(ad + bd + cd < n) << 24;
-    nan |= int32_t(a != a) | int32_t(b != b) | int32_t(c != c) | int32_t(d != d);
-  }
-  return nan;
-}
-
-// Any groups, 64 side by side; likewise.
-template <typename T>
-SNOWS_INLINE inline bool select_many(const T* scores, bool* mask, int64_t groups, int32_t n, int64_t m) {
-  constexpr int64_t kSide = 64;
-  Wide<T> score[32][kSide];
-  int32_t rank[32][kSide], nan = 0;
-  for (int64_t first = 0; first < groups; first += kSide, scores += kSide * m, mask += kSide * m) {
-    const int64_t count = std::min(kSide, groups - first);
-    for (int64_t j = 0; j < m; ++j)
-      for (int64_t g = 0; g < kSide; ++g) score[j][g] = g < count ? Wide<T>(scores[g * m + j]) : Wide<T>(0), rank[j][g] = 0;
-    for (int64_t j = 0; j < m; ++j) {
-#pragma omp simd reduction(| : nan)
-      for (int64_t g = 0; g < kSide; ++g) nan |= int32_t(score[j][g] != score[j][g]);
-    }
-    for (int64_t j = 1; j < m; ++j)
-      for (int64_t i = 0; i < j; ++i) {
-#pragma omp simd
-        for (int64_t g = 0; g < kSide; ++g) {
-          const int32_t before = score[i][g] >= score[j][g];
-          rank[j][g] += before;
-          rank[i][g] += 1 - before;
-        }
-      }
-    for (int64_t g = 0; g < count; ++g)
-      for (int64_t j = 0; j < m; ++j) mask[g * m + j] = rank[j][g] < n;
-  }
-  return nan;
-}
-
-// One row, or several that are whole groups.
-template <typename T>
-bool select(const T* scores, bool* mask, int64_t columns, int64_t n, int64_t m) {
-  const int64_t groups = columns / m;
-  bool nan = false;
-  snows::vectorised([&]() SNOWS_INLINE {
-    if (m == 4)
-      nan = select_fours(scores, mask, groups, int32_t(n));
-    else if (m <= 32)
-      nan = select_many(scores, mask, groups, int32_t(n), m);
-    else
-      for (int64_t g = 0; g < groups; ++g) nan |= select_group(scores + g * m, mask + g * m, m, n);
-  });
-  return select_group(scores + groups * m, mask + groups * m, columns - groups * m, n) || nan;
-}
 
 void refuse_nan(bool nan, const char* op) {
   TORCH_CHECK_VALUE(!nan, op, ": expected scores without NaN, got NaN; check the weights and the calibration images");
@@ -122,33 +45,11 @@ at::Tensor nm_mask(const at::Tensor& scores, int64_t n, int64_t m) {
     at::parallel_for(0, x.size(0), rows_at_once(columns), [&](int64_t begin, int64_t end) {
       const int64_t step = columns % m == 0 ? end - begin : 1;
       for (int64_t r = begin; r < end; r += step)
-        if (select(in + r * columns, out + r * columns, step * columns, n, m)) nan = true;
+        if (snows::select(in + r * columns, out + r * columns, step * columns, n, m)) nan = true;
     });
   });
   refuse_nan(nan, "nm_mask");
   return mask;
-}
-
-// The codes of 2:4 for the eight bits of two groups; what is missing of a group is filled up with its lowest free positions.
-constexpr std::array<uint8_t, 256> kCodes = [] {
-  std::array<uint8_t, 256> codes{};
-  for (unsigned eight = 0; eight < 256; ++eight)
-    for (unsigned shift = 0; shift < 8; shift += 4) {
-      unsigned full = eight >> shift & 15;
-      for (unsigned i = 0; i < 4 && std::popcount(full) < 2; ++i) full |= 1u << i;
-      const int first = std::countr_zero(full), second = std::countr_zero(full & (full - 1));
-      codes[eight] |= uint8_t((first | second << 2) << shift);
-    }
-  return codes;
-}();
-
-// Bools to bits, eight of them a byte.
-void gather_bits(const uint8_t* bools, uint8_t* bits, int64_t bytes) {
-  for (int64_t b = 0; b < bytes; ++b) {
-    uint64_t eight;
-    std::memcpy(&eight, bools + 8 * b, 8);
-    bits[b] = uint8_t(eight * 0x0102040810204080 >> 56);  // bool j becomes bit j
-  }
 }
 
 #ifdef SNOWS_X86
@@ -159,7 +60,7 @@ __attribute__((target("avx512f,avx512bw"))) void gather_bits_avx512(const uint8_
     const uint64_t word = _mm512_test_epi8_mask(x, x);
     std::memcpy(bits + b, &word, 8);
   }
-  gather_bits(bools + 8 * b, bits + b, bytes - b);
+  snows::gather_bits(bools + 8 * b, bits + b, bytes - b);
 }
 #endif
 
@@ -176,13 +77,13 @@ std::tuple<at::Tensor, at::Tensor> nm_select(const at::Tensor& scores, int64_t n
     at::parallel_for(0, rows, rows_at_once(columns), [&](int64_t begin, int64_t end) {
       std::vector<uint8_t> mask(8 * bytes);  // bools, zeros behind the last column
       for (int64_t r = begin; r < end; ++r) {
-        if (select(in + r * columns, reinterpret_cast<bool*>(mask.data()), columns, n, m)) nan = true;
+        if (snows::select(in + r * columns, reinterpret_cast<bool*>(mask.data()), columns, n, m)) nan = true;
 #ifdef SNOWS_X86
-        (snows::simd() == snows::Simd::avx512 ? gather_bits_avx512 : gather_bits)(mask.data(), bit + r * bytes, bytes);
+        (snows::simd() == snows::Simd::avx512 ? gather_bits_avx512 : snows::gather_bits)(mask.data(), bit + r * bytes, bytes);
 #else
-        gather_bits(mask.data(), bit + r * bytes, bytes);
+        snows::gather_bits(mask.data(), bit + r * bytes, bytes);
 #endif
-        for (int64_t b = 0; coded && b < bytes; ++b) code[r * bytes + b] = kCodes[bit[r * bytes + b]];
+        for (int64_t b = 0; coded && b < bytes; ++b) code[r * bytes + b] = snows::kCodes[bit[r * bytes + b]];
       }
     });
   });
@@ -191,15 +92,6 @@ std::tuple<at::Tensor, at::Tensor> nm_select(const at::Tensor& scores, int64_t n
 }
 
 // ---------------------------------------------------------------- a weight under a mask of bits
-
-template <typename Word>
-SNOWS_INLINE inline void keep(const Word* in, const uint8_t* bits, Word* out, int64_t begin, int64_t end) {
-  for (int64_t b = begin; b < end; ++b) {
-    const Word byte = bits[b];
-#pragma omp simd
-    for (int j = 0; j < 8; ++j) out[8 * b + j] = in[8 * b + j] & Word(-(byte >> j & 1));
-  }
-}
 
 // F(word), an unsigned word as wide as a number of the tensor.
 template <typename F>
@@ -225,7 +117,7 @@ at::Tensor masked(const at::Tensor& weight, const at::Tensor& bits_) {
     const uint8_t* bit = bits.const_data_ptr<uint8_t>();
     Word* to = static_cast<Word*>(out.mutable_data_ptr());
     at::parallel_for(0, count / 8, kGrain / 8, [=](int64_t begin, int64_t end) {
-      snows::vectorised([=]() SNOWS_INLINE { keep(from, bit, to, begin, end); });
+      snows::vectorised([=]() SNOWS_INLINE { snows::keep(from, bit, to, begin, end); });
     });
     for (int64_t i = count / 8 * 8; i < count; ++i) to[i] = bit[i / 8] >> i % 8 & 1 ? from[i] : 0;
   });

@@ -1,4 +1,4 @@
-// The inner loop of panels.h, written once over a vector type. panels.cpp includes it for each instruction set: SNOWS_SET allows a function its
+// The inner loop of the product, written once over a vector type. product.cpp includes it for each instruction set: SNOWS_SET allows a function its
 // instructions, and the namespace around it has its Vector (vector.h).
 
 // Sums of two rows for V vectors of tokens, from `token` on, of a panel `width` tokens wide. An addition waits for the one before to the same
@@ -14,23 +14,23 @@ SNOWS_SET SNOWS_INLINE inline void multiply_pairs(const Part& p, int64_t width, 
     float* second = p.sums + pair->second * width + token;
     Vector a[Sets][V], b[Sets][V];
     if (p.bias) {
-#pragma GCC unroll 8
+#pragma GCC unroll 16
       for (int v = 0; v < V; ++v) a[0][v] = set(p.bias[pair->first]), b[0][v] = set(p.bias[pair->second]);
     } else {
-#pragma GCC unroll 8
+#pragma GCC unroll 16
       for (int v = 0; v < V; ++v) a[0][v] = load(first + kLanes * v), b[0][v] = load(second + kLanes * v);
     }
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int v = 0; v < V && Sets == 2; ++v) a[Sets - 1][v] = b[Sets - 1][v] = set(0);
 
     const auto shared = [&](Vector(&a)[V], Vector(&b)[V]) SNOWS_SET SNOWS_INLINE {
       const float* x = at(c[0]);
       SNOWS_KEEP("r", x);
       const Vector of_first = set(w[0]), of_second = set(w[1]);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
       for (int v = 0; v < V; ++v) {
         Vector tokens = load(x + kLanes * v);
-        SNOWS_KEEP("v", tokens);
+        SNOWS_KEEP(SNOWS_VECTOR, tokens);
         a[v] = fmadd(of_first, tokens, a[v]);
         b[v] = fmadd(of_second, tokens, b[v]);
       }
@@ -42,16 +42,16 @@ SNOWS_SET SNOWS_INLINE inline void multiply_pairs(const Part& p, int64_t width, 
       SNOWS_KEEP("r", x);
       SNOWS_KEEP("r", y);
       const Vector of_first = set(w[0]), of_second = set(w[1]);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
       for (int v = 0; v < V; ++v) a[v] = fmadd(of_first, load(x + kLanes * v), a[v]);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
       for (int v = 0; v < V; ++v) b[v] = fmadd(of_second, load(y + kLanes * v), b[v]);
       w += 2, c += 2;
     };
     const auto rest = [&](Vector(&a)[V], Vector(&)[V]) SNOWS_SET SNOWS_INLINE {
       const float* x = at(c[0]);
       const Vector of_first = set(w[0]);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
       for (int v = 0; v < V; ++v) a[v] = fmadd(of_first, load(x + kLanes * v), a[v]);
       ++w, ++c;
     };
@@ -61,9 +61,26 @@ SNOWS_SET SNOWS_INLINE inline void multiply_pairs(const Part& p, int64_t width, 
     };
     times(pair->shared, shared), times(pair->both, both), times(pair->rest, rest);
 
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int v = 0; v < V && Sets == 2; ++v) a[0][v] = add(a[0][v], a[Sets - 1][v]), b[0][v] = add(b[0][v], b[Sets - 1][v]);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int v = 0; v < V; ++v) store(first + kLanes * v, a[0][v]), store(second + kLanes * v, b[0][v]);
+  }
+}
+
+// A strip in parts of up to Most lines, 3 or 1: for so many the registers hold the sums of two rows, two weights and what is loaded.
+template <int Most>
+SNOWS_SET void multiply_parts(const Part& p) {
+  constexpr int kLine = 16 / kLanes, kSets = Most > 1 ? 2 : 1;
+  const int64_t width = 16 * p.vectors;
+  if (p.half) return multiply_pairs<kLine / 2, 2>(p, width, 0);
+  for (int64_t token = 0; token < width;) {
+    const int64_t left = (width - token) / 16;
+    if (Most > 1 && (left == 3 || left > 4))
+      multiply_pairs<3 * kLine>(p, width, token), token += 48;
+    else if (Most > 1 && left > 1)
+      multiply_pairs<2 * kLine>(p, width, token), token += 32;
+    else
+      multiply_pairs<kLine, kSets>(p, width, token), token += 16;
   }
 }

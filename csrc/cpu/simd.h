@@ -2,10 +2,7 @@
 
 #pragma once
 
-#include <ATen/core/Tensor.h>
-#include <ATen/core/dispatch/Dispatcher.h>
-
-#include <utility>
+#include <type_traits>
 
 #if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
 #define SNOWS_X86 1
@@ -18,13 +15,25 @@
 #include <immintrin.h>
 #pragma GCC diagnostic pop
 #endif
-// Keeps a value in its register: the compiler would load it again for its second use, where loads are what bounds a loop.
+// Keeps a value in its register, "r" for numbers and addresses or SNOWS_VECTOR: the compiler would load it again for its second use, or
+// compute an address anew for every load from it, where loads are what bounds a loop.
+#if defined(__x86_64__) || defined(__aarch64__)
 #define SNOWS_KEEP(register_kind, value) asm("" : "+" register_kind(value))
+#else
+#define SNOWS_KEEP(register_kind, value) static_cast<void>(value)
+#endif
+#ifdef __aarch64__
+#define SNOWS_VECTOR "w"
+#else
+#define SNOWS_VECTOR "v"
+#endif
 #define SNOWS_INLINE __attribute__((always_inline))  // into the version for each instruction set
 
 namespace snows {
 
-enum class Simd { portable, avx2, avx512 };
+template <typename T> using Wide = std::conditional_t<std::is_same_v<T, double>, double, float>;  // what numbers of a type are computed in
+
+enum class Simd { portable, avx2, avx512 };  // portable: vectors of four, which are NEON on Arm
 Simd simd();  // as PyTorch chose for this process: ATEN_CPU_CAPABILITY is heard
 bool multiplies_bfloat16();  // avx512, and the processor has instructions for products of bfloat16
 
@@ -43,13 +52,6 @@ auto vectorised(const F& f) {
   if (simd() == Simd::avx2) return with_avx2(f);
 #endif
   return f();
-}
-
-// The op's reference, which stands behind every device's key, for what a kernel does not take.
-template <typename Signature, typename... Args>
-auto reference(const char* op, Args&&... args) {
-  static const auto handle = c10::Dispatcher::singleton().findSchemaOrThrow(op, "").typed<Signature>();
-  return handle.redispatch(c10::DispatchKeySet(c10::DispatchKey::Meta), std::forward<Args>(args)...);
 }
 
 }  // namespace snows

@@ -341,7 +341,7 @@ at::Tensor sparse_conv2d(const at::Tensor& input, const at::Tensor& values_, con
   if (inner) s.images /= kImages, s.inner = input.size(0);
   s.out_h = (s.height + 2 * s.pad_h - (s.kernel_h - 1) * s.dilation_h - 1) / s.stride_h + 1;
   s.out_w = (s.width + 2 * s.pad_w - (s.kernel_w - 1) * s.dilation_w - 1) / s.stride_w + 1;
-  const std::optional<snows::Order> read = takes ? std::optional(snows::Order::read("sparse_conv2d", order, values, codes, shape)) : std::nullopt;
+  const std::optional<snows::Order> read = takes ? std::optional(snows::read_order("sparse_conv2d", order, values, codes, shape)) : std::nullopt;
   const std::optional<Tiles> tiles = takes && !lone ? choose(s, *read) : std::nullopt;
   if (!takes || !(lone || tiles))
     return laid_out(snows::activate(

@@ -55,7 +55,7 @@ at::Tensor sparse_linear(const at::Tensor& input, const at::Tensor& values_, con
   if (!order.defined() || order.numel() == 0 || input.scalar_type() != values.scalar_type())
     return snows::activate(at::linear(input, snows::unpack(values, codes, shape, n, m), bias_), activation).contiguous();
 
-  const snows::Order o = snows::Order::read("sparse_linear", order, values, codes, shape);
+  const snows::Order o = snows::read_order("sparse_linear", order, values, codes, shape);
   const int64_t rows = shape[0], columns = shape[1], tokens = input.numel() / columns;
   auto sizes = input.sizes().vec();
   sizes.back() = rows;

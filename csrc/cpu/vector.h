@@ -3,12 +3,26 @@
 
 #pragma once
 
-#include <c10/util/BFloat16.h>
-#include <c10/util/Half.h>
-
-#include <cstdint>
+#include <cstring>
 
 #include "simd.h"
+
+namespace snows::portable {
+
+typedef float Vector __attribute__((vector_size(16)));  // the compiler's: NEON on Arm, SSE2 on x86 without AVX2
+constexpr int kLanes = 4;
+
+inline Vector set(float x) { return Vector{x, x, x, x}; }
+inline Vector load(const float* from) {
+  Vector x;
+  std::memcpy(&x, from, sizeof x);
+  return x;
+}
+inline void store(float* to, Vector x) { std::memcpy(to, &x, sizeof x); }
+inline Vector add(Vector a, Vector b) { return a + b; }
+inline Vector fmadd(Vector a, Vector b, Vector sum) { return a * b + sum; }  // one instruction where the processor has it
+
+}  // namespace snows::portable
 
 #ifdef SNOWS_X86
 
@@ -21,11 +35,7 @@ using Vector = __m512;
 constexpr int kLanes = 16;
 
 SNOWS_AVX512 inline Vector set(float x) { return _mm512_set1_ps(x); }
-SNOWS_AVX512 inline Vector widen(__m256i x, c10::BFloat16) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
-SNOWS_AVX512 inline Vector widen(__m256i x, c10::Half) { return _mm512_cvtph_ps(x); }
 SNOWS_AVX512 inline Vector load(const float* from) { return _mm512_loadu_ps(from); }
-template <typename T>
-SNOWS_AVX512 inline Vector load(const T* from) { return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)), T()); }
 SNOWS_AVX512 inline void store(float* to, Vector x) { _mm512_storeu_ps(to, x); }
 SNOWS_AVX512 inline Vector add(Vector a, Vector b) { return _mm512_add_ps(a, b); }
 SNOWS_AVX512 inline Vector fmadd(Vector a, Vector b, Vector sum) { return _mm512_fmadd_ps(a, b, sum); }
@@ -39,11 +49,7 @@ using Vector = __m256;
 constexpr int kLanes = 8;
 
 SNOWS_AVX2 inline Vector set(float x) { return _mm256_set1_ps(x); }
-SNOWS_AVX2 inline Vector widen(__m128i x, c10::BFloat16) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16)); }
-SNOWS_AVX2 inline Vector widen(__m128i x, c10::Half) { return _mm256_cvtph_ps(x); }
 SNOWS_AVX2 inline Vector load(const float* from) { return _mm256_loadu_ps(from); }
-template <typename T>
-SNOWS_AVX2 inline Vector load(const T* from) { return widen(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)), T()); }
 SNOWS_AVX2 inline void store(float* to, Vector x) { _mm256_storeu_ps(to, x); }
 SNOWS_AVX2 inline Vector add(Vector a, Vector b) { return _mm256_add_ps(a, b); }
 SNOWS_AVX2 inline Vector fmadd(Vector a, Vector b, Vector sum) { return _mm256_fmadd_ps(a, b, sum); }
