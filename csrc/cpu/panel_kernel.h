@@ -1,14 +1,14 @@
 // The inner loop of panels.h, written once over a vector type. panels.cpp includes it for each instruction set: SNOWS_SET allows a function its
-// instructions, and the namespace around it has its Vector (vector.h).
+// instructions, and the namespace around it has its Vector (vector.h). A line of the panel has `Line` bytes.
 
 // Sums of two rows for V vectors of tokens, from `token` on, of a panel `width` tokens wide. An addition waits for the one before to the same
 // sums, and with few vectors the processor for both: then steps go in turns to two Sets of sums.
-template <int V, int Sets = 1>
+template <int V, int Sets = 1, int Line = 64>
 SNOWS_SET SNOWS_INLINE inline void multiply_pairs(const Part& p, int64_t width, int64_t token) {
   const float* w = p.weights;
   const uint16_t* c = p.lines;
   const char* const panel = static_cast<const char*>(p.panel) + 4 * token;
-  const auto at = [panel](uint16_t line) SNOWS_SET SNOWS_INLINE { return reinterpret_cast<const float*>(panel + int64_t(line) * 64); };
+  const auto at = [panel](uint16_t line) SNOWS_SET SNOWS_INLINE { return reinterpret_cast<const float*>(panel + int64_t(line) * Line); };
   for (const Pair* pair = p.pairs; pair < p.pairs + p.count; ++pair) {
     float* first = p.sums + pair->first * width + token;
     float* second = p.sums + pair->second * width + token;

@@ -22,9 +22,10 @@ namespace snows {
 namespace {
 
 void run_portable(const Part& p) {
-  const int64_t tokens = 16 * p.vectors;
+  const int64_t tokens = p.lanes * p.vectors;
   const float* w = p.weights;
   const uint16_t* c = p.lines;
+  const auto at = [&p](uint16_t line) { return static_cast<const float*>(p.panel) + int64_t(line) * p.lanes; };
   for (const Pair* pair = p.pairs; pair < p.pairs + p.count; ++pair) {
     float* __restrict first = p.sums + pair->first * tokens;
     float* __restrict second = p.sums + pair->second * tokens;
@@ -32,9 +33,9 @@ void run_portable(const Part& p) {
     auto add = [tokens](float* __restrict sum, float weight, const float* __restrict x) {
       for (int64_t t = 0; t < tokens; ++t) sum[t] += weight * x[t];
     };
-    for (int i = 0; i < pair->shared; ++i, w += 2, ++c) add(first, w[0], p.at(c[0])), add(second, w[1], p.at(c[0]));
-    for (int i = 0; i < pair->both; ++i, w += 2, c += 2) add(first, w[0], p.at(c[0])), add(second, w[1], p.at(c[1]));
-    for (int i = 0; i < pair->rest; ++i, ++w, ++c) add(first, w[0], p.at(c[0]));
+    for (int i = 0; i < pair->shared; ++i, w += 2, ++c) add(first, w[0], at(c[0])), add(second, w[1], at(c[0]));
+    for (int i = 0; i < pair->both; ++i, w += 2, c += 2) add(first, w[0], at(c[0])), add(second, w[1], at(c[1]));
+    for (int i = 0; i < pair->rest; ++i, ++w, ++c) add(first, w[0], at(c[0]));
   }
 }
 
@@ -58,18 +59,17 @@ namespace {
 template <int V>
 SNOWS_AVX512 void run_avx512(const Part& p) { avx512::multiply_pairs<V>(p, 16 * V, 0); }
 
-// 16 registers hold 6 vectors of sums for each row, two weights and what is loaded.
+// 16 registers hold 6 vectors of sums for each row, two weights and what is loaded. A wider panel is cut into equal parts.
+template <int Line>
 SNOWS_AVX2 void run_avx2(const Part& p) {
-  const int64_t width = 16 * p.vectors;
-  if (p.half) return avx2::multiply_pairs<1, 2>(p, width, 0);
-  for (int64_t token = 0; token < width;) {
-    const int64_t left = (width - token) / 16;
-    if (left == 3 || left > 4)
-      avx2::multiply_pairs<6>(p, width, token), token += 48;
-    else if (left > 1)
-      avx2::multiply_pairs<4>(p, width, token), token += 32;
-    else
-      avx2::multiply_pairs<2, 2>(p, width, token), token += 16;
+  static constexpr void (*parts[])(const Part&, int64_t, int64_t) = {
+      avx2::multiply_pairs<1, 2, Line>, avx2::multiply_pairs<2, 2, Line>, avx2::multiply_pairs<3, 1, Line>,
+      avx2::multiply_pairs<4, 1, Line>, avx2::multiply_pairs<5, 1, Line>, avx2::multiply_pairs<6, 1, Line>};
+  const int64_t width = p.lanes * p.vectors;
+  for (int64_t token = 0, left = p.half ? 1 : width / 8, now; left > 0; left -= now, token += 8 * now) {
+    const int64_t rest = (left + 5) / 6;
+    now = (left + rest - 1) / rest;
+    parts[now - 1](p, width, token);
   }
 }
 
@@ -169,7 +169,7 @@ void run(const Part& p, bool bfloat16) {
   static constexpr void (*avx512[])(const Part&) = {run_avx512<1>, run_avx512<2>, run_avx512<3>, run_avx512<4>,
                                                     run_avx512<5>, run_avx512<6>, run_avx512<7>, run_avx512<8>};
   if (simd() == Simd::avx512) return avx512[p.vectors - 1](p);
-  if (simd() == Simd::avx2) return run_avx2(p);
+  if (simd() == Simd::avx2) return p.lanes == 8 ? run_avx2<32>(p) : run_avx2<64>(p);
 #endif
   run_portable(p);
 }
@@ -276,7 +276,7 @@ void multiply(const Order& o, const Panels& panels, const at::Tensor& bias, c10:
   const int64_t items = panels.count * shares, grain = std::max<int64_t>(1, items / wanted);
   std::atomic<int64_t> taken{0};
   at::parallel_for(0, std::min<int64_t>(at::get_num_threads(), items), 1, [&](int64_t, int64_t) {
-    const int64_t lanes = o.lanes(), step = most * lanes * panels.vectors;
+    const int64_t lanes = panels.lanes, step = most * lanes * panels.vectors;
     static thread_local Scratch memory;
     float* sums = memory.floats(panels.strips * step + 128 + panels.scratch);  // and with it scratch aligned: no load straddles two cache lines
     float* scratch = sums + panels.strips * step + 128;
@@ -294,7 +294,7 @@ void multiply(const Order& o, const Panels& panels, const at::Tensor& bias, c10:
               const Source source = panels.fill(scratch, panel, strip, block, from == chunks * share / shares);
               for (int64_t chunk = from; chunk < to && source.vectors > 0; ++chunk) {
                 const int64_t at = chunk * blocks + block, before = (chunk - from) * Order::kChunk, count = o.pairs_of(chunk);
-                run({o.pairs + chunk * blocks * (Order::kChunk / 2) + block * count, count, source.vectors, o.weights + o.starts[2 * at],
+                run({o.pairs + chunk * blocks * (Order::kChunk / 2) + block * count, count, source.vectors, lanes, o.weights + o.starts[2 * at],
                      panels.lines + o.starts[2 * at + 1], source.at, sums + strip * step + before * lanes * source.vectors,
                      block == 0 ? starts.data() + before : nullptr, source.half}, o.bfloat16);
               }
