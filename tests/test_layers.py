@@ -175,6 +175,12 @@ def test_images_innermost_stay_so(pattern, images, channels, size, kernel, strid
         want, found = conv.double()(x.double()).relu(), sparse(laid)
         assert found.permute(1, 2, 3, 0).is_contiguous()
         assert ((found - want).norm() / want.norm()).item() < 2e-6
+        threads = torch.get_num_threads()
+        try:  # a portion for each, or one that they share
+            torch.set_num_threads(3)
+            assert torch.equal(sparse(laid), found)
+        finally:
+            torch.set_num_threads(threads)
         sparse.innermost = True  # brings its input into the layout, where it is of use
         assert sparse(x).is_contiguous() == (images % INNERMOST > 0)
         assert ((sparse(x) - want).norm() / want.norm()).item() < 2e-6
