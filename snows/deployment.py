@@ -57,8 +57,9 @@ def deploy(
     """Put the layers of a pruned network on packed weights.
 
     BatchNorm is folded into a convolution whose output goes to it alone. Then every layer with zeros is timed
-    on the example, dense against packed, and the better one stays. With 16 images or a multiple of it,
-    convolutions are also tried with the images innermost in memory, a layout that they hand on; the faster
+    on the example, dense against packed, and the better one stays. With 8 images or a multiple of it (16 with
+    AVX-512), the network is also tried with the images innermost in memory, a layout that convolutions hand
+    on: there one without zeros is packed too, where moving what it reads and makes takes longer. The faster
     network stays. Whole networks are timed in the runtime that is asked for, because what is faster eagerly
     need not be under `torch.compile`. No layer is changed that the network uses in another way than by
     calling it. The result computes what the masked network computed, on any machine.

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.utils import prune as torch_prune
 
 import snows
-from snows import ops, zoo
+from snows import ops, reference, zoo
 from snows.choosing.measuring import Race, Stopwatch
 from snows.layers import SparseConv2d, SparseLinear
 from snows.networks.attention import OpenAttention
@@ -496,3 +496,30 @@ def test_what_cannot_be_deployed_is_refused():
         snows.deploy(broken, x)
     with pytest.raises(ValueError, match="meta device"):
         snows.deploy(copy.deepcopy(net).to("meta"), x)
+
+
+@pytest.mark.parametrize(
+    "whole", [1.0, 3.0]
+)  # of the network with images innermost; the ordinary one takes 2
+@pytest.mark.parametrize("stem", [1.0, 3.0])
+def test_one_layout_for_the_whole_network(stem, whole, tmp_path, monkeypatch):
+    monkeypatch.setattr(SparseConv2d, "kernel", "native")
+    net = nn.Sequential(
+        nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 4, 1)
+    ).eval()
+    for layer in (net[2], net[4]):
+        layer.weight.data *= snows.NM(1, 4).mask(layer.weight.data.abs())
+    x = torch.randn(16, 1, 9, 7)
+    ordinary, innermost = [(2, 1), (2, 1)], [(2, stem), (2, 1), (2, 1)]
+    told = Told([*ordinary, *innermost], [(4, 3, 2, whole)])
+    deployed = snows.deploy(net, x, stopwatch=told, progress=False)
+    layers = [deployed.network[i] for i in (0, 2, 4)]
+    assert same(net, deployed.network, x) < 2e-6
+    assert [row.name for row in deployed.report.layers] == ["2", "4"]
+    assert [isinstance(layer, SparseConv2d) for layer in layers] == [whole == stem == 1, True, True]
+    assert [layer.innermost for layer in layers[1:]] == [whole == 1] * 2
+    output = deployed.network(x)
+    assert reference.images_innermost(output) == (whole == 1)
+    file = tmp_path / "net.safetensors"
+    snows.save(deployed.network, file)
+    assert torch.equal(snows.load(file, copy.deepcopy(net))(x), output)

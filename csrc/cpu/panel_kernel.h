@@ -1,14 +1,14 @@
 // The inner loop of the product, written once over a vector type. product.cpp includes it for each instruction set: SNOWS_SET allows a function its
-// instructions, and the namespace around it has its Vector (vector.h).
+// instructions, and the namespace around it has its Vector (vector.h). A line of the panel has `Line` bytes.
 
 // Sums of two rows for V vectors of tokens, from `token` on, of a panel `width` tokens wide. An addition waits for the one before to the same
 // sums, and with few vectors the processor for both: then steps go in turns to two Sets of sums.
-template <int V, int Sets = 1>
+template <int V, int Sets = 1, int Line = 64>
 SNOWS_SET SNOWS_INLINE inline void multiply_pairs(const Part& p, int64_t width, int64_t token) {
   const float* w = p.weights;
   const uint16_t* c = p.lines;
   const char* const panel = static_cast<const char*>(p.panel) + 4 * token;
-  const auto at = [panel](uint16_t line) SNOWS_SET SNOWS_INLINE { return reinterpret_cast<const float*>(panel + int64_t(line) * 64); };
+  const auto at = [panel](uint16_t line) SNOWS_SET SNOWS_INLINE { return reinterpret_cast<const float*>(panel + int64_t(line) * Line); };
   for (const Pair* pair = p.pairs; pair < p.pairs + p.count; ++pair) {
     float* first = p.sums + pair->first * width + token;
     float* second = p.sums + pair->second * width + token;
@@ -68,19 +68,19 @@ SNOWS_SET SNOWS_INLINE inline void multiply_pairs(const Part& p, int64_t width, 
   }
 }
 
-// A strip in parts of up to Most lines, 3 or 1: for so many the registers hold the sums of two rows, two weights and what is loaded.
-template <int Most>
+// A strip in parts of up to Most times 8 tokens: for so many the registers hold the sums of two rows, two weights and what is loaded. A wider
+// one is cut into equal parts.
+template <int Most, int Line>
 SNOWS_SET void multiply_parts(const Part& p) {
-  constexpr int kLine = 16 / kLanes, kSets = Most > 1 ? 2 : 1;
-  const int64_t width = 16 * p.vectors;
-  if (p.half) return multiply_pairs<kLine / 2, 2>(p, width, 0);
-  for (int64_t token = 0; token < width;) {
-    const int64_t left = (width - token) / 16;
-    if (Most > 1 && (left == 3 || left > 4))
-      multiply_pairs<3 * kLine>(p, width, token), token += 48;
-    else if (Most > 1 && left > 1)
-      multiply_pairs<2 * kLine>(p, width, token), token += 32;
-    else
-      multiply_pairs<kLine, kSets>(p, width, token), token += 16;
+  constexpr int kEight = 8 / kLanes;  // vectors of 8 tokens
+  constexpr auto fits = [](int part) { return part < Most ? part : Most; };
+  static constexpr void (*parts[])(const Part&, int64_t, int64_t) = {
+      multiply_pairs<kEight, 2, Line>,           multiply_pairs<2 * kEight, Most == 2 ? 1 : 2, Line>, multiply_pairs<fits(3) * kEight, 1, Line>,
+      multiply_pairs<fits(4) * kEight, 1, Line>, multiply_pairs<fits(5) * kEight, 1, Line>,          multiply_pairs<fits(6) * kEight, 1, Line>};
+  const int64_t width = p.lanes * p.vectors;
+  for (int64_t token = 0, left = p.half ? 1 : width / 8, now; left > 0; left -= now, token += 8 * now) {
+    const int64_t rest = (left + Most - 1) / Most;
+    now = (left + rest - 1) / rest;
+    parts[now - 1](p, width, token);
   }
 }

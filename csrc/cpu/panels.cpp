@@ -83,7 +83,7 @@ void multiply(const Order& o, const Panels& panels, const at::Tensor& bias, c10:
   const int64_t items = panels.count * shares, grain = std::max<int64_t>(1, items / wanted);
   std::atomic<int64_t> taken{0};
   at::parallel_for(0, std::min<int64_t>(at::get_num_threads(), items), 1, [&](int64_t, int64_t) {
-    const int64_t lanes = o.lanes(), step = most * lanes * panels.vectors;
+    const int64_t lanes = panels.lanes, step = most * lanes * panels.vectors;
     static thread_local Scratch memory;
     float* sums = memory.floats(panels.strips * step + 128 + panels.scratch);  // and with it scratch aligned: no load straddles two cache lines
     float* scratch = sums + panels.strips * step + 128;
@@ -102,7 +102,7 @@ void multiply(const Order& o, const Panels& panels, const at::Tensor& bias, c10:
               for (int64_t chunk = from; chunk < to && source.vectors > 0; ++chunk) {
                 const int64_t before = (chunk - from) * Order::kChunk;
                 Part part = part_of(o, chunk, block, panels.lines);
-                part.vectors = source.vectors, part.panel = source.at, part.half = source.half;
+                part.vectors = source.vectors, part.lanes = lanes, part.panel = source.at, part.half = source.half;
                 part.sums = sums + strip * step + before * lanes * source.vectors, part.bias = block == 0 ? starts.data() + before : nullptr;
                 o.bfloat16 ? multiply_bfloat16(part) : product(part);
               }

@@ -39,8 +39,9 @@ struct Panels {
   int64_t count;
   int64_t strips;         // of a panel, the most
   int64_t vectors;        // of a strip, the most
+  int64_t lanes;          // tokens of a vector: the order's, or 8, half a cache line
   int64_t scratch;        // floats of it that `fill` gets, aligned to a cache line
-  const uint16_t* lines;  // the order's, or the same in a panel of another layout: vectors begin 64 * lines[i] bytes behind the block's part
+  const uint16_t* lines;  // the order's, or the same in a panel of another layout: a column's vectors begin lines[i] of them behind the block's part
   // `first` says that the scratch memory holds nothing of this panel yet.
   std::function<Source(float* scratch, int64_t panel, int64_t strip, int64_t block, bool first)> fill;
   // sums[strip * step + r * lanes * (the strip's vectors) + i] belongs to row + r and token i of the strip. 8 vectors behind them

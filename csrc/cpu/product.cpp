@@ -137,13 +137,14 @@ void product(const Part& p) {
   static constexpr void (*avx512[])(const Part&) = {run_avx512<1>, run_avx512<2>, run_avx512<3>, run_avx512<4>,
                                                     run_avx512<5>, run_avx512<6>, run_avx512<7>, run_avx512<8>};
   if (simd() == Simd::avx512) return avx512[p.vectors - 1](p);
-  if (simd() == Simd::avx2) return avx2::multiply_parts<3>(p);
+  if (simd() == Simd::avx2) return p.lanes == 8 ? avx2::multiply_parts<6, 32>(p) : avx2::multiply_parts<6, 64>(p);
 #endif
 #ifdef __aarch64__
-  portable::multiply_parts<3>(p);
+  constexpr int kMost = 6;
 #else
-  portable::multiply_parts<1>(p);  // 16 registers
+  constexpr int kMost = 2;  // 16 registers
 #endif
+  p.lanes == 8 ? portable::multiply_parts<kMost, 32>(p) : portable::multiply_parts<kMost, 64>(p);
 }
 
 void transpose(const float* in, int64_t in_stride, float* out, int64_t out_stride, int64_t rows, int64_t columns, bool past) {

@@ -23,14 +23,14 @@ namespace snows {
 // All pairs of a chunk over one block: sums[row] (+)= the weights times the block of the panel.
 struct Part {
   const Pair* pairs;
-  int64_t count, vectors;
+  int64_t count, vectors, lanes;
   const float* weights;
   const uint16_t* lines;
   const void* panel;
   float* sums;        // a line's tokens times vectors for each row
   const float* bias;  // a row's sums begin with it; null where they go on
   bool half;          // see Source
-  const float* at(uint16_t line) const { return static_cast<const float*>(panel) + int64_t(line) * 16; }
+  const float* at(uint16_t line) const { return static_cast<const float*>(panel) + int64_t(line) * 16; }  // a whole cache line
 };
 
 // What the product reads of a chunk over one block of the order; its lines may be those of another layout. Where activations and sums
@@ -38,7 +38,7 @@ struct Part {
 inline Part part_of(const Order& o, int64_t chunk, int64_t block, const uint16_t* lines) {
   const int64_t at = chunk * o.blocks() + block, count = o.pairs_of(chunk);
   const Pair* const pairs = o.pairs + chunk * o.blocks() * (Order::kChunk / 2) + block * count;
-  return {pairs, count, o.vectors, o.weights + o.starts[2 * at], lines + o.starts[2 * at + 1], nullptr, nullptr, nullptr, false};
+  return {pairs, count, o.vectors, o.lanes(), o.weights + o.starts[2 * at], lines + o.starts[2 * at + 1], nullptr, nullptr, nullptr, false};
 }
 
 // A step's lines by one load, each 16 bits above the one before.

@@ -2,8 +2,9 @@
 // and 16 tiles are computed side by side: where the input of 16 tiles stands pixel by pixel, one vector for each, a tap of
 // the kernel is nothing but a distance in memory, and every load is aligned. A panel is a few pixels in a row of 16 tiles.
 // Padding, stride and dilation happen when the input is rearranged. Where images are innermost in memory, 16 of them at the
-// same place are such tiles as they stand, and nothing is transposed. Where the processor multiplies bfloat16, a line of that type
-// holds 32 tiles, or twice 16 images. Specification: snows/reference/packed.py, sparse_conv2d.
+// same place are such tiles as they stand, and nothing is transposed; so are 8 where a vector is no longer, and lines are half as
+// long then. Where the processor multiplies bfloat16, a line of that type holds 32 tiles, or twice 16 images.
+// Specification: snows/reference/packed.py, sparse_conv2d.
 
 #include <ATen/Parallel.h>
 #include <ATen/ops/conv2d.h>
@@ -13,80 +14,17 @@
 #include <algorithm>
 #include <atomic>
 #include <cstring>
-#include <limits>
 #include <vector>
 
 #include "panels.h"
+#include "tiles.h"
 
 namespace {
 
-constexpr int64_t kLine = 64;     // bytes of a cache line
-constexpr int64_t kImages = 16;   // that are worked on together where images are innermost
+using snows::Shape, snows::Tiles, snows::parts, snows::kNear;
+
 template <typename T>
-constexpr int64_t kLanes = kLine / sizeof(T);  // tiles side by side in a line of activations
-constexpr int64_t kNear = 5 << 19;          // bytes of input that are rearranged at a time, where it may be so little
-
-int64_t parts(int64_t whole, int64_t part) { return (whole + part - 1) / part; }
-
-struct Shape {
-  int64_t images, channels, height, width, kernel_h, kernel_w, out_h, out_w;
-  int64_t stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
-  int64_t inner;  // 1, or so many images innermost: then `images` counts blocks of 16
-};
-
-struct Tiles {
-  int64_t h, w;              // output pixels of a tile
-  int64_t down, across;      // tiles of an image
-  int64_t count, groups;     // of all images (or of blocks of them), and of as many tiles as a line has lanes
-  int64_t vectors, strips;   // pixels of a panel, panels in a row of a tile
-  int64_t in_h, phase;       // rows of input, and pixels of it of each remainder modulo the stride
-  int64_t row, plane;        // lines from one row, one channel to the next
-
-  Tiles(const Shape& s, int64_t down_, int64_t across_, int64_t most, int64_t lanes) {
-    h = parts(s.out_h, down_), w = parts(s.out_w, across_);
-    down = parts(s.out_h, h), across = parts(s.out_w, w);
-    count = s.images * down * across, groups = parts(count, s.inner > 1 ? lanes / kImages : lanes);
-    strips = parts(w, most), vectors = parts(w, strips);
-    in_h = (h - 1) * s.stride_h + (s.kernel_h - 1) * s.dilation_h + 1;
-    phase = parts((w - 1) * s.stride_w + (s.kernel_w - 1) * s.dilation_w + 1, s.stride_w);
-    row = parts(s.stride_w * phase, 4) * 4;  // the rearrangement works on four at a time
-    plane = in_h * row;
-  }
-  // Moves the planes apart until the lines that a block reads at once fall on all sets of the first-level cache alike.
-  void spread(const Shape& s, int64_t block) {
-    int64_t least = std::numeric_limits<int64_t>::max(), best = plane;
-    for (int64_t candidate = plane; candidate < plane + 64; candidate += 4) {
-      int32_t sets[64] = {};
-      for (int64_t c = 0; c < block; ++c)
-        for (int64_t i = 0; i < s.kernel_h; ++i)
-          for (int64_t x = 0; x < vectors + s.kernel_w - 1; ++x) ++sets[(c * candidate + i * s.dilation_h * row + x) % 64];
-      const int64_t worst = *std::max_element(sets, sets + 64);
-      if (worst < least) least = worst, best = candidate;
-    }
-    plane = best;
-  }
-  int64_t line(const Shape& s, int64_t x) const { return x % s.stride_w * phase + x / s.stride_w; }
-};
-
-// The tiles of the least work, counted in multiply-adds of vectors, or none of which a block's lines have 16-bit numbers.
-std::optional<Tiles> choose(const Shape& s, const snows::Order& o) {
-  std::optional<Tiles> best;
-  double least = std::numeric_limits<double>::infinity();
-  const int64_t threads = at::get_num_threads();
-  const double weights = static_cast<double>(o.entries) / static_cast<double>(o.channels);
-  for (int64_t down = 1; down <= std::min(s.out_h, 64L); ++down)
-    for (int64_t across = 1; across <= std::min(s.out_w, 64L); ++across) {
-      const Tiles t(s, down, across, o.vectors, o.lanes());
-      // A rough model: what a strip's sums cost, and what it costs to rearrange a line within the near caches and through memory.
-      const bool near = s.channels * t.plane * kLine <= kNear;
-      const double products = weights * t.h * (t.w + 0.7 * t.strips), moves = (s.inner > 1 ? 30.0 : near ? 80.0 : 185.0) * t.plane;
-      const double share = t.groups < threads ? 1.3 * t.groups / threads : parts(t.groups, threads);  // of a thread; a group that is shared costs more
-      const double work = share * (products + moves);
-      if (work < least && o.block * (t.plane + 64) <= 65536) least = work, best = t;
-    }
-  if (best) best->spread(s, o.block);
-  return best;
-}
+constexpr int64_t kLanes = snows::kLine / sizeof(T);  // tiles side by side in a cache line of activations
 
 struct Corner {  // of a tile's input; no image for tiles that there are not
   int64_t image, top, left;
@@ -150,29 +88,38 @@ void rearrange(const Shape& s, const Tiles& t, const T* in, const Corner* corner
 void give(const float* sums, int64_t count, float* out) { std::copy_n(sums, count, out); }
 void give(const float* sums, int64_t count, at::BFloat16* out) { snows::round_row(sums, count, out); }
 
-// 16 numbers, or zeros, into a line that has no others, or into one of its halves.
-void put(const float* from, float* line, int64_t) { from ? std::copy_n(from, 16, line) : std::fill_n(line, 16, 0.0f); }
+// The images of a block, or zeros, into a line that has no others, or into one of its halves.
+template <int64_t together>
+void put(const float* from, float* line, int64_t) { from ? std::copy_n(from, together, line) : std::fill_n(line, together, 0.0f); }
+template <int64_t together>
 void put(const at::BFloat16* from, at::BFloat16* line, int64_t half) {
   for (int64_t i = 0; i < 16; i += 4)
     from ? std::copy_n(from + i, 4, line + 2 * i + 4 * half) : std::fill_n(line + 2 * i + 4 * half, 4, at::BFloat16(0.0f));
 }
 
-// The same where images are innermost: `blocks` of 16 images from the corner's on, line by line, into the lines (and halves) at `to`.
-template <typename T>
+// The same where images are innermost: blocks of them from the corner's on, line by line, into the lines (and halves) at `to`.
+template <int64_t together, typename T>
 void rearrange_lines(const Shape& s, const Tiles& t, const T* in, const Corner& corner, int64_t channel, const std::vector<std::pair<T*, int64_t>>& to) {
   const auto [block, top, left] = corner;
   const int64_t begin = std::max<int64_t>(0, -left), end = std::max(begin, std::min(s.stride_w * t.phase, s.width - left));
   for (int64_t y = 0; y < t.in_h; ++y) {
-    const int64_t row = y * t.row * kLanes<T>;
+    const int64_t row = y * t.row * t.lanes;
     const bool inside = block >= 0 && top + y >= 0 && top + y < s.height && begin < end;
-    if (!(inside && begin == 0 && end == t.row && s.stride_w == 1))
+    const auto clear = [&](int64_t first, int64_t last) {
       for (const auto& [place, half] : to)
-        for (int64_t i = 0; i < t.row; ++i) put(static_cast<const T*>(nullptr), place + row + i * kLanes<T>, half);
+        for (int64_t i = first; i < last; ++i) put<together>(static_cast<const T*>(nullptr), place + row + i * t.lanes, half);
+    };
+    clear(0, inside && s.stride_w == 1 ? begin : t.row);
     if (!inside) continue;
-    const T* from = in + ((channel * s.height + top + y) * s.width + left) * s.inner + block * kImages;
+    if (s.stride_w == 1) clear(end, t.row);
+    const T* from = in + ((channel * s.height + top + y) * s.width + left) * s.inner + block * together;
+    if (s.stride_w == 1 && t.as_it_stands) {
+      std::copy_n(from + begin * together, (end - begin) * together, to[0].first + row + begin * together);
+      continue;
+    }
     for (int64_t x = begin; x < std::min(end, begin + s.stride_w); ++x)
       for (int64_t i = t.line(s, x), at = x; at < end; ++i, at += s.stride_w)
-        for (size_t b = 0; b < to.size(); ++b) put(from + at * s.inner + b * kImages, to[b].first + row + i * kLanes<T>, to[b].second);
+        for (size_t b = 0; b < to.size(); ++b) put<together>(from + at * s.inner + b * together, to[b].first + row + i * t.lanes, to[b].second);
   }
 }
 
@@ -187,7 +134,7 @@ void one_pixel(const Shape& s, const snows::Order& o, const at::Tensor& bias, c1
       run(t, (first + t) / pixels, pixel, many);
     }
   };
-  snows::Panels panels{parts(tokens, width), 1, o.vectors, o.block * o.vectors * 16, o.lines, nullptr, nullptr};
+  snows::Panels panels{parts(tokens, width), 1, o.vectors, o.lanes(), o.block * o.vectors * 16, o.lines, nullptr, nullptr};
   panels.fill = [&](float* memory, int64_t panel, int64_t, int64_t block, bool) {
     T* scratch = reinterpret_cast<T*>(memory);
     const int64_t first = panel * width, count = std::min(width, tokens - first), padded = parts(count, kLanes<T>) * kLanes<T>;
@@ -221,28 +168,28 @@ void convolve(const Shape& s, const Tiles& t, const snows::Order& o, const at::T
   const int64_t rows = o.rows, pixels = s.out_h * s.out_w;
   const bool inner = s.inner > 1;
   const int64_t for_all = parts(4 * at::get_num_threads(), t.h * t.strips);  // groups that give every thread something to do
-  const int64_t together = std::min(std::max(kNear / (s.channels * t.plane * kLine), for_all), std::max<int64_t>(1, t.groups));
-  const std::vector<Corner> corner = corners(s, t, kLanes<T>);
+  const int64_t together = std::min(std::max(kNear / (s.channels * t.plane * t.lanes * int64_t(sizeof(T))), for_all), std::max<int64_t>(1, t.groups / at::get_num_threads()));
+  const std::vector<Corner> corner = corners(s, t, t.lanes);
   // Strips of a row are stored together while their sums fit in the second-level cache: fewer cache lines are written twice.
-  const int64_t strips = std::clamp<int64_t>((128 << 10) / (std::min(rows, 2 * snows::Order::kChunk) * t.vectors * kLanes<T>), 1, t.strips);
+  const int64_t strips = std::clamp<int64_t>((128 << 10) / (std::min(rows, 2 * snows::Order::kChunk) * t.vectors * t.lanes), 1, t.strips);
   const int64_t across = parts(t.strips, strips);
   // Where images are innermost, blocks of them are worked on side by side, and a line has room for one or two.
-  const int64_t halves = inner ? kLanes<T> / kImages : 1, units = inner ? t.count : t.groups;
+  const int64_t halves = inner ? t.lanes / s.together : 1, units = inner ? t.count : t.groups;
   const int64_t blocks = inner ? std::min(together * halves, s.images) : 1;
   const auto work = [&](int64_t first, int64_t many) {
     static thread_local snows::Scratch memory;
-    T* arranged = reinterpret_cast<T*>(memory.floats(together * s.channels * t.plane * 16));
+    T* arranged = reinterpret_cast<T*>(memory.floats(together * s.channels * t.plane * t.lanes * sizeof(T) / sizeof(float)));
     const int64_t groups = parts(many, halves), beside = std::min(parts(blocks, halves), groups), abreast = groups % beside ? 1 : beside;
     at::parallel_for(0, inner ? s.channels : groups * s.channels, 1, [&](int64_t begin, int64_t end) {
       std::vector<T> scratch(inner ? 0 : kLanes<T> * t.plane);
       std::vector<std::pair<T*, int64_t>> to;
       for (int64_t i = begin; i < end; ++i) {
-        const auto place = [&](int64_t unit) { return arranged + (unit / halves * s.channels + i) * t.plane * kLanes<T>; };
+        const auto place = [&](int64_t unit) { return arranged + (unit / halves * s.channels + i) * t.plane * t.lanes; };
         for (int64_t unit = 0, count; inner && unit < groups * halves; unit += count) {
           count = unit < many ? std::min(blocks, many - unit) : 1;  // a line's second half may have no images
           to.clear();
           for (int64_t b = 0; b < count; ++b) to.emplace_back(place(unit + b), (unit + b) % halves);
-          rearrange_lines(s, t, in, unit < many ? corner[first + unit] : Corner{-1, 0, 0}, i, to);
+          (s.together == 8 ? rearrange_lines<8, T> : rearrange_lines<16, T>)(s, t, in, unit < many ? corner[first + unit] : Corner{-1, 0, 0}, i, to);
         }
         if (!inner) rearrange(s, t, in, corner.data() + (first + i / s.channels) * kLanes<T>, i % s.channels, scratch.data(), arranged + i * t.plane * kLanes<T>);
       }
@@ -254,11 +201,11 @@ void convolve(const Shape& s, const Tiles& t, const snows::Order& o, const at::T
       const int64_t rest = panel / abreast;
       return Place{rest / across / t.h * abreast + panel % abreast, rest / across % t.h, rest % across * strips * t.vectors};
     };
-    snows::Panels panels{groups * t.h * across, strips, t.vectors, 0, lines.data(), nullptr, nullptr};
+    snows::Panels panels{groups * t.h * across, strips, t.vectors, t.lanes, 0, lines.data(), nullptr, nullptr};
     panels.fill = [&](float*, int64_t panel, int64_t strip, int64_t block, bool) {
       const auto [group, row, start] = place(panel);
       const int64_t left = start + strip * t.vectors, line = (group * s.channels + block * o.block) * t.plane + row * s.stride_h * t.row + left;
-      return snows::Source{arranged + line * kLanes<T>, std::clamp<int64_t>(t.w - left, 0, t.vectors)};
+      return snows::Source{arranged + line * t.lanes, std::clamp<int64_t>(t.w - left, 0, t.vectors)};
     };
     panels.store = [&](const float* sums, int64_t step, int64_t panel, int64_t row, int64_t rows_here) {
       const auto [local, down, left] = place(panel);
@@ -268,11 +215,12 @@ void convolve(const Shape& s, const Tiles& t, const snows::Order& o, const at::T
         const int64_t h = tile / t.across * t.h + down, w = tile % t.across * t.w + left;
         const int64_t count = h < s.out_h ? std::clamp<int64_t>(std::min(t.w - left, s.out_w - w), 0, width) : 0;
         for (int64_t r = 0; r < rows_here; ++r) {
-          T* to_row = out + (((row + r) * s.out_h + h) * s.out_w + w) * s.inner + block * kImages;
+          T* to_row = out + (((row + r) * s.out_h + h) * s.out_w + w) * s.inner + block * s.together;
           for (int64_t strip = 0; strip * t.vectors < count; ++strip) {
             const int64_t start = strip * t.vectors, vectors = std::min(t.w - left - start, t.vectors);
-            for (int64_t x = 0; x < std::min(vectors, count - start); ++x)
-              give(sums + strip * step + (r * vectors + x) * kLanes<T> + half * kImages, kImages, to_row + (start + x) * s.inner);
+            const float* from = sums + strip * step + r * vectors * t.lanes + half * s.together;
+            const int64_t many = std::min(vectors, count - start), run = t.as_it_stands ? many : 1;
+            for (int64_t x = 0; x < many; x += run) give(from + x * t.lanes, run * s.together, to_row + (start + x) * s.inner);
           }
         }
       }
@@ -327,9 +275,9 @@ at::Tensor sparse_conv2d(const at::Tensor& input, const at::Tensor& values_, con
   const at::Tensor order = order_.value_or(at::Tensor());
   const auto last = at::MemoryFormat::ChannelsLast;
   const auto format = input.is_contiguous(last) && !input.is_contiguous() ? last : at::MemoryFormat::Contiguous;
-  const bool inner = input.size(0) % kImages == 0 && input.permute({1, 2, 3, 0}).is_contiguous() && !input.is_contiguous();
+  const bool innermost = input.size(0) % 8 == 0 && input.permute({1, 2, 3, 0}).is_contiguous() && !input.is_contiguous();
   const auto laid_out = [&](const at::Tensor& y) {  // as the input is
-    return inner ? y.permute({1, 2, 3, 0}).contiguous().permute({3, 0, 1, 2}) : y.contiguous(format);
+    return innermost ? y.permute({1, 2, 3, 0}).contiguous().permute({3, 0, 1, 2}) : y.contiguous(format);
   };
   const bool lone = shape[2] * shape[3] == 1 && padding[0] + padding[1] == 0;  // a kernel of one pixel reads only those it keeps
   if (lone && stride[0] * stride[1] > 1) {
@@ -337,12 +285,13 @@ at::Tensor sparse_conv2d(const at::Tensor& input, const at::Tensor& values_, con
     return laid_out(sparse_conv2d(kept, values, codes, bias_, shape, n, m, {1, 1}, padding, dilation, activation, order_));
   }
   const bool takes = order.defined() && order.numel() > 0 && input.scalar_type() == values.scalar_type();
-  Shape s{input.size(0), input.size(1), input.size(2), input.size(3), shape[2], shape[3], 0, 0, stride[0], stride[1], padding[0], padding[1], dilation[0], dilation[1], 1};
-  if (inner) s.images /= kImages, s.inner = input.size(0);
+  Shape s{input.size(0), input.size(1), input.size(2), input.size(3), shape[2], shape[3], 0, 0, stride[0], stride[1], padding[0], padding[1], dilation[0], dilation[1], 1, snows::together_of(input.size(0))};
+  const bool inner = innermost && s.together > 0;
+  if (inner) s.images /= s.together, s.inner = input.size(0);
   s.out_h = (s.height + 2 * s.pad_h - (s.kernel_h - 1) * s.dilation_h - 1) / s.stride_h + 1;
   s.out_w = (s.width + 2 * s.pad_w - (s.kernel_w - 1) * s.dilation_w - 1) / s.stride_w + 1;
   const std::optional<snows::Order> read = takes ? std::optional(snows::read_order("sparse_conv2d", order, values, codes, shape)) : std::nullopt;
-  const std::optional<Tiles> tiles = takes && !lone ? choose(s, *read) : std::nullopt;
+  const std::optional<Tiles> tiles = takes && !lone ? snows::chosen(s, *read) : std::nullopt;
   if (!takes || !(lone || tiles))
     return laid_out(snows::activate(
         at::conv2d(input.contiguous(format), snows::unpack(values, codes, shape, n, m), bias_, stride, padding, dilation), activation));
@@ -351,7 +300,7 @@ at::Tensor sparse_conv2d(const at::Tensor& input, const at::Tensor& values_, con
   const at::Tensor x = (inner ? input : input.contiguous()).to(o.bfloat16 ? at::kBFloat16 : at::kFloat);
   at::Tensor y = inner ? at::empty({shape[0], s.out_h, s.out_w, s.inner}, x.options()).permute({3, 0, 1, 2})
                        : at::empty({x.size(0), shape[0], s.out_h, s.out_w}, x.options());
-  const auto given = [&](const at::Tensor& y) { return (inner ? y : y.contiguous(format)).to(input.scalar_type()); };
+  const auto given = [&](const at::Tensor& y) { return (inner ? y : laid_out(y)).to(input.scalar_type()); };
   const auto run = [&](const auto* in, auto* out) {
     if (!lone) return convolve(s, *tiles, o, bias, activation, in, out);
     if (inner) s.images = 1, s.width *= s.inner;  // one wide image

@@ -19,7 +19,7 @@ at::Tensor pairs_of_columns(const snows::Order& o, const at::Tensor& x, at::Tens
   const bool whole = words * width * 4 <= 384 << 10;
   const int64_t ahead = whole ? o.blocks() : 2, of_block = o.block / 2;
   const bool past = y.nbytes() >= 4 << 20;
-  snows::Panels panels{(tokens + width - 1) / width, 1, o.vectors, ahead * of_block * width, o.lines, nullptr, nullptr};
+  snows::Panels panels{(tokens + width - 1) / width, 1, o.vectors, o.lanes(), ahead * of_block * width, o.lines, nullptr, nullptr};
   panels.fill = [&](float* scratch, int64_t panel, int64_t, int64_t block, bool first_time) {
     const int64_t first = panel * width, count = std::min(width, tokens - first), padded = (count + 31) / 32 * 32;
     float* const to = scratch + block % ahead * of_block * width;
@@ -69,7 +69,7 @@ at::Tensor sparse_linear(const at::Tensor& input, const at::Tensor& values_, con
   const bool whole = columns * width * 4 <= 384 << 10;  // a panel stays beside its sums in the second-level cache, for all rows
   const int64_t ahead = whole ? o.blocks() : 4;         // blocks transposed at a time
   const bool past = y.nbytes() >= 4 << 20;              // more than the next layer would find in a cache anyway
-  snows::Panels panels{(tokens + width - 1) / width, 1, o.vectors, ahead * o.block * width, o.lines, nullptr, nullptr};
+  snows::Panels panels{(tokens + width - 1) / width, 1, o.vectors, o.lanes(), ahead * o.block * width, o.lines, nullptr, nullptr};
   panels.fill = [&](float* scratch, int64_t panel, int64_t, int64_t block, bool first_time) {
     const int64_t first = panel * width, count = std::min(width, tokens - first), padded = (count + 15) / 16 * 16;
     float* const to = scratch + block % ahead * o.block * width;

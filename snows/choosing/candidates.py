@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from snows.choosing.compiling import Runtime, UnavailableError, ready
 from snows.choosing.measuring import Race, Stopwatch
 from snows.choosing.packing import SCATTERS, Packing, Terms
-from snows.layers import SparseConv2d
+from snows.layers.conv2d import INNERMOST
 from snows.networks.attention import OpenAttention, close_attention
 from snows.networks.batches import Batch, difference, outputs
 from snows.networks.edits import Edit, Open
@@ -203,8 +203,9 @@ def _tolerance(tensors: list[Tensor]) -> float:
 def _candidates(subject: Subject, packing: Packing, terms: Terms, progress: bool) -> Sequence[Candidate]:
     """Pack the network; on a CPU, with images enough, also with the images innermost in memory."""
     first = _packed(subject, packing, terms, progress)
-    convolves = any(isinstance(m, SparseConv2d) for m in first.network.modules())
-    if terms.objective == "speed" and subject.given.samples() % 16 == 0 and convolves and subject.on_cpu:
+    convolves = any(isinstance(layer, nn.Conv2d) for layer, _ in subject.layers().values())
+    enough = subject.on_cpu and subject.given.samples() % INNERMOST == 0
+    if terms.objective == "speed" and convolves and enough:
         return first, _packed(subject, packing, replace(terms, innermost=True), progress)
     return (first,)
 
@@ -212,11 +213,12 @@ def _candidates(subject: Subject, packing: Packing, terms: Terms, progress: bool
 def _packed(subject: Subject, packing: Packing, terms: Terms, progress: bool) -> Candidate:
     """Pack a copy's layers where that is better by the terms."""
     net, edits, rows = copied(subject.network), list(subject.edits), []
-    todo = subject.layers().items()
+    zeros, todo = subject.layers(), subject.layers(convolutions=terms.innermost).items()
     console = Console(stderr=True)
     for name, (layer, use) in track(todo, "deploying", console=console, transient=True, disable=not progress):
         chosen, row = packing.choose(name, layer, use, subject.activation(name), terms)
-        rows.append(row)
+        if name in zeros:
+            rows.append(row)
         if chosen is not None:
             edit, packed = chosen
             edit.put(net, packed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal, TypeAlias
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from snows.choosing.compiling import repeated
 from snows.choosing.measuring import REPEATS, SCATTER, Race, Stopwatch
 from snows.layers import SparseConv2d, SparseLinear
+from snows.layers.conv2d import laid_out
 from snows.networks.batches import Batch
 from snows.networks.edits import Pack
 from snows.networks.folding import stock
@@ -19,11 +21,11 @@ from snows.networks.layers import Layer, groups_of
 from snows.networks.masks import mask_of
 from snows.networks.trace import Use
 from snows.ops import cusparselt
-from snows.reference import innermost_images
 from snows.results.deployment import DeployedLayer
-from snows.sparsity import NM
+from snows.sparsity import NM, Unstructured
 
 Packed: TypeAlias = SparseLinear | SparseConv2d
+WHOLE = Unstructured(1e-9)  # the pattern that a weight without zeros is packed by
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,9 @@ class Terms:
     Attributes:
         objective: "speed": it is `margin` times as fast as the dense layer; "size": it is smaller.
         margin: of speed.
-        innermost: whether convolutions hand images on innermost in memory.
+        innermost: whether convolutions hand images on innermost in memory. A dense one then takes its input
+            and gives its output so too, and a convolution without zeros is packed if that takes less time
+            than moving what it reads and makes.
     """
 
     objective: Literal["speed", "size"] = "speed"
@@ -60,7 +64,7 @@ class Packing:
 
         Args:
             name: of the layer.
-            layer: with zeros in its weight.
+            layer: with zeros in its weight, or a convolution of images innermost.
             use: how the network applies it.
             activation: name and module of the activation that alone reads its output; None for none.
             terms: of the choice.
@@ -101,12 +105,11 @@ class Packing:
         )
         if key not in self.times:
             x = [_random(shape, stride, first.values) for shape, stride in use.calls]
-            innermost = isinstance(first, SparseConv2d) and first.innermost
-            laid = [innermost_images(a) for a in x] if innermost else x
+            plain: Callable[[Tensor], Tensor] = dense
+            if isinstance(first, SparseConv2d) and first.innermost:
+                x, plain = [laid_out(a) for a in x], lambda a: laid_out(dense(a))
             with torch.inference_mode():
-                runs, calls = repeated(
-                    [partial(_each, dense, x), *(partial(_each, way, laid) for way in ways)], Batch((x,), {})
-                )
+                runs, calls = repeated([partial(_each, way, x) for way in (plain, *ways)], Batch((x,), {}))
                 race = self.stopwatch.layer(
                     runs, lambda race: terms.objective == "speed" and _unsure(race, terms.margin)
                 )
@@ -129,7 +132,7 @@ class Packing:
 SCATTERS = f"scatter by more than {100 * SCATTER:.0f} % although they were taken {REPEATS} times"
 
 
-def _each(layer: nn.Module, inputs: list[Tensor]) -> None:
+def _each(layer: Callable[[Tensor], Tensor], inputs: list[Tensor]) -> None:
     for x in inputs:
         layer(x)
 
@@ -151,7 +154,7 @@ def packed_ways(
         if not cusparselt.takes(ours.values, ours.shape, *ours.packed.group):
             return [ours]
         return [ours, SparseLinear(ours.packed, ours.bias, follow, cusparselt=True)]
-    packed = SparseConv2d.from_dense(dense, mask=mask, activation=follow)
+    packed = SparseConv2d.from_dense(dense, WHOLE if mask.all() else None, mask, follow)
     packed.innermost = terms.innermost
     return [packed]
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from snows.choosing.options import Zeros
 from snows.choosing.packing import Terms, packed_ways
-from snows.choosing.times import INNERMOST
+from snows.layers.conv2d import INNERMOST
 from snows.networks.attention import close_attention
 from snows.networks.batches import Batch
 from snows.networks.edits import Pack

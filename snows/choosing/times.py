@@ -22,6 +22,7 @@ from snows import together
 from snows.choosing.measuring import Stopwatch
 from snows.choosing.options import Zeros
 from snows.layers import SparseConv2d, SparseLinear
+from snows.layers.conv2d import INNERMOST
 from snows.ops.precision import as_given
 from snows.packing import pack
 from snows.reference import innermost_images
@@ -29,7 +30,6 @@ from snows.sparsity import NM
 
 SHARES = (0.25, 0.5, 1.0)  # of a layer's inputs and outputs, at which it is timed
 ENDS = (0.5, 1.0)  # the same of a packed layer
-INNERMOST = 16  # images, of which a multiple may lie innermost in memory
 
 
 class Shape(NamedTuple):

@@ -73,13 +73,17 @@ class Subject:
         """Whether the network runs on the CPU."""
         return self.device == "cpu"
 
-    def layers(self) -> dict[str, tuple[Layer, Use]]:
-        """Return the layers with zeros and how the network applies them, in order of execution."""
+    def layers(self, convolutions: bool = False) -> dict[str, tuple[Layer, Use]]:
+        """Return layers and how the network applies them, in order of execution.
+
+        Args:
+            convolutions: with those that have no zeros; other layers are returned if they have.
+        """
         layers = prunable(self.network)
         return {
             name: (layers[name], use)
             for name, use in self.trace.layers.items()
-            if not mask_of(layers[name], name).all()
+            if (convolutions and isinstance(layers[name], nn.Conv2d)) or not mask_of(layers[name], name).all()
         }
 
     def activation(self, layer: str) -> tuple[str, nn.Module] | None:

@@ -92,7 +92,7 @@ def sparse_linear(
 def images_innermost(x: Tensor) -> bool:
     """Say whether images lie innermost in memory.
 
-    That is an (images, channels, height, width) tensor laid out as (channels, height, width, images), with 16
+    That is an (images, channels, height, width) tensor laid out as (channels, height, width, images), with 8
     images or a multiple of it.
     """
     return (
@@ -100,7 +100,7 @@ def images_innermost(x: Tensor) -> bool:
         and not x.is_contiguous()
         and x.stride(0) == 1
         and x.permute(1, 2, 3, 0).is_contiguous()
-        and x.shape[0] % 16 == 0
+        and x.shape[0] % 8 == 0
     )
 
 
