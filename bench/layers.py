@@ -37,10 +37,17 @@ GROUPS |= {f"{group}-bfloat16": GROUPS[group] for group in ("linear", "conv2d-16
 
 def rivals(x: Tensor, layer: nn.Module) -> dict[str, Callable[[], Tensor]]:
     weight, bias = layer.weight, layer.bias
+    plain = {"F.linear": lambda: F.linear(x, weight, bias)}
+    if (
+        isinstance(layer, nn.Linear)
+        and x.dtype == torch.bfloat16
+        and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    ):
+        return plain  # oneDNN packs no weight of that type here
     if isinstance(layer, nn.Linear):
         packed = torch.ops.mkldnn._reorder_linear_weight(weight, len(x))
         return {
-            "F.linear": lambda: F.linear(x, weight, bias),
+            **plain,
             "oneDNN packed": lambda: torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], ""),
         }
     last, last_weight = (t.contiguous(memory_format=torch.channels_last) for t in (x, weight))

@@ -323,6 +323,11 @@ def test_info(monkeypatch, capsys):
     assert code == 0
     for op in ops.OPS:
         assert re.search(rf"op {op} +│? *CPU: {ops.implementation(op)}\b", text), op
+    if ops.native.startswith("loaded"):
+        capability = torch.backends.cpu.get_cpu_capability()
+        images, few = (16, "2:4 up to 1") if capability == "AVX512" else (8, "2:4 up to 4")
+        assert re.search(rf"packed layers, images innermost +│? *multiples of {images} images", text)
+        assert (few in text) == (capability in ("AVX2", "AVX512"))
 
 
 def test_eval_of_the_zoo(monkeypatch, capsys):

@@ -32,8 +32,9 @@ void all_rows(Weight<T> w, int64_t n, int64_t m) {
   });
 }
 
-// Up to how many tokens a kernel here takes, 0 where none does. Rows must begin with a byte of codes, and end with
-// a whole step of AVX-512.
+}  // namespace
+
+// Rows must begin with a byte of codes, and end with a whole step of AVX-512.
 int64_t most_tokens(int64_t columns, int64_t n, int64_t m, int64_t stored, int64_t all) {
   const bool avx512 = simd() == Simd::avx512;
   if (simd() == Simd::portable || !(m == 0 || (m == 4 && n <= 2))) return 0;
@@ -41,8 +42,6 @@ int64_t most_tokens(int64_t columns, int64_t n, int64_t m, int64_t stored, int64
   if (columns % step != 0) return 0;
   return avx512 ? 1 : avx2::most_tokens(m == 0 ? 0 : n, stored, all);
 }
-
-}  // namespace
 
 at::Tensor few_tokens(const at::Tensor& input, const at::Tensor& values, const at::Tensor& codes, const at::Tensor& bias, int64_t rows, int64_t n, int64_t m) {
   const int64_t columns = input.size(-1), tokens = input.numel() / columns;
@@ -66,6 +65,7 @@ at::Tensor few_tokens(const at::Tensor& input, const at::Tensor& values, const a
 
 #else
 
+int64_t snows::most_tokens(int64_t, int64_t, int64_t, int64_t, int64_t) { return 0; }
 at::Tensor snows::few_tokens(const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, int64_t, int64_t, int64_t) { return {}; }
 
 #endif

@@ -155,10 +155,11 @@ int64_t near_lines() {  // of the first-level cache
   return 512;
 }
 
-// A panel's width, how many columns a block has, and the width of a convolution's panels. Widths are in cache lines, of 16 tokens in float32
-// and 32 in bfloat16.
+// A panel's width, how many columns a block has, the width of a convolution's panels, and whether those of 1 x 1 kernels are a linear layer's.
+// Widths are in cache lines, of 16 tokens in float32 and 32 in bfloat16.
 struct Blocking {
   int64_t lines, block, pixels;
+  bool points;
 };
 
 // Measured; a weight is dense that stores two fifths of its numbers or more. A block's part of a panel should take 24 to 28 KiB. Wide panels
@@ -170,14 +171,14 @@ Blocking blocking_of(bool bfloat16, bool dense) {
     bool bfloat16, dense;
     Blocking blocking;
   } table[] = {
-      {snows::Simd::avx512, true, true, {4, 96, 4}},         // 32 registers: sums of two rows take 16
-      {snows::Simd::avx512, true, false, {3, kNear, 4}},     // 12
-      {snows::Simd::avx512, false, true, {6, 64, 7}},        // 12
-      {snows::Simd::avx512, false, false, {5, kNear, 7}},    // 10
-      {snows::Simd::avx2, false, true, {3, 128, 7}},         // 16 registers of half a line: 12. Wider panels would be multiplied in parts,
-      {snows::Simd::avx2, false, false, {3, kNear, 7}},      // and a row's sums loaded and stored as often for each part of a shorter block
-      {snows::Simd::portable, false, true, {3, 128, 7}},     // as AVX2: Arm's 32 registers of a quarter of a line hold 24 vectors of sums.
-      {snows::Simd::portable, false, false, {3, kNear, 7}},  // A guess, no Arm processor was measured
+      {snows::Simd::avx512, true, true, {4, 96, 4, false}},        // 32 registers: sums of two rows take 16
+      {snows::Simd::avx512, true, false, {3, kNear, 4, false}},    // 12
+      {snows::Simd::avx512, false, true, {6, 64, 7, false}},       // 12
+      {snows::Simd::avx512, false, false, {5, kNear, 7, false}},   // 10
+      {snows::Simd::avx2, false, true, {3, 128, 7, true}},         // 16 registers of half a line: 12. Wider panels would be multiplied in parts,
+      {snows::Simd::avx2, false, false, {3, kNear, 7, true}},      // and a row's sums loaded and stored as often for each part of a shorter block
+      {snows::Simd::portable, false, true, {3, 128, 7, true}},     // as AVX2: Arm's 32 registers of a quarter of a line hold 24 vectors of sums.
+      {snows::Simd::portable, false, false, {3, kNear, 7, true}},  // A guess, no Arm processor was measured
   };
   for (const auto& row : table)
     if (row.simd == simd() && row.bfloat16 == bfloat16 && row.dense == dense) {
@@ -213,7 +214,7 @@ std::vector<int32_t> make_order(const Packed& weight, bool bfloat16) {
   const Blocking blocking = blocking_of(bfloat16, weight.stored * 5 >= rows * weight.columns() * 2);
   Order o{rows, weight.channels, weight.height * weight.width, blocking.block, blocking.lines, 0, 0, bfloat16, nullptr, nullptr, nullptr, nullptr};
   // In a convolution taps overlap: a channel takes as many lines as a strip of pixels has neighbours.
-  if (weight.convolves) o.vectors = blocking.pixels, o.block = std::max<int64_t>(1, 448 / (weight.height * (o.vectors + weight.width - 1)));
+  if (weight.convolves && !(o.taps == 1 && blocking.points)) o.vectors = blocking.pixels, o.block = std::max<int64_t>(1, 448 / (weight.height * (o.vectors + weight.width - 1)));
   if (o.taps * o.block * o.vectors > 65536) return {};  // lines are 16-bit numbers
   Writer out;
   const int64_t words_of_mask = (o.taps * o.block + 63) / 64;

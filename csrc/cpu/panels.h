@@ -84,6 +84,9 @@ void interleave_halves(float* lines, int64_t count);
 // Sums, rounded.
 void round_row(const float* sums, int64_t count, at::BFloat16* out);
 
+// Up to how many tokens a kernel for few of them takes, of a weight with so many columns, values and entries; 0 where none does.
+int64_t most_tokens(int64_t columns, int64_t n, int64_t m, int64_t stored, int64_t all);
+
 // The input times the packed weight plus bias, in float32, for few tokens; undefined where there is no kernel for it. Values (of 32 or 16 bits),
 // codes and bias, which may be undefined, are contiguous.
 at::Tensor few_tokens(const at::Tensor& input, const at::Tensor& values, const at::Tensor& codes, const at::Tensor& bias, int64_t rows, int64_t n, int64_t m);

@@ -50,4 +50,9 @@ def info() -> None:
         table.add_row(
             f"op {op}", ", ".join(f"{device}: {ops.implementation(op, device)}" for device in devices)
         )
+    if ops.native.startswith("loaded") and hasattr(torch.ops.snows, "packed_kernels"):
+        many, few, images = torch.ops.snows.packed_kernels()
+        table.add_row("packed layers", many)
+        table.add_row("packed layers, few tokens", few)
+        table.add_row("packed layers, images innermost", images)
     console.print(table)
