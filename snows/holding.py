@@ -99,6 +99,9 @@ def hold(network: nn.Module) -> Held:
         ValueError: there is nothing to hold; a layer is packed; a weight is not zero off its mask, computed
             by a parametrisation, or spread over processes.
     """
+    network = getattr(network, "network", network) if not isinstance(network, nn.Module) else network
+    if not isinstance(network, nn.Module):
+        raise TypeError(f"hold: expected a network, got {type(network).__name__}")
     found: dict[str, tuple[nn.Module, str]] = {}
     read: dict[str, Tensor] = {}
     needs_nothing = False

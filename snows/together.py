@@ -75,8 +75,8 @@ def exchange() -> Iterator[None]:
             dist.monitored_barrier(timeout=MEETING)
         except RuntimeError as error:
             raise LostError(
-                f"expected all {size()} processes to prune together, got some that do not "
-                f"({_reason(error)}); call prune in every process, or destroy the process group first"
+                f"expected all {size()} processes to call prune, got some that have not in {MEETING} or have "
+                "ended; call it in every process, or destroy the process group first"
             ) from error
     with _sending():
         _group = group = dist.new_group()
@@ -87,10 +87,6 @@ def exchange() -> Iterator[None]:
     finally:
         _group = None
         dist.destroy_process_group(group)
-
-
-def _reason(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 @contextmanager
@@ -106,8 +102,8 @@ def _sending() -> Iterator[None]:
         raise
     except RuntimeError as error:  # dist.DistBackendError is one
         raise LostError(
-            f"lost another of {size()} processes, which has ended or failed ({_reason(error)}); a run in out "
-            "goes on with resume, also with another number of processes"
+            f"lost another of {size()} processes, which has ended or failed; what it said tells why, and a "
+            "run in out goes on with resume, also with another number of processes"
         ) from error
 
 

@@ -15,7 +15,9 @@ from torch.nn.utils import prune as torch_prune
 import snows
 from snows import ops, reference, zoo
 from snows.choosing.measuring import Race, Stopwatch
+from snows.choosing.sketches import folded_and_packed
 from snows.layers import SparseConv2d, SparseLinear
+from snows.layers.conv2d import INNERMOST
 from snows.networks.attention import OpenAttention
 from snows.networks.batches import Batch, difference, outputs
 from snows.networks.edits import Fold
@@ -523,3 +525,29 @@ def test_one_layout_for_the_whole_network(stem, whole, tmp_path, monkeypatch):
     file = tmp_path / "net.safetensors"
     snows.save(deployed.network, file)
     assert torch.equal(snows.load(file, copy.deepcopy(net))(x), output)
+
+
+class Merges(nn.Module):
+    """Takes a view that merges images with groups of channels, which images innermost do not allow."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(32, 64, 3, padding=1), nn.Conv2d(64, 64, 3, padding=1)
+
+    def forward(self, x):
+        y = self.b(self.a(x).relu())
+        return y.view(-1, 16, y.shape[2], y.shape[3]).mean((2, 3))
+
+
+def test_a_network_that_cannot_have_images_innermost_is_packed_in_the_ordinary_layout():
+    net = Merges().eval()
+    for layer in (net.a, net.b):
+        layer.weight.data *= torch.rand_like(layer.weight) > 0.9
+    x = torch.randn(INNERMOST, 32, 14, 14)
+    found, _ = snows.deploy(net, x, progress=False)
+    assert not any(getattr(module, "innermost", False) for module in found.modules())
+    with torch.no_grad():
+        assert torch.allclose(found(x), net(x), rtol=1e-4, atol=1e-4)
+    _, packed = folded_and_packed(net, Batch.of(x), ["a", "b"])
+    with torch.no_grad():
+        assert torch.allclose(packed(x), net(x), rtol=1e-4, atol=1e-4)

@@ -14,6 +14,7 @@ from torch.nn.utils import prune as torch_prune
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import snows
+from snows import Pruned
 from snows.networks.implants import Implant
 from snows.networks.masks import give_mask, kept_mask
 
@@ -490,8 +491,10 @@ def test_a_refusal_and_an_end_leave_no_masks():
     train(bare, torch.optim.SGD(bare.parameters(), 0.1), 1)
     assert snows.mask_of(bare[0]).double().mean() > 0.9  # an ordinary step moves what was held
     net = network()
-    snows.hold(net).remove()
+    snows.hold(Pruned(net, None, {})).remove()
     assert kept_mask(net[0]) is not None  # which `prune` gave
+    with pytest.raises(TypeError, match="hold: expected a network, got list"):
+        snows.hold([net])
 
 
 def test_complex_weights_are_held():

@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from snows import NM, SparseConv2d, SparseLinear, Unstructured, ops, parse_pattern, reference
 from snows.layers.conv2d import INNERMOST
@@ -651,3 +652,51 @@ assert (SparseLinear(pack(w, None, NM(2, 4)))(x) - x @ w.T).abs().max() < 1e-6
         env={**os.environ, "SNOWS_REFERENCE": "1", "PYTHONPATH": str(Path(ops.__file__).parents[2])},
     )
     assert done.returncode == 0, done.stderr
+
+
+# ---------------------------------------------------------------- what PyTorch differentiates and rewrites
+
+
+def sparse_pair():
+    """A convolution and a linear layer with their packed copies, each with an input."""
+    for dense, x in ((nn.Linear(16, 12), torch.randn(5, 16)), (nn.Conv2d(4, 8, 3), torch.randn(2, 4, 6, 6))):
+        dense.weight.data *= torch.rand_like(dense.weight) > 0.6
+        kind = SparseLinear if isinstance(dense, nn.Linear) else SparseConv2d
+        yield dense, kind.from_dense(dense, activation="relu"), x
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_compiled_packed_layer_gives_gradients(backend):
+    for dense, packed, x in sparse_pair():
+        given, wanted = (x.clone().requires_grad_() for _ in range(2))
+        torch.compile(packed, backend=backend)(given).square().sum().backward()
+        dense(wanted).relu().square().sum().backward()
+        assert torch.allclose(given.grad, wanted.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_checkpointed_packed_layers_give_gradients():
+    for dense, packed, x in sparse_pair():
+        given, wanted = (x.clone().requires_grad_() for _ in range(2))
+        checkpoint(packed, given, use_reentrant=False).square().sum().backward()
+        dense(wanted).relu().square().sum().backward()
+        assert torch.allclose(given.grad, wanted.grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.skipif(not ops.native.startswith("loaded"), reason="PyTorch's own registration gives zeros")
+def test_a_forward_derivative_is_refused():
+    for _, packed, x in sparse_pair():
+        with pytest.raises(NotImplementedError, match="expected no forward-mode derivative"):
+            torch.func.jvp(packed, (x,), (torch.ones_like(x),))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_an_exported_layer_with_images_innermost_takes_any_number_of_images():
+    _, (dense, packed, _) = sparse_pair()
+    packed.innermost = True
+    any_number = ({0: torch.export.Dim("images", min=1, max=64)},)
+    program = torch.export.export(packed, (torch.randn(16, 4, 6, 6),), dynamic_shapes=any_number).module()
+    for images in (3, 16):
+        x = torch.randn(images, 4, 6, 6)
+        assert torch.allclose(program(x), dense(x).relu(), rtol=1e-4, atol=1e-5)

@@ -438,7 +438,9 @@ def test_bytes_are_read(text, size):
 
 @pytest.mark.parametrize("text", ["8", "GB", "8 pounds", -1, 1.5, True, "-8GB", "8GBs", [1]])
 def test_what_is_no_number_of_bytes_is_refused(text):
-    with pytest.raises(ValueError, match=r'^memory: expected bytes, such as "8GB" or 8_000_000_000, got'):
+    with pytest.raises(
+        ValueError, match=r'^memory: expected bytes, such as "8GB" .or KB, MB, TB. or 8_000_000_000, got'
+    ):
         snows.prune(nn.Linear(2, 2).eval(), [torch.randn(4, 2)], PATTERN, memory=text)
 
 

@@ -12,11 +12,14 @@ namespace {
 
 void differentiate_if_asked(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
   const auto arguments = torch::jit::last(*stack, op.schema().arguments().size());
-  const bool asked = c10::GradMode::is_enabled() && std::any_of(arguments.begin(), arguments.end(), [](const c10::IValue& x) {
-    return x.isTensor() && x.toTensor().defined() && x.toTensor().requires_grad();
-  });
+  const auto any = [&arguments](const auto& says) {
+    return std::any_of(arguments.begin(), arguments.end(), [&](const c10::IValue& x) { return x.isTensor() && x.toTensor().defined() && says(x.toTensor()); });
+  };
+  TORCH_CHECK_NOT_IMPLEMENTED(!any([](const at::Tensor& x) { return x._fw_grad(0).defined(); }), op.schema().name(),
+                              ": expected no forward-mode derivative, which packed layers do not have; use reverse mode, or the dense layer");
+  const bool asked = c10::GradMode::is_enabled() && any([](const at::Tensor& x) { return x.requires_grad(); });
   // Python's kernel stands for every autograd key that has none of its own.
-  if (asked) return op.redispatchBoxed(keys.remove(c10::DispatchKey::AutogradCPU).add(c10::DispatchKey::AutogradOther), stack);
+  if (asked) return op.redispatchBoxed((keys & c10::after_autograd_keyset).add(c10::DispatchKey::AutogradOther), stack);
   at::AutoDispatchBelowAutograd guard;
   op.redispatchBoxed(keys & c10::after_autograd_keyset, stack);
 }

@@ -187,12 +187,19 @@ class Entrants:
         if not packed:
             return [], made[0].rows, []
         wanted = outputs(self.dense, self.subject.batch)
-        moved = [difference(wanted, outputs(x.network, self.subject.batch)) for x in packed]
+        moved = [self._moved(wanted, x) for x in packed]
         same = [x for x, error in zip(packed, moved, strict=True) if error <= _tolerance(wanted)]
         why = "the network would not compute the same"
         note = f"Packed layers changed the outputs by {min(moved):.1e} of the largest, so all stay dense."
         rows = [replace(x, reason=x.reason or why) for x in packed[0].rows]
         return same, rows, [] if same else [note]
+
+    def _moved(self, wanted: list[Tensor], candidate: Candidate) -> float:
+        """Return how far a candidate moves the outputs; infinitely where it cannot run."""
+        try:
+            return difference(wanted, outputs(candidate.network, self.subject.batch))
+        except ValueError:  # its forward takes views, say, that images innermost do not allow
+            return float("inf")
 
 
 def _tolerance(tensors: list[Tensor]) -> float:

@@ -12,6 +12,7 @@ from snows.networks.room import Rooms, taken
 from snows.networks.twins import Twins
 from snows.solving.newton import Newton
 
+LIBRARIES = 8 * 10**7  # bytes that PyTorch and its libraries take in the first passes of a process
 PASSES = 8  # that each value of a horizon is held for at a time, by a step of Newton's method
 MOMENTS = 6  # matrices in float64 as wide as a layer: second moments, factors and their inverses
 
@@ -42,4 +43,5 @@ def footprint(
             work = max(work, passes * share * numbers * weight.element_size() + matrices)
     limit = twins.store.levels[0].limit
     between = rooms.most if rooms.most <= limit else limit + rooms.least
-    return int(taken(twins.device) + between + work)
+    libraries = LIBRARIES if twins.device.type == "cpu" else 0
+    return int(taken(twins.device) + libraries + between + work)

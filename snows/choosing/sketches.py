@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from snows.choosing.options import Zeros
 from snows.choosing.packing import Terms, packed_ways
-from snows.layers.conv2d import INNERMOST
+from snows.layers.conv2d import INNERMOST, SparseConv2d
 from snows.networks.attention import close_attention
-from snows.networks.batches import Batch
+from snows.networks.batches import Batch, outputs
 from snows.networks.edits import Pack
 from snows.networks.folding import fold_normalisations, stock
 from snows.networks.layers import copied, groups_of, prunable
@@ -68,4 +68,17 @@ def folded_and_packed(net: nn.Module, example: Batch, layers: Collection[str]) -
         packed = packed_ways(own, mask_of(own, name), activation, terms)[0]
         Pack.of(name, packed, activation[0] if activation is not None else "").put(subject.network, packed)
     close_attention(subject.network)
+    if terms.innermost and not _runs(subject.network, example):
+        for module in subject.network.modules():
+            if isinstance(module, SparseConv2d):
+                module.innermost = False
     return dense, subject.network
+
+
+def _runs(net: nn.Module, example: Batch) -> bool:
+    """Say whether a network runs: its forward may take views that images innermost do not allow."""
+    try:
+        outputs(net, example)
+    except ValueError:
+        return False
+    return True

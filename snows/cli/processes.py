@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -66,6 +68,10 @@ def joined() -> Iterator[None]:
 
     # Python's own handler of Ctrl-C waits until the others are found
     before = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    text = f"waiting for all {SIZE} processes, {JOINING} at most"
+    notice = threading.Timer(10, print, [text], {"file": sys.stderr})
+    notice.daemon = True
+    notice.start()
     try:
         _join()
     except (ValueError, RuntimeError) as error:  # dist.DistError is one
@@ -74,6 +80,7 @@ def joined() -> Iterator[None]:
             f"({str(error).splitlines()[0]}); start all by torchrun, or unset WORLD_SIZE"
         ) from error
     finally:
+        notice.cancel()
         signal.signal(signal.SIGINT, before)
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:

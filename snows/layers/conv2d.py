@@ -151,7 +151,9 @@ class SparseConv2d(PackedLayer):
         if any(self._before):
             mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
             input = F.pad(input, self._before, mode)
-        input = laid_out(input) if self.innermost else input
+        order = self.kernel_order()
+        if self.innermost and order is not None:  # an exported program takes any number of images
+            input = laid_out(input)
         return ops.sparse_conv2d(
             input,
             self.values,
@@ -163,7 +165,7 @@ class SparseConv2d(PackedLayer):
             self._inside,
             self.dilation,
             self.activation or "none",
-            self.kernel_order(),
+            order,
         )
 
     def extra_repr(self) -> str:

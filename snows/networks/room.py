@@ -83,7 +83,9 @@ def read_bytes(memory: Any) -> int | None:
         re.fullmatch(r"(\d*\.?\d+)\s*([KMGT]B)", memory.strip().upper()) if isinstance(memory, str) else None
     )
     if found is None:
-        raise ValueError(f'memory: expected bytes, such as "8GB" or 8_000_000_000, got {memory!r}')
+        raise ValueError(
+            f'memory: expected bytes, such as "8GB" (or KB, MB, TB) or 8_000_000_000, got {memory!r}'
+        )
     return int(float(found[1]) * UNITS[found[2]])
 
 

@@ -152,13 +152,14 @@ def _attention_tangent_backward(ctx: Any, g: Tensor | None) -> Any:
     return *by_tangents, *by_point, None, None, None, None
 
 
-def _before_activation(op: str, context: Any, grad: Tensor) -> Tensor:
+def _before_activation(
+    op: str, saved: tuple[Tensor | None, ...], rest: tuple[Any, ...], grad: Tensor
+) -> Tensor:
     """Return the gradient by what the activation was applied to, which is computed again."""
-    input, values, codes, bias = context.saved_tensors
-    if context.rest[-2] == "none":
+    if rest[-2] == "none":
         return grad
-    inner = getattr(_ops, op)(input, values, codes, bias, *context.rest[:-2], "none", context.rest[-1])
-    return grad * (inner > 0) if context.rest[-2] == "relu" else torch.ops.aten.gelu_backward(grad, inner)  # type: ignore[no-any-return]
+    inner = getattr(_ops, op)(*saved, *rest[:-2], "none", rest[-1])
+    return grad * (inner > 0) if rest[-2] == "relu" else torch.ops.aten.gelu_backward(grad, inner)  # type: ignore[no-any-return]
 
 
 def _packed_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -170,8 +171,9 @@ def _sparse_linear_backward(context: Any, grad: Tensor | None) -> tuple[Tensor |
     """Gradients of input and bias; the stored weights are not trained."""
     if grad is None:
         return (None,) * (4 + len(context.rest))
-    grad, (shape, n, m, *_) = _before_activation("sparse_linear", context, grad), context.rest
-    _, values, codes, bias = context.saved_tensors
+    saved, (shape, n, m, *_) = context.saved_tensors, context.rest  # which may be read once
+    _, values, codes, bias = saved
+    grad = _before_activation("sparse_linear", saved, context.rest, grad)
     to_bias = None if bias is None else grad.flatten(0, -2).sum(0) if grad.ndim > 1 else grad
     return grad @ _ops.unpack(values, codes, shape, n, m), None, None, to_bias, *(None for _ in context.rest)
 
@@ -180,8 +182,9 @@ def _sparse_conv2d_backward(context: Any, grad: Tensor | None) -> tuple[Tensor |
     """Gradients of input and bias; the stored weights are not trained."""
     if grad is None:
         return (None,) * (4 + len(context.rest))
-    grad, (shape, n, m, *settings) = _before_activation("sparse_conv2d", context, grad), context.rest
-    input, values, codes, bias = context.saved_tensors
+    saved, (shape, n, m, *settings) = context.saved_tensors, context.rest  # which may be read once
+    input, values, codes, bias = saved
+    grad = _before_activation("sparse_conv2d", saved, context.rest, grad)
     weight = _ops.unpack(values, codes, shape, n, m)
     to_input = conv2d_input(input.shape, weight, grad, *settings[:3])
     return to_input, None, None, None if bias is None else grad.sum((0, 2, 3)), *(None for _ in context.rest)

@@ -89,7 +89,7 @@ def load_model(name: str, weights: Path | None = None, *, random_weights: bool =
         advice = (
             "pip install '.[models]' in the clone of snows brings torchvision, timm and transformers"
             if kind in BUILDERS
-            else "expected a module in this folder or on the Python path"
+            else "expected a module in this folder or on the Python path, named without .py"
         )
         raise ValueError(
             f"model: {name} needs a package that is not installed or does not load ({first_line(error)}); "
