@@ -61,7 +61,7 @@ def exchange() -> Iterator[None]:
     """Open a process group of its own for what all processes do together, and close it at the end.
 
     A process that fails closes its own, which ends the waits of the others at once; the default group, which
-    is the caller's, stays as it was.
+    is the caller's, stays as it was, unless the processes do not all come here.
 
     Raises:
         LostError: not all processes have come here within `MEETING` (where the backend is gloo).

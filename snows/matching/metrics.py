@@ -147,7 +147,7 @@ class OutputSensitivity:
                 return
             except (RuntimeError, NotImplementedError) as error:
                 self.note = first_line(error)
-                if "memory" in self.note and together.size() > 1:  # maybe this process's alone
+                if "allocate" in self.note and together.size() > 1:  # maybe this process's alone
                     raise
 
     def of(self, names: Iterable[str]) -> dict[str, Metric]:
