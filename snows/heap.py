@@ -24,13 +24,13 @@ def kept() -> Iterator[None]:
     """
     global _inside
     library = ctypes.CDLL(None) if os.name == "posix" else None
-    mallopt, trim = getattr(library, "mallopt", None), getattr(library, "malloc_trim", None)
+    mallopt = getattr(library, "mallopt", None)
     tunables = os.environ.get("GLIBC_TUNABLES", "")
     chosen = any(
         f"MALLOC_{name.upper()}_THRESHOLD_" in os.environ or f"glibc.malloc.{name}_threshold" in tunables
         for name in ("trim", "mmap")
     )
-    if mallopt is None or trim is None or chosen:
+    if mallopt is None or chosen:
         yield
         return
     with _lock:
@@ -47,7 +47,7 @@ def kept() -> Iterator[None]:
             if not _inside:
                 mallopt(_MMAP_THRESHOLD, _LARGEST)
                 mallopt(_TRIM_THRESHOLD, 2 * _LARGEST)
-                trim(0)
+                trim()
 
 
 def trim() -> None:

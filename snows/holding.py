@@ -10,6 +10,7 @@ these may have been moved to another device since.
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
@@ -26,6 +27,9 @@ from snows.networks.masks import give_mask, kept_mask, mask_of
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 
+# by module and prefix of a weight: how many handles need the mask that was read from its zeros
+_readers: weakref.WeakKeyDictionary[nn.Module, Counter[str]] = weakref.WeakKeyDictionary()
+
 
 class Held:
     """Keep zeros at zero until `remove` is called, or to the end of a `with` block.
@@ -37,12 +41,15 @@ class Held:
 
     Args:
         found: the module and the prefix of each weight, by the parameter's name.
-        read: names of those whose mask was read from their zeros; `remove` takes it away again.
+        read: names of those whose mask was read from their zeros; the last `remove` takes it away again.
     """
 
     def __init__(self, found: Mapping[str, tuple[nn.Module, str]], read: Collection[str] = ()) -> None:
         self.weights = tuple(found)
         self._read = [(weakref.ref(found[name][0]), found[name][1]) for name in read]
+        for name in read:
+            module, prefix = found[name]
+            _readers.setdefault(module, Counter())[prefix] += 1
         # weak, because PyTorch keeps the hook of all optimizers as long as the process lives
         held: weakref.WeakKeyDictionary[nn.Module, list[str]] = weakref.WeakKeyDictionary()
         for layer, prefix in found.values():
@@ -62,7 +69,9 @@ class Held:
         self._hooks.clear()
         for layer, prefix in self._read:
             if (module := layer()) is not None:
-                give_mask(module, None, prefix)
+                _readers[module][prefix] -= 1
+                if not _readers[module][prefix]:
+                    give_mask(module, None, prefix)
         self._read.clear()
 
     def __enter__(self) -> Held:
@@ -118,7 +127,7 @@ def hold(network: nn.Module) -> Held:
                 needs_nothing = True
             elif (mask := _zeros(module, prefix, weight)) is not None:
                 found[weight] = module, prefix
-                if kept_mask(module, prefix) is None:
+                if kept_mask(module, prefix) is None or _readers.get(module, Counter())[prefix]:
                     read[weight] = mask
     if not found and not needs_nothing:
         raise ValueError(

@@ -490,6 +490,14 @@ def test_a_refusal_and_an_end_leave_no_masks():
     assert kept_mask(bare[0]) is None
     train(bare, torch.optim.SGD(bare.parameters(), 0.1), 1)
     assert snows.mask_of(bare[0]).double().mean() > 0.9  # an ordinary step moves what was held
+    again = network(pruned=False)
+    again.load_state_dict(network().state_dict())
+    first, second = snows.hold(again), snows.hold(again)
+    first.remove()
+    train(again, torch.optim.SGD(again.parameters(), 0.1), 1)
+    assert masked(again).count_nonzero() == 0  # the second holds still
+    second.remove()
+    assert kept_mask(again[0]) is None
     net = network()
     snows.hold(Pruned(net, None, {})).remove()
     assert kept_mask(net[0]) is not None  # which `prune` gave
