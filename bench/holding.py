@@ -146,10 +146,13 @@ def speed(args):
                 for number in range(-2, args.rounds):
                     both = {}
                     for held in (True, False) if number % 2 else (False, True):
-                        handle = snows.hold(mended(net)) if held else None
-                        both[held] = step()
-                        if handle:
+                        handle = snows.hold(
+                            mended(net)
+                        )  # also where it is not held: the same work lies before
+                        if not held:
                             handle.remove()
+                        both[held] = step()
+                        handle.remove()
                     if number >= 0:
                         pairs.append((both[True], both[False]))
                 slower = [100 * (a / b - 1) for a, b in pairs]

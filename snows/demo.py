@@ -174,7 +174,7 @@ def _case(
     row["seconds"] = time.perf_counter() - began
     row |= _by_magnitude(name, dense, goal, batches, judge, report.macs)
     path = out / f"{name}-{_label(goal).replace(':', '-').replace(' ', '-')}.safetensors"
-    write(path, files.encoded(net))
+    files.write_network(path, net)
     runtime = goal.runtime if isinstance(goal, Budget) else "eager"
     with judge.timed("deployment"):
         deployed = deploy(net, judge.example, runtime=runtime, stopwatch=judge.stopwatch, progress=False)

@@ -24,7 +24,7 @@ from snows.evaluation import Seen, compare
 from snows.layers.base import PackedLayer
 from snows.results.certificate import KEY, SEAL, Certificate, amend, seal
 from snows.results.claims import Timed
-from snows.results.files import encoded
+from snows.results.files import write_network
 from snows.results.findings import FAILS, HOLDS, MACS
 from snows.results.origin import Origin
 from snows.verification import DIFFERS, judgement
@@ -132,7 +132,7 @@ KINDS = (
 def test_what_is_claimed_holds(tmp_path, kind):
     net, batches, found = pruned(kind)
     path = tmp_path / "model.safetensors"
-    path.write_bytes(encoded(found.network, found.report))
+    write_network(path, found.network, found.report)
     tensors, claim = load_file(path), claims(path)
     assert claim["bytes"] == sum(x.nbytes for x in tensors.values())
     dense = {  # the weights, unpacked by the layers themselves
@@ -178,14 +178,16 @@ def test_what_is_claimed_holds(tmp_path, kind):
     if "snows" not in read(path)[1]:
         net.load_state_dict(tensors)  # anywhere
         assert read(path)[1]["format"] == "pt"
-    assert encoded(found.network, found.report) == path.read_bytes()
+    written = path.read_bytes()
+    write_network(path, found.network, found.report)
+    assert path.read_bytes() == written
 
 
 def test_what_is_not_known_is_not_claimed(tmp_path):
     net = nn.Sequential(nn.Linear(8, 4))
     net[0].weight.data[:, ::2] = 0
     path = tmp_path / "model.safetensors"
-    path.write_bytes(encoded(net.eval()))
+    write_network(path, net.eval())
     assert set(claims(path)) == {"bytes", "layers", "parameters", "snows", "torch", "version", "zeros"}
     assert snows.verify(path, net).holds
 
@@ -432,7 +434,7 @@ def test_one_image_in_a_thousand_may_differ(tmp_path):
     torch.manual_seed(0)
     net, x = nn.Sequential(nn.Linear(8, 4)).eval(), torch.randn(2000, 8)
     path, labels = tmp_path / "x.safetensors", torch.randint(0, 4, (2000,))
-    path.write_bytes(encoded(net))
+    write_network(path, net)
     seen = Seen([(x, labels)])
     known = judgement("here", seen, *compare(net, net, seen))
     for off, holds in ((0, True), (0.1, True), (0.16, False)):  # of 2,000 images two may
@@ -572,7 +574,7 @@ def test_the_pattern_that_was_asked_of_an_attention_is_claimed(tmp_path):
 def test_nothing_is_added_to_a_file_that_was_changed(tmp_path):
     net = nn.Sequential(nn.Linear(8, 4)).eval()
     path = tmp_path / "x.safetensors"
-    path.write_bytes(encoded(net))
+    write_network(path, net)
     changed(path, tensors=lambda x: x["0.bias"].add_(1))
     with pytest.raises(ValueError, match="got none or a changed file"):
         amend(path, macs=3)

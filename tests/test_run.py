@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -164,3 +165,71 @@ def test_what_a_killed_process_left_half_written_goes_on_resume(run):
     resumed, _ = again(run)
     assert not half.exists()
     assert all(torch.equal(a, b) for a, b in zip(bits(resumed), wanted, strict=True))
+
+
+def test_the_same_tensors_and_metadata_make_the_same_file_whatever_stands_in_them(tmp_path):
+    tensors = {
+        "b": torch.randn(3, 5),
+        "a": torch.arange(7),
+        "é": torch.zeros(0, 2),
+        "scalar": torch.tensor(True),
+    }
+    metadata = {
+        f"key {x}": x for x in ('"quoted"', "a\tb\n\r\f\b\x00\x1f\x7f", "\\u0041/", "ß𝄞\u2028", "", "plain")
+    }
+    found = set()
+    for order in (list(metadata), list(metadata)[::-1], sorted(metadata)) * 3:
+        storage.write_tensors(tmp_path / "a", tensors, {key: metadata[key] for key in order})
+        found.add((tmp_path / "a").read_bytes())
+    assert len(found) == 1
+    with safe_open(tmp_path / "a", "pt") as file:
+        assert file.metadata() == metadata
+        assert set(file.keys()) == set(tensors)
+        assert all(torch.equal(file.get_tensor(name), x) for name, x in tensors.items())
+
+
+def test_tensors_are_written_without_a_second_copy_of_them(tmp_path):
+    net = torch.nn.Sequential(*(torch.nn.Linear(2000, 2000) for _ in range(8)))  # 128 MB
+    net[1].weight = net[0].weight  # tied: one tensor in two places
+    peak, now = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+    if not peak.exists():
+        pytest.skip("the system does not say how much memory a process has taken")
+
+    def kilobytes(kind):
+        return int(re.search(rf"{kind}:\s+(\d+) kB", now.read_text())[1])
+
+    storage.write_tensors(tmp_path / "warm", {"a": torch.zeros(1)}, {})
+    peak.write_text("5")  # VmHWM begins anew
+    before = kilobytes("VmRSS")
+    storage.write_tensors(tmp_path / "a", storage.state(net), {"key": "value"})
+    assert (tmp_path / "a").stat().st_size > 128_000_000
+    assert kilobytes("VmHWM") - before < 32_000  # the tied weight's second place has its own 16 MB
+
+
+def test_a_disk_that_is_full_leaves_what_was_there(tmp_path):
+    script = f"""
+import resource, torch
+from pathlib import Path
+from snows.results import storage
+path = Path({str(tmp_path)!r}) / "a"
+storage.write_tensors(path, {{"x": torch.ones(3)}}, {{"key": "value"}})
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+for write in (
+    lambda: storage.write_tensors(path, {{"x": torch.ones(100_000)}}, {{"key": "value"}}, "mine"),
+    lambda: storage.write(path, bytes(400_000), "mine"),
+):
+    try:
+        write()
+    except ValueError as error:
+        print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    told = done.stdout.splitlines()
+    assert len(told) == 2
+    assert all(
+        re.fullmatch(rf"mine: {re.escape(str(tmp_path / 'a'))} cannot be written \(.*File too large.*\)", x)
+        for x in told
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    with safe_open(tmp_path / "a", "pt") as file:
+        assert torch.equal(file.get_tensor("x"), torch.ones(3))

@@ -28,11 +28,9 @@ def export(
     data: Data = None,
 ) -> None:
     """Write a run's network for other runtimes and libraries."""
-    from safetensors.torch import save
-
     from snows.results.onnx import export_onnx
     from snows.results.program import export_program
-    from snows.results.storage import state, write
+    from snows.results.storage import state, write_tensors
 
     if onnx is None and program is None and dense is None:
         raise ValueError("export: expected --onnx FILE, --torch FILE or --dense FILE, got none of them")
@@ -41,7 +39,7 @@ def export(
             not_its_own(run, path)
     net, example, _ = load_run(run, 2, "cpu", trust, model, data)
     if dense is not None:
-        write(dense, save(state(net)))
+        write_tensors(dense, state(net), {})
         say(f"{dense}: {dense.stat().st_size / 1e6:.2f} MB")
     if onnx is not None:
         error = export_onnx(net, example, onnx)

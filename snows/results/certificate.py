@@ -22,7 +22,7 @@ from snows.results.claims import Judged, Timed, WeightClaim
 from snows.results.contents import Contents, others_in, pattern_of, zeros_of
 from snows.results.origin import Input, Origin, macs
 from snows.results.records import read
-from snows.results.storage import digest, encode, read_file, write
+from snows.results.storage import digest, read_file, write_tensors
 
 VERSION = 1
 KEY, SEAL = "certificate", "certificate_sha256"
@@ -151,27 +151,34 @@ def _known(row: Any) -> dict[str, Any]:
 # ---------------------------------------------------------------- in a file
 
 
-def certified(
+def write_certified(
+    path: Path,
     net: nn.Module,
     tensors: Mapping[str, Tensor],
     edits: Sequence[Edit],
     metadata: Mapping[str, str],
     patterns: Mapping[str, str] | None = None,
     timed: Iterable[Timed] = (),
-) -> bytes:
+    asked: str = "out",
+) -> None:
     """Write a network's tensors as safetensors, with a certificate.
 
     Args:
+        path: of the file.
         net: the network.
         tensors: its state.
         edits: that the file brings.
         metadata: that describes them.
         patterns: that weights are known to follow, by name.
         timed: what was measured.
+        asked: the argument that named the path, or the function; the error begins with it.
+
+    Raises:
+        ValueError: the file cannot be written.
     """
     given = Contents(tensors, edits, others_in(net, tensors))
     text = Certificate.of(net, given, patterns or {}, timed).text()
-    return encode(tensors, {**metadata, **_sealed(tensors, metadata, text)})
+    write_tensors(path, tensors, {**metadata, **_sealed(tensors, metadata, text)}, asked)
 
 
 def seal(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], text: str) -> str:
@@ -201,7 +208,7 @@ def amend(path: Path, **known: Any) -> None:
             "nothing was added to it"
         )
     text = replace(Certificate.read(path, metadata[KEY]), **known).text()
-    write(path, encode(tensors, {**metadata, **_sealed(tensors, metadata, text)}))
+    write_tensors(path, tensors, {**metadata, **_sealed(tensors, metadata, text)})
 
 
 def origin_in(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Origin:

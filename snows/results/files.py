@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from snows.networks.attention import close_attention
 from snows.networks.edits import CONVOLUTION, SMALLER, Edit, Pack, described, edits_of, inside
 from snows.networks.layers import copied, module_at, prunable
-from snows.results.certificate import certified, origin_in
+from snows.results.certificate import origin_in, write_certified
 from snows.results.claims import Timed
 from snows.results.deployment import Deployment
 from snows.results.formats import VERSION, edits_in
-from snows.results.storage import digest, read_file, state, write
+from snows.results.storage import digest, read_file, state
 
 MAKES = (Pack, *SMALLER)  # edits without which a state_dict would not load
 ACTIVATIONS: dict[str | None, tuple[type[nn.Module], ...]] = {"relu": (nn.ReLU,), "gelu": (nn.GELU,)}
@@ -49,15 +49,20 @@ def save(network: Any, path: Path | str) -> None:
             "save: expected a model with packed layers, or one that was made smaller, got none; deploy "
             "it first, or save its state_dict as it is"
         )
-    write(Path(path), encoded(model, getattr(network, "report", None)), "save")
+    write_network(Path(path), model, getattr(network, "report", None), "save")
 
 
-def encoded(model: nn.Module, report: Any = None) -> bytes:
-    """Return the safetensors of a network: the edits that made it, if it needs them, and a certificate.
+def write_network(path: Path, model: nn.Module, report: Any = None, asked: str = "out") -> None:
+    """Write the safetensors of a network: the edits that made it, if it needs them, and a certificate.
 
     Args:
+        path: of the file, which is written whole or not at all.
         model: the network.
         report: of what made it, for patterns that layers were asked to follow, and milliseconds.
+        asked: the argument that named the path, or the function; the error begins with it.
+
+    Raises:
+        ValueError: the file cannot be written.
     """
     tensors, edits = state(model), edits_of(model)
     metadata = {}
@@ -67,7 +72,7 @@ def encoded(model: nn.Module, report: Any = None) -> bytes:
     else:
         edits = []
     patterns, timed = _told(report, tensors)
-    return certified(model, tensors, edits, metadata, patterns, timed)
+    write_certified(path, model, tensors, edits, metadata, patterns, timed, asked)
 
 
 def _told(report: Any, tensors: Mapping[str, Tensor]) -> tuple[dict[str, str], list[Timed]]:

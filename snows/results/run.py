@@ -13,15 +13,14 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from snows import together
 from snows.networks.batches import Batch
-from snows.results.files import encoded
+from snows.results.files import write_network
 from snows.results.origin import contents, fingerprint
 from snows.results.report import LayerReport, Report
-from snows.results.storage import digest, write
+from snows.results.storage import digest, write, write_tensors
 from snows.sparsity import MaskedWeight
 
 VERSION = 2  # 1 had no digests of layers, and did not say how many threads there were
@@ -189,7 +188,7 @@ class Run:
         """Write a finished layer."""
         found = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
         text = json.dumps(asdict(report))
-        write(self._layer(key), save(found, {"report": text, "sha256": digest(found, text)}))
+        write_tensors(self._layer(key), found, {"report": text, "sha256": digest(found, text)})
 
     @together.by_first
     def decided(self) -> dict[str, Any] | None:
@@ -211,8 +210,9 @@ class Run:
     @together.by_first
     def finish(self, net: nn.Module, masks: Mapping[str, Tensor], report: Report, page: str) -> None:
         """Write the whole network, its masks, the report and its page."""
-        write(self.folder / "model.safetensors", encoded(net, report))
-        write(self.folder / "masks.safetensors", save({k: v.cpu().contiguous() for k, v in masks.items()}))
+        kept = {name: mask.cpu().contiguous() for name, mask in masks.items()}
+        write_network(self.folder / "model.safetensors", net, report)
+        write_tensors(self.folder / "masks.safetensors", kept, {})
         write(self.folder / "report.json", report.to_json().encode())
         write(self.folder / "report.html", page.encode())
 

@@ -6,37 +6,29 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 
 def state(net: nn.Module) -> dict[str, Tensor]:
     """Return a `state_dict` that safetensors can write: on the host, contiguous, nothing shared.
 
-    Entries that are no tensors are left out.
+    What is so already is no copy. Entries that are no tensors are left out.
     """
-    return {
-        name: x.detach().cpu().clone().contiguous()
-        for name, x in net.state_dict().items()
-        if isinstance(x, Tensor)
-    }
-
-
-def encode(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
-    """Write tensors and metadata as safetensors, whose own writer orders the metadata anew each time."""
-    content = save(dict(tensors), dict(metadata))
-    size = 8 + int.from_bytes(content[:8], "little")
-    header = json.loads(content[8:size])
-    header["__metadata__"] = dict(sorted(metadata.items()))
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text + content[size:]
+    found: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, x in net.state_dict().items():
+        if isinstance(x, Tensor):
+            x = x.detach().cpu().contiguous()
+            found[name] = x.clone() if x.untyped_storage().data_ptr() in seen else x
+            seen.add(x.untyped_storage().data_ptr())
+    return found
 
 
 def read_file(path: Path, key: str, asked: str) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -80,24 +72,62 @@ def write(path: Path, content: bytes, asked: str = "out") -> None:
     Raises:
         ValueError: it cannot be written; what was there before stays.
     """
+    with _whole(path, asked) as temporary:
+        temporary.write_bytes(content)
+
+
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], asked: str = "out"
+) -> None:
+    """Write tensors and metadata as safetensors, whole or not at all, straight from where the tensors lie.
+
+    The library orders the metadata anew each time; here they are put in order, so that the same content makes
+    the same file.
+
+    Args:
+        path: of the file.
+        tensors: by name; on the host, contiguous, none in another's memory.
+        metadata: by name.
+        asked: as for `write`.
+
+    Raises:
+        ValueError: it cannot be written; what was there before stays.
+    """
+    with _whole(path, asked) as temporary:
+        save_file(dict(tensors), temporary, dict(metadata))
+        if not metadata:
+            return
+        with open(temporary, "r+b") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(size))
+            header["__metadata__"] = dict(sorted(metadata.items()))
+            text = json.dumps(header, separators=(",", ":"), ensure_ascii=False)  # as long as it was
+            file.seek(8)
+            file.write(text.encode().ljust(size))
+
+
+@contextmanager
+def _whole(path: Path, asked: str) -> Iterator[Path]:
+    """Give another file to write, which takes the place of `path` where the block ends without an error."""
     temporary: Path | None = None
     try:
         # A name that nobody knows before: somebody else's folder may hold a link of any other, to a file that
         # is not to be written.
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        os.close(handle)
         temporary = Path(name)
-        with open(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(handle)
-            os.fchmod(handle, 0o666 & ~_umask())
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        temporary.chmod(0o666 & ~_umask())
         temporary.replace(path)
     except BaseException as error:  # a KeyboardInterrupt too
         if temporary is not None:
             with suppress(OSError):
                 temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise ValueError(f"{asked}: {path} cannot be written ({error.strerror})") from error
+        if isinstance(error, OSError | SafetensorError):
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise ValueError(f"{asked}: {path} cannot be written ({reason})") from error
         raise
 
 
