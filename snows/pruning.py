@@ -31,7 +31,7 @@ from snows.networks.layers import prunable
 from snows.networks.room import bound, peak, read_bytes, said
 from snows.networks.twins import Twins
 from snows.ops.precision import products_in
-from snows.results.origin import Origin, contents, fingerprint
+from snows.results.origin import Origin, architecture, contents, tensors_in
 from snows.results.progress import shown
 from snows.results.report import LayerReport, Report
 from snows.results.run import Run
@@ -207,11 +207,15 @@ def _agreed(model: Any, batches: Iterable[Any], seconds: float | None) -> Iterab
         )
     found = read_batches(model, batches)
     known = {
-        "model": fingerprint(model),
-        "calibration data": digest(*contents(found)),
+        "version of snows": __version__,
+        "version of torch": torch.__version__,
+        "model": digest({}, architecture(model)),
+        **{f"{name} of the model": digest({name: x}) for name, x in tensors_in(model).items()},
+        "number of calibration batches": str(len(found)),
+        **{f"calibration batch {i}": digest(*contents([batch])) for i, batch in enumerate(found, 1)},
         "seconds": str(seconds),
     }
-    together.agree(known | {"version of snows": __version__, "version of torch": torch.__version__})
+    together.agree(known)
     return found
 
 

@@ -252,10 +252,12 @@ def agree(known: Mapping[str, str]) -> None:
     with _sending():
         dist.all_gather_object(found, dict(known), group=_group)
     for i, other in enumerate(found):
-        if names := [name for name in known if other.get(name) != found[0].get(name)]:
+        names = [x for x in {**found[0], **other} if other.get(x) != found[0].get(x)]
+        if names:
+            told = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
             raise ValueError(
-                f"expected the same {', '.join(names)} in all processes, got others in process {i} "
-                f"of {size()} than in the first; start all with the same command and files"
+                f"expected the same {told} in all processes, got others in process {i} of {size()} than in "
+                "the first; start all with the same command and files"
             )
 
 

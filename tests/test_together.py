@@ -186,6 +186,7 @@ def of_two(folder):
     other = copy.deepcopy(net)
     torch.nn.init.normal_(other.conv1.weight)
     found["model"] = sentence(lambda: prune(model=other if rank else net))
+    found["architecture"] = sentence(lambda: prune(model=Turned() if rank else net))
     found["data"] = sentence(lambda: prune(data=batches[: 4 - rank]))
     found["settings"] = sentence(lambda: prune(solver=Newton(passes=1 + rank)))
     found["seconds"] = sentence(lambda: prune(seconds=100.0 + rank))
@@ -294,8 +295,9 @@ def test_single_precision_gives_the_same_masks_and_losses(two):
 
 def test_processes_with_different_arguments_are_told_which(two):
     wanted = {
-        "model": "the same model in all processes, got others in process 1 of 2",
-        "data": "the same calibration data in all processes",
+        "model": "the same conv1.weight of the model in all processes, got others in process 1 of 2",
+        "architecture": "the same model, scale of the model, gamma of the model and 26 more in all processes",
+        "data": "the same number of calibration batches, calibration batch 4 in all processes",
         "settings": "the same solver in all processes",
         "seconds": "the same seconds in all processes",
     }
