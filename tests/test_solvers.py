@@ -74,13 +74,13 @@ def test_negative_curvature_leaves_with_a_descent_direction():
 
 
 @pytest.mark.parametrize("groups", [1, 3])
-def test_batched_cg_solves_every_rows_own_system(groups):
+def test_batched_cg_solves_every_rows_own_system(groups):  # in double precision to 1e-10, unasked
     X = torch.randn(groups, 200, 10, dtype=torch.float64) * torch.logspace(0, 1, 10)
     gram = X.transpose(1, 2) @ X / 200
     right = torch.randn(groups, 7, 10, dtype=torch.float64)
     mask = torch.rand(groups, 7, 10) < 0.5
     mask[0, 0] = False
-    found = batched_cg(gram, right, mask, damping=0.01, rtol=1e-10)
+    found = batched_cg(gram, right, mask, damping=0.01)
     for g in range(groups):
         damped = gram[g] + 0.01 * gram[g].diagonal().mean() * torch.eye(10)
         for i in range(7):
@@ -92,6 +92,20 @@ def test_batched_cg_solves_every_rows_own_system(groups):
                 rtol=1e-8,
                 atol=1e-10,
             )
+
+
+def test_batched_cg_in_double_precision_does_not_show_how_sums_are_rounded():
+    generator = torch.Generator().manual_seed(0)
+    X = torch.randn(2000, 288, generator=generator, dtype=torch.float64)
+    X = X @ torch.randn(288, 288, generator=generator, dtype=torch.float64)  # many iterations
+    gram, other = (X.mT @ X / 2000)[None], (X.flip(0).mT @ X.flip(0) / 2000)[None]
+    assert 0 < (gram - other).abs().max() < 1e-12 * gram.abs().max()
+    right = torch.randn(1, 64, 288, generator=generator, dtype=torch.float64)
+    mask = torch.rand(1, 64, 288, generator=generator) < 0.5
+    found = batched_cg(gram, right, mask)
+    assert torch.allclose(found, batched_cg(other, right, mask), rtol=0, atol=1e-8 * found.abs().max())
+    early = [batched_cg(x, right, mask, rtol=1e-4) for x in (gram, other)]
+    assert (early[0] - found).abs().max() > 1e-6 * found.abs().max()  # what the default is for
 
 
 def test_armijo_backtracks_to_a_real_decrease():

@@ -25,7 +25,7 @@ from snows.networks.layers import groups_of
 from snows.networks.masks import kept_mask
 from snows.networks.sites import Site
 from snows.networks.twins import Twins
-from snows.solving.cg import batched_cg
+from snows.solving.cg import batched_cg, tolerance
 from snows.sparsity import rows, unrows
 
 
@@ -189,6 +189,7 @@ def _ridge(gram: Tensor, cross: Tensor, start: Tensor, mask: Tensor | None, whol
         mean = gram.diagonal(dim1=-2, dim2=-1).mean(-1)
         shift = DAMPING * torch.where(mean > 0, mean, 1.0)
         right = cross + shift[:, None, None] * start
-        return batched_cg(gram, right, rows(mask).reshape(right.shape), damping=DAMPING)
+        kept = rows(mask).reshape(right.shape)
+        return batched_cg(gram, right, kept, damping=DAMPING, rtol=tolerance(whole.dtype))
     factor, added = factored(gram, DAMPING, whole, whole.dtype)
     return torch.cholesky_solve((cross + added[:, None, None] * start).mT, factor).mT
