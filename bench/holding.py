@@ -146,9 +146,7 @@ def speed(args):
                 for number in range(-2, args.rounds):
                     both = {}
                     for held in (True, False) if number % 2 else (False, True):
-                        handle = snows.hold(
-                            mended(net)
-                        )  # also where it is not held: the same work lies before
+                        handle = snows.hold(mended(net))  # the same work before both
                         if not held:
                             handle.remove()
                         both[held] = step()
