@@ -14,6 +14,7 @@ from rich.table import Table
 from torch import nn
 
 from snows import together
+from snows.amounts import read_bytes
 from snows.choosing.budgets import Budget
 from snows.choosing.choices import Choice
 from snows.choosing.costs import WORDS
@@ -23,7 +24,7 @@ from snows.choosing.shares import ImpossibleError
 from snows.choosing.structure import Deciding
 from snows.matching.losses import Matching, Objective
 from snows.networks.checks import autocast_off
-from snows.networks.room import bound, read_bytes
+from snows.networks.room import bound
 from snows.networks.twins import Twins
 from snows.ops.precision import products_in
 from snows.results.origin import fingerprint

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from snows import __version__, together
+from snows.amounts import check_seconds, read_bytes, said
 from snows.choosing.after import after_cut
 from snows.choosing.allowance import Pace
 from snows.choosing.asked import settings
 from snows.choosing.budgets import Budget
-from snows.choosing.deadline import Deadline, check_seconds, load
+from snows.choosing.deadline import Deadline, load
 from snows.choosing.footprint import footprint
 from snows.choosing.goals import Choosing, LayerChoice, Only, PatternChoice, check_goal, excluded, selected
 from snows.choosing.plan import Plan, decide
@@ -28,7 +29,7 @@ from snows.matching.losses import Matching, Objective
 from snows.networks.checks import autocast_off, read_batches
 from snows.networks.edits import Edit
 from snows.networks.layers import prunable
-from snows.networks.room import bound, peak, read_bytes, said
+from snows.networks.room import bound, peak
 from snows.networks.twins import Twins
 from snows.ops.precision import products_in
 from snows.results.origin import Origin, architecture, contents, tensors_in
@@ -152,7 +153,8 @@ def prune(
         asked = settings(pattern, select, solver, matching, cap, recalibrate, seed, plan, layers, images)
         together.agree({name: json.dumps(x, sort_keys=True) for name, x in asked.items()} | {"out": str(out)})
         walked = plan.choices if goal is None else twins.order
-        predicted = footprint(twins, bound(twins, allowed, walked, folder), walked, matching, solver)
+        rooms = bound(twins, allowed, walked, folder)
+        predicted = footprint(twins, rooms, walked, matching, solver, goal is not None)
         tell.note(f"predicted peak memory: {said(predicted)}")
         opened = (
             Run.open(folder, asked, model, twins.batches, plan.starts(), resume)

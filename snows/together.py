@@ -10,7 +10,9 @@ from __future__ import annotations
 import functools
 import io
 import math
+import os
 import pickle
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
@@ -68,6 +70,8 @@ def exchange() -> Iterator[None]:
     """
     global _group
     if size() == 1 or _group is not None:
+        if started := _strangers():
+            warnings.warn(started, stacklevel=4)
         yield
         return
     if dist.get_backend() == dist.Backend.GLOO:
@@ -75,8 +79,9 @@ def exchange() -> Iterator[None]:
             dist.monitored_barrier(timeout=MEETING)
         except RuntimeError as error:
             raise LostError(
-                f"expected all {size()} processes to call prune, got some that have not in {MEETING} or have "
-                "ended; call it in every process, or destroy the process group first"
+                f"expected all {size()} processes to call prune, got some that have ended or have not called "
+                f"it in {MEETING.seconds} seconds; call it in every process, or destroy the process "
+                "group first"
             ) from error
     with _sending():
         _group = group = dist.new_group()
@@ -87,6 +92,18 @@ def exchange() -> Iterator[None]:
     finally:
         _group = None
         dist.destroy_process_group(group)
+
+
+def _strangers() -> str:
+    """Say what is amiss where torchrun started several processes that do not know of each other."""
+    count = os.environ.get("WORLD_SIZE", "1")
+    if count == "1" or "TORCHELASTIC_RUN_ID" not in os.environ or _alone or dist.is_initialized():
+        return ""
+    return (
+        f"prune: torchrun started {count} processes, which have no process group, so that each prunes by "
+        'itself; to share the work, call torch.distributed.init_process_group first, with "gloo", or "nccl" '
+        "on GPUs"
+    )
 
 
 @contextmanager
@@ -102,8 +119,8 @@ def _sending() -> Iterator[None]:
         raise
     except RuntimeError as error:  # dist.DistBackendError is one
         raise LostError(
-            f"lost another of {size()} processes, which has ended or failed; what it said tells why, and a "
-            "run in out goes on with resume, also with another number of processes"
+            f"lost another of {size()} processes, which has ended or failed; what it said tells why. A run "
+            "in a folder (out=, --out) goes on with resume=True (--resume), with any number of processes"
         ) from error
 
 

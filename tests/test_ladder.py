@@ -9,7 +9,7 @@ import snows
 
 # A file or package stands on the first floor that names it; of a floor's files none imports from a floor above.
 FLOORS = {
-    "kernels": {"kernels", "build", "heap", "together"},
+    "kernels": {"kernels", "build", "heap", "amounts", "together"},
     "ops": {"reference", "ops"},
     "sparsity": {"sparsity"},
     "packing": {"packing"},

@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 import snows
-from snows import zoo
+from snows import amounts, zoo
 from snows.networks import levels, room
 from snows.networks.levels import PAGE
 from snows.networks.store import Kept, Store
@@ -199,12 +199,14 @@ def test_a_full_disk_keeps_the_run_and_says_so_in_a_sentence(tmp_path, monkeypat
 def test_less_than_one_layer_needs_is_refused_with_what_it_needs(tmp_path):
     net, batches, _ = cases()["branches"]
     fewest, _ = least(*pruned(net, batches, None))
-    with pytest.raises(ValueError, match=rf"^memory: expected at least {room.said(fewest)}, .*got") as error:
+    with pytest.raises(
+        ValueError, match=rf"^memory: expected at least {amounts.said(fewest)}, .*got"
+    ) as error:
         pruned(net, batches, fewest - 1, out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
     named = str(error.value).split("at least ")[1].split(",")[0]
     pruned(net, batches, named)
-    assert room.read_bytes(named) < fewest + 1e4
+    assert amounts.read_bytes(named) < fewest + 1e4
 
 
 def test_no_file_is_left_and_none_has_a_name(tmp_path, monkeypatch):
@@ -243,31 +245,47 @@ def test_what_activations_take_is_predicted():
 
 
 PEAKS = """
+import sys
 import torch
 from torch import nn
 import snows
-from snows.networks import levels, room
+from snows.networks import room
 
 torch.set_num_threads(1)
-layers = [nn.Conv2d(3, 32, 3, padding=1)]
-for _ in range(3):
-    layers += [nn.ReLU(), nn.Conv2d(32, 32, 3, padding=1)]
-net = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 4)).eval()
-batches = list(torch.randn(3, 32, 3, 32, 32))
+
+
+def convolutions(width):
+    layers = [nn.Conv2d(3, width, 3, padding=1)]
+    for _ in range(3):
+        layers += [nn.ReLU(), nn.Conv2d(width, width, 3, padding=1)]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 4)).eval()
+
+
+def linears(width):
+    layers = [nn.Linear(64, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 4)]
+    return nn.Sequential(*layers).eval()
+
+
+name, width, first = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+make = {"convolutions": convolutions, "linears": linears}[name]
+batches = list(torch.randn(3, 32, *((64,) if name == "linears" else (3, 32, 32))))
 settings = {"select": snows.magnitude, "solver": snows.Newton(max_iterations=2), "progress": False}
-snows.prune(net, [x[:2] for x in batches], snows.NM(2, 4), **settings)  # takes what libraries take
+snows.prune(make(first), [x[:2] for x in batches], snows.NM(2, 4), **settings)  # takes what libraries take
 before = room.peak(torch.device("cpu"))
-report = snows.prune(net, batches, snows.NM(2, 4), **settings).report
+report = snows.prune(make(width), batches, snows.NM(2, 4), **settings).report
 print(before, report.predicted_bytes, report.peak_bytes)
 """
 
 
-def test_the_peak_of_memory_is_near_what_was_predicted():
-    done = subprocess.run([sys.executable, "-c", PEAKS], capture_output=True, text=True)
+@pytest.mark.parametrize(
+    "network", [("convolutions", "32", "32"), ("linears", "512", "16")], ids=["activations", "blocks"]
+)
+def test_the_peak_of_memory_is_near_what_was_predicted(network):
+    done = subprocess.run([sys.executable, "-c", PEAKS, *network], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     before, predicted, peak = map(int, done.stdout.split())
     assert peak - before > 8e7
-    assert 0.5 * (peak - before) < predicted - before < 2 * (peak - before)
+    assert 0.8 * (peak - before) < predicted - before < 2.5 * (peak - before)
 
 
 def test_memory_is_reported_beside_what_was_predicted():
@@ -278,7 +296,9 @@ def test_memory_is_reported_beside_what_was_predicted():
     assert snows.results.report.Report.from_json(report.to_json()).peak_bytes == report.peak_bytes
 
 
-@pytest.mark.parametrize(("memory", "sentence"), [("8", "got '8'"), ("3GB", "asked for '3GB'")])
+@pytest.mark.parametrize(
+    ("memory", "sentence"), [("8 pounds", "--memory: expected bytes"), ("3GB", "asked for '3GB'")]
+)
 def test_the_command_line_has_a_bound(memory, sentence, monkeypatch, capsys, tmp_path):
     def prune(*arguments, memory, **settings):
         raise ValueError(f"asked for {memory!r}")
@@ -430,23 +450,44 @@ def test_tensors_of_a_gpu_lie_on_the_host_or_in_a_file(host, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "size"), [("8GB", 8e9), ("1.5 mb", 1.5e6), ("20KB", 2e4), ("2TB", 2e12), (17, 17), (None, None)]
+    ("text", "size"),
+    [
+        ("8GB", 8e9),
+        ("1.5 mb", 1.5e6),
+        ("20KB", 2e4),
+        ("2TB", 2e12),
+        ("1.5GiB", 1.5 * 2**30),
+        ("3 kib", 3072),
+        ("8000000000", 8e9),
+        ("8_000_000_000", 8e9),
+        ("0", 0),
+        (17, 17),
+        (None, None),
+    ],
 )
 def test_bytes_are_read(text, size):
-    assert room.read_bytes(text) == size
+    assert amounts.read_bytes(text) == size
 
 
-@pytest.mark.parametrize("text", ["8", "GB", "8 pounds", -1, 1.5, True, "-8GB", "8GBs", [1]])
+def test_limits_are_read_before_torch_is_loaded():
+    code = "import sys, snows.amounts, snows.cli.pruning, snows.cli.measuring; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "False", done.stderr
+
+
+@pytest.mark.parametrize(
+    "text", ["", "GB", "8 pounds", -1, 1.5, True, "-8GB", "8GBs", "1e9", "_8", "8 iB", "٨GB", [1]]
+)
 def test_what_is_no_number_of_bytes_is_refused(text):
     with pytest.raises(
-        ValueError, match=r'^memory: expected bytes, such as "8GB" .or KB, MB, TB. or 8_000_000_000, got'
+        ValueError, match=r'^memory: expected bytes, such as "8GB", "8GiB" or 8000000000, got'
     ):
         snows.prune(nn.Linear(2, 2).eval(), [torch.randn(4, 2)], PATTERN, memory=text)
 
 
 @pytest.mark.parametrize("size", [0, 1, 999, 1001, 123_456_789, 999_999_999, 10**12 + 1])
 def test_bytes_that_are_said_are_enough(size):
-    assert size <= room.read_bytes(room.said(size)) <= 1.1 * size + 1000
+    assert size <= amounts.read_bytes(amounts.said(size)) <= 1.1 * size + 1000
 
 
 @pytest.mark.parametrize("version", [1, 2])

@@ -402,7 +402,7 @@ def going_on(folder):
 def test_a_run_of_which_a_process_ends_goes_on_with_three(alone, tmp_path):
     told, ended = processes(2, tmp_path / "a", ending, tmp_path / "run")
     assert ended is None
-    assert "in out goes on with resume, also with another number of processes" in told
+    assert "goes on with resume=True (--resume), with any number of processes" in told
     assert len(list((tmp_path / "run" / "layers").iterdir())) == 2
     found = processes(3, tmp_path / "b", going_on, tmp_path / "run")
     close(alone["2:4"], found[0])
@@ -419,8 +419,18 @@ def absent():
 def test_a_process_that_prunes_where_others_do_not_is_told(tmp_path):
     told, _ = processes(2, tmp_path / "a", absent)
     assert told.startswith(
-        "expected all 2 processes to call prune, got some that have not in 0:00:02 or have ended"
+        "expected all 2 processes to call prune, got some that have ended or have not called it in 2 seconds"
     )
+
+
+def test_processes_of_torchrun_without_a_group_are_told(monkeypatch):
+    net, batches = subject()
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    with pytest.warns(
+        UserWarning, match=r"^prune: torchrun started 3 processes, which have no process group"
+    ):
+        snows.prune(net, batches, NM(2, 4), select=snows.magnitude, solver=None, progress=False)
 
 
 def test_torchrun_prunes_by_the_command_line(tmp_path):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import math
 import time
 from collections.abc import Callable
 
@@ -12,19 +11,6 @@ import torch
 from snows import together
 
 MARGIN = 0.02  # of the limit, for what comes after the last layer: closing and writing the network
-
-
-def check_seconds(seconds: float | None, where: str = "prune: expected seconds") -> None:
-    """Refuse a limit that is none.
-
-    Raises:
-        ValueError: it is no number above 0.
-    """
-    if seconds is None:
-        return
-    number = isinstance(seconds, int | float) and not isinstance(seconds, bool)
-    if not (number and 0 < seconds < math.inf):
-        raise ValueError(f"{where} to be a number above 0, got {seconds!r}")
 
 
 def load() -> None:

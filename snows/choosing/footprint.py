@@ -7,22 +7,32 @@ from collections.abc import Iterable
 from typing import Any
 
 from snows.choosing.work import window
+from snows.matching.consumers import MEMORY
 from snows.matching.losses import Matching
+from snows.networks.layers import groups_of, prunable
 from snows.networks.room import Rooms, taken
 from snows.networks.twins import Twins
 from snows.solving.newton import Newton
+from snows.solving.preconditioners import RowBlocks
 
 LIBRARIES = 8 * 10**7  # bytes that PyTorch and its libraries take in the first passes of a process
 PASSES = 8  # that each value of a horizon is held for at a time, by a step of Newton's method
 MOMENTS = 6  # matrices in float64 as wide as a layer: second moments, factors and their inverses
+INVERSES = 7  # of them in float64, while it is chosen what a layer's inputs lose: moments, factors, inverses
 
 
 def footprint(
-    twins: Twins, rooms: Rooms, layers: Iterable[str], matching: Matching, solver: Newton | None
+    twins: Twins,
+    rooms: Rooms,
+    layers: Iterable[str],
+    matching: Matching,
+    solver: Newton | None,
+    chooses: bool = False,
 ) -> int:
     """Predict the most bytes that this process will take; on a GPU those that it will take there.
 
-    That is what it takes now, activations between the layers, and the work on one batch of one layer.
+    That is what it takes now, activations between the layers, and the work on one batch of one layer; or, if
+    that is more, what choosing takes. What a matrix takes that depends on masks is counted at its most.
 
     Args:
         twins: the networks and batches; their store is bounded.
@@ -30,6 +40,7 @@ def footprint(
         layers: of the walk.
         matching: tells how long a horizon is.
         solver: of Newton's method; None for no steps.
+        chooses: whether it is chosen before the walk what goes, so that stages can be undone.
     """
     events, weights = twins.trace.events, twins.sparse
     at = {event.layer: i for i, event in reversed([*enumerate(events)]) if event.layer}
@@ -40,8 +51,25 @@ def footprint(
             weight: Any = weights.get_submodule(name).weight
             numbers = sum(math.prod(x.shape) for x in window(events, at[name], matching.horizon))
             matrices = 8 * MOMENTS * math.prod(weight.shape[1:]) ** 2
+            if solver is not None and solver.preconditioner == "rows":
+                matrices += RowBlocks.most(weight)
             work = max(work, passes * share * numbers * weight.element_size() + matrices)
     limit = twins.store.levels[0].limit
     between = rooms.most if rooms.most <= limit else limit + rooms.least
     libraries = LIBRARIES if twins.device.type == "cpu" else 0
-    return int(taken(twins.device) + libraries + between + work)
+    walk = between + work
+    if chooses:
+        walk = max(walk + _nbytes(twins), _choosing(twins))
+    return int(taken(twins.device) + libraries + walk)
+
+
+def _nbytes(twins: Twins) -> int:
+    """Return the bytes of the network, which is kept as it was before a stage."""
+    return sum(x.nbytes for x in twins.sparse.state_dict().values())
+
+
+def _choosing(twins: Twins) -> int:
+    """Predict what second moments of the layers take together, and inverses of the widest one's."""
+    layers = prunable(twins.dense).values()
+    sizes = [8 * groups_of(x) * x.weight[0].numel() ** 2 for x in layers]
+    return min(sum(sizes), MEMORY) + INVERSES * max(sizes, default=0)

@@ -175,7 +175,7 @@ class _Deciding:
         """Say why a layer stays dense; empty if it is pruned.
 
         Raises:
-            ValueError: it is asked for, and cannot be pruned.
+            ValueError: it is named among patterns or masks, and cannot be pruned.
         """
         module, wanted = self.layers[name], self.wanted(name)
         if excluded(name, module, self.only, self.skip):
@@ -184,43 +184,31 @@ class _Deciding:
             return NO_MASK
         if wanted is None and not self.starts:
             return NO_PATTERN
-        if name not in self.twins.calls:
-            return (
-                f"it shares its weight with {self.shared[name]}"
-                if name in self.shared
-                else self._unseen(name)
-            )
         explicit = name in self.starts or (isinstance(self.pattern, Mapping) and name in self.pattern)
+        if why := self._unfit(name):
+            if explicit:
+                raise ValueError(f"prune: {name} cannot be pruned ({why}); leave it out")
+            return why
+        if name not in self.twins.calls:
+            return "its weight is computed before use" if self.twins.trace.called[name] else "never runs"
         if self.only is None and not explicit and name in self.ends:
             return "first layer" if name == self.twins.order[0] else "last layer"
         if not self.starts and wanted is not None and (why := wanted.fits(module.weight.shape)):
             depthwise = isinstance(module, nn.Conv2d) and module.groups > 1 and module.weight.shape[1] == 1
             return "depthwise" if depthwise else why
-        self._refuse(name, wanted)
-        return ""
-
-    def _unseen(self, name: str) -> str:
-        """Say why no call of a function with this layer's own weight was seen."""
-        if how := how_computed(self.layers[name]):
-            raise ValueError(
-                f"prune: expected {name}.weight to be a plain parameter, got one computed by {how}, or "
-                "leave the layer out with only="
-            )
-        return "its weight is computed before use" if self.twins.trace.called[name] else "never runs"
-
-    def _refuse(self, name: str, wanted: Pattern | None) -> None:
-        if name in self.shared:
-            raise ValueError(
-                f"prune: {name} and {self.shared[name]} share one weight; give each its own, or leave both "
-                "out with only="
-            )
-        if self.twins.calls[name] > 1:
-            raise ValueError(
-                f"prune: {name} is called {self.twins.calls[name]} times in one forward pass; such a layer "
-                "cannot be pruned yet, exclude it with only=lambda name, module: ..."
-            )
         if self.starts and wanted is not None and not allows(wanted, self.starts[name].mask):
             raise ValueError(f"prune: the mask of {name} keeps more than the pattern {wanted} allows")
+        return ""
+
+    def _unfit(self, name: str) -> str:
+        """Say what of a layer cannot be pruned, whatever is asked; empty if it can."""
+        if name in self.shared:
+            return f"it shares its weight with {self.shared[name]}"
+        if how := how_computed(self.layers[name]):
+            return f"its weight is computed by {how}"
+        if (calls := self.twins.calls.get(name, 0)) > 1:
+            return f"it is called {calls} times in one forward pass"
+        return ""
 
     def row(self, name: str, reason: str) -> LayerReport:
         """Begin a layer's line of the report."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
+from snows.amounts import read_bytes
 from snows.cli import asking, terminal
 from snows.cli.judging import judging_batches
 from snows.cli.loading import example_of, load_network, say_prepared, test_data
@@ -106,10 +107,14 @@ def frontier(
     std: terminal.Std = None,
 ) -> None:
     """Predict what a network loses at many budgets, and prune a few of them."""
+    read_bytes(memory, "--memory")  # before torch is loaded, which takes seconds
+    file = out / "frontier.json"
+    if file.exists() and not resume:
+        raise ValueError(f"--out: {file} is there; add --resume to go on with it, or name another folder")
+
     import snows
     from snows import evaluation, heap, sources
     from snows.frontiers import Frontier
-    from snows.networks.room import read_bytes
     from snows.results.storage import write
     from snows.sources.source import Source
     from snows.verification import judgement
@@ -117,10 +122,6 @@ def frontier(
     place = terminal.device_of(device)
     shares = [asking.share(x.strip(), "budgets") for x in budgets.split(",") if x.strip()]
     goal = asking.Options(of, using, order, multiple, runtime, at_a_time, latency).budget("50%")
-    read_bytes(memory)
-    file = out / "frontier.json"
-    if file.exists() and not resume:
-        raise ValueError(f"--out: {file} is there; add --resume to go on with it, or name another folder")
     network = load_network(model, weights, random_weights)
     preparation = network.preparation.override(crop, resize, numbers(mean, "mean"), numbers(std, "std"))
     images = sources.load_data(data, network, "calibration", preparation=preparation)

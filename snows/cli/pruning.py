@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from snows.amounts import check_seconds, read_bytes
 from snows.cli import asking, terminal
 from snows.cli.judging import compared, judge_networks
 from snows.cli.loading import load_network, say_prepared, test_data
@@ -120,26 +121,25 @@ def prune(
     std: terminal.Std = None,
 ) -> None:
     """Prune a trained network in one shot."""
-    import snows
-    from snows import sources
-    from snows.choosing.deadline import check_seconds
-    from snows.frontiers import Frontier
-    from snows.heap import kept
-    from snows.networks.room import read_bytes
-    from snows.sources.source import Source
-
-    options = asking.Options(of, using, order, multiple, runtime, at_a_time, latency)
-    chosen = asking.goal(pattern, structured, budget, frontier, point, masks is not None, options)
+    read_bytes(memory, "--memory")  # before torch is loaded, which takes seconds
+    check_seconds(minutes, "--minutes: expected minutes")
     if not (horizon == "end" or (horizon.isascii() and horizon.isdigit())):
         raise ValueError(f'--horizon: expected a number or "end", got {horizon!r}')
-    solver = snows.Newton(max_iterations=iterations, passes=passes, precision=precision)
-    check_seconds(minutes, "--minutes: expected minutes")
-    read_bytes(memory)
-    place = terminal.device_of(device)
     if RANK == 0 and (out / "run.json").exists() and not resume:
         raise ValueError(
             f"--out: {out} already holds a run; add --resume to go on with it, or name another folder"
         )
+
+    import snows
+    from snows import sources
+    from snows.frontiers import Frontier
+    from snows.heap import kept
+    from snows.sources.source import Source
+
+    options = asking.Options(of, using, order, multiple, runtime, at_a_time, latency)
+    chosen = asking.goal(pattern, structured, budget, frontier, point, masks is not None, options)
+    solver = snows.Newton(max_iterations=iterations, passes=passes, precision=precision)
+    place = terminal.device_of(device)
     files = {"weights": weights, "classes": classes, "labels": labels}
     source = Source(
         model,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 import sys
 from collections.abc import Iterable
 from contextlib import suppress
@@ -14,9 +13,9 @@ from typing import Any, NamedTuple
 import torch
 
 from snows import together
+from snows.amounts import said
 from snows.networks.twins import Twins
 
-UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 BATCHES = 3  # that are at hand at a time: the one in use, the next, and the samples held back
 
 
@@ -69,31 +68,6 @@ def bound(twins: Twins, memory: int | None, layers: Iterable[str], folder: Path 
     pinned = float("inf") if host is None else host // (2 * processes)
     twins.store.bound(device, max(0, given - rooms.least), pinned, folder)
     return rooms
-
-
-def read_bytes(memory: Any) -> int | None:
-    """Read a number of bytes, such as 8_000_000_000, "8GB" or "500 MB"; None stays None.
-
-    Raises:
-        ValueError: it is none.
-    """
-    if memory is None or (type(memory) is int and memory >= 0):
-        return memory
-    found = (
-        re.fullmatch(r"(\d*\.?\d+)\s*([KMGT]B)", memory.strip().upper()) if isinstance(memory, str) else None
-    )
-    if found is None:
-        raise ValueError(
-            f'memory: expected bytes, such as "8GB" (or KB, MB, TB) or 8_000_000_000, got {memory!r}'
-        )
-    return int(float(found[1]) * UNITS[found[2]])
-
-
-def said(size: float) -> str:
-    """Write a number of bytes as a person would; rounded up, so that it is enough."""
-    unit, scale = next((x for x in reversed(UNITS.items()) if size >= x[1]), ("KB", 1000))
-    tenths = -int(-size * 10 // scale)
-    return f"{tenths / 10:g} {unit}"
 
 
 def peak(device: torch.device) -> int:

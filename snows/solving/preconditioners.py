@@ -69,6 +69,8 @@ class RowBlocks(LinearOperator):
     """
 
     LIMIT = 2**26  # numbers in all blocks: 256 MB in float32
+    PIECE = {"cpu": 2**20, "cuda": 2**24}  # numbers inverted at a time; a CPU takes one matrix after another
+    COPIES = 5  # of a piece, in float64, that are there at a time
 
     def __init__(self, factors: Factors, mask: Tensor, damping: float) -> None:
         self.mask = mask
@@ -86,7 +88,7 @@ class RowBlocks(LinearOperator):
         scale = (sensitivity.mean() * diagonal.mean()).clamp_min(torch.finfo(torch.float32).tiny)
         sensitivity = sensitivity[own] / scale
         self._inverse = torch.empty(len(kept), width, width, dtype=factors.inputs.dtype, device=mask.device)
-        step = max(1, 2**24 // width**2)
+        step = max(1, self.PIECE.get(mask.device.type, 2**24) // width**2)
         for start in range(0, len(kept), step):
             part = slice(start, min(start + step, len(kept)))
             group = torch.arange(own.start + part.start, own.start + part.stop, device=mask.device) // size
@@ -96,10 +98,13 @@ class RowBlocks(LinearOperator):
             block *= real[:, :, None] & real[:, None, :]
             block *= sensitivity[part, None, None]
             shift = torch.ones_like(block[..., 0]).masked_fill_(real, damping)
-            factor, failed = torch.linalg.cholesky_ex(block + torch.diag_embed(shift))
+            clean = block.diagonal(dim1=-2, dim2=-1).clone()
+            block.diagonal(dim1=-2, dim2=-1).add_(shift)
+            factor, failed = torch.linalg.cholesky_ex(block)
             while failed.any():  # features so extreme that float32 moments are not positive definite any more
                 shift[failed > 0] *= 10
-                factor, failed = torch.linalg.cholesky_ex(block + torch.diag_embed(shift))
+                block.diagonal(dim1=-2, dim2=-1).copy_(clean + shift)
+                factor, failed = torch.linalg.cholesky_ex(block)
             self._inverse[part] = inverse_of(factor, at_once=factor.is_cuda).to(self._inverse.dtype)
 
     @classmethod
@@ -107,6 +112,18 @@ class RowBlocks(LinearOperator):
         """Say whether the blocks stay below `LIMIT` numbers."""
         kept = rows(mask)
         return len(kept) * int(kept.sum(1).max()) ** 2 <= cls.LIMIT
+
+    @classmethod
+    def most(cls, weight: Tensor) -> int:
+        """Return the bytes that the blocks of a layer take at most, whatever its mask is.
+
+        Args:
+            weight: of the layer.
+        """
+        count, columns = len(weight), weight[0].numel()
+        width = min(columns, math.isqrt(cls.LIMIT // count))  # of the widest blocks that still fit
+        piece = max(width**2, min(count * width**2, cls.PIECE.get(weight.device.type, 2**24)))
+        return count * width**2 * weight.element_size() + 8 * cls.COPIES * piece
 
     def __matmul__(self, v: Tensor) -> Tensor:
         matrix, own = rows(v), self._rows.own
