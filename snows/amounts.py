@@ -13,6 +13,8 @@ BINARY = {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 def read_bytes(memory: Any, where: str = "memory") -> int | None:
     """Read a number of bytes, such as 8_000_000_000, "8GB", "500 MB" or "8GiB"; None stays None.
 
+    As text a number without a unit has at least seven digits: "8" is not meant for eight bytes.
+
     Args:
         memory: what was given.
         where: the name of the argument or option.
@@ -22,12 +24,12 @@ def read_bytes(memory: Any, where: str = "memory") -> int | None:
     """
     if memory is None or (type(memory) is int and memory >= 0):
         return memory
-    pattern, text = r"(\d*\.?\d+)\s*([KMGT]I?B)|(\d[\d_]*)", str(memory).strip().upper()
-    found = re.fullmatch(pattern, text, re.ASCII) if isinstance(memory, str) else None
+    pattern = r"\s*(?:(\d{0,18}\.?\d{1,18})\s*([KMGT]I?B)|(\d{7,18}))\s*"
+    found = re.fullmatch(pattern, memory, re.ASCII | re.IGNORECASE) if isinstance(memory, str) else None
     if found is None:
         raise ValueError(f'{where}: expected bytes, such as "8GB", "8GiB" or 8000000000, got {memory!r}')
     number, unit, plain = found.groups()
-    return int(plain.replace("_", "")) if plain else int(float(number) * {**UNITS, **BINARY}[unit])
+    return int(plain) if plain else int(float(number) * {**UNITS, **BINARY}[unit.upper()])
 
 
 def said(size: float) -> str:
@@ -38,7 +40,11 @@ def said(size: float) -> str:
 
 
 def check_seconds(seconds: float | None, where: str = "prune: expected seconds") -> None:
-    """Refuse a limit that is none.
+    """Refuse a limit of time that is no number above 0; None is no limit.
+
+    Args:
+        seconds: what was given, in any unit.
+        where: how the sentence of the error begins.
 
     Raises:
         ValueError: it is no number above 0.

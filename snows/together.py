@@ -97,7 +97,7 @@ def exchange() -> Iterator[None]:
 def _strangers() -> str:
     """Say what is amiss where torchrun started several processes that do not know of each other."""
     count = os.environ.get("WORLD_SIZE", "1")
-    if count == "1" or "TORCHELASTIC_RUN_ID" not in os.environ or _alone or dist.is_initialized():
+    if count in ("", "1") or "TORCHELASTIC_RUN_ID" not in os.environ or _alone or dist.is_initialized():
         return ""
     return (
         f"prune: torchrun started {count} processes, which have no process group, so that each prunes by "

@@ -233,6 +233,59 @@ def test_tied_weights_that_are_left_out_do_no_harm():
     assert torch.equal(sparse[1][0].weight, net[1][0].weight)
 
 
+def six(wrap=lambda net: None):
+    net = nn.Sequential(*(x for _ in range(6) for x in (nn.Linear(16, 16), nn.ReLU())))
+    wrap(net)
+    return net.eval()
+
+
+def tie(first, second):
+    def tied(net):
+        net[second].weight = net[first].weight
+
+    return tied
+
+
+ENDS = {
+    "the last shares": (
+        tie(0, 10),
+        {"0": "it shares its weight with 10", "10": "it shares its weight with 0"},
+    ),
+    "the last is computed": (
+        lambda net: torch.nn.utils.parametrizations.weight_norm(net[10]),
+        {"0": "first layer", "10": "its weight is computed by a parametrisation; "},
+    ),
+    "the first is computed": (
+        lambda net: torch.nn.utils.parametrizations.weight_norm(net[0]),
+        {"0": "its weight is computed by a parametrisation; ", "10": "last layer"},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_no_other_layer_stands_for_the_first_or_the_last(name):
+    wrap, expected = ENDS[name]
+    _, report = quiet(six(wrap), [torch.randn(16, 16) for _ in range(4)], NM(2, 4))
+    told = {x.name: x.reason for x in report.layers if x.reason}
+    assert told.keys() == expected.keys()
+    assert all(told[x].startswith(expected[x]) for x in expected)
+
+
+def test_layers_that_shared_before_a_cut_stay_dense_after_it():
+    goal = snows.Structured(0.8, then=snows.Unstructured(0.5))
+    _, report = quiet(six(tie(2, 6)), [torch.randn(16, 16) for _ in range(4)], goal)
+    told = {x.name: x.reason for x in report.layers if x.name in ("2", "6")}
+    assert told == {"2": "it shares its weight with 6", "6": "it shares its weight with 2"}
+    pruned = [x for x in report.layers if x.name in ("4", "8")]
+    assert sum(x.kept for x in pruned) == round(sum(x.size for x in pruned) / 2)
+
+
+def test_what_keeps_a_layer_that_is_asked_for_is_told_before_what_was_excluded():
+    batches = [torch.randn(16, 16) for _ in range(4)]
+    with pytest.raises(ValueError, match=r"no layer is left to prune \(8: it shares its weight with 10\)"):
+        quiet(six(tie(8, 10)), batches, NM(2, 4), only=["8"])
+
+
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize(
     ("wrap", "advice"),

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from snows.matching.statistics import LayerStatistics, Selector
 from snows.networks.attention import open_attention
+from snows.networks.functions import known
 from snows.networks.layers import copied, prunable
 from snows.networks.masks import masks_in, take_masks_off
 from snows.networks.twins import Twins
@@ -20,6 +21,20 @@ PatternChoice: TypeAlias = Pattern | Mapping[str, Pattern] | Callable[[str, nn.M
 Choosing: TypeAlias = Selector | Mapping[str, Tensor] | nn.Module
 Only: TypeAlias = Callable[[str, nn.Module], bool]
 LayerChoice: TypeAlias = Only | str | Sequence[str]
+
+
+def ends(twins: Twins) -> dict[str, str]:
+    """Name the layers that run first and last, also where their weights are shared or computed.
+
+    Returns:
+        By layer, "first layer" or "last layer"; nothing of a network with fewer than three layers.
+    """
+    layers = set(prunable(twins.sparse))
+    events = [x for x in twins.trace.events if known(x.function).arguments]
+    ran = [x for x in ({event.module, event.layer} & layers for event in events) if x]
+    if len(set[str]().union(*ran)) < 3:
+        return {}
+    return dict.fromkeys(ran[-1], "last layer") | dict.fromkeys(ran[0], "first layer")
 
 
 def selected(argument: str, asked: LayerChoice | None, model: nn.Module) -> Only | None:

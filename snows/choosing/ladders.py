@@ -11,7 +11,7 @@ from torch import Tensor
 from snows.choosing.allowance import Pace, Ration
 from snows.choosing.budgets import Budget
 from snows.choosing.costs import Of
-from snows.choosing.goals import Only, excluded
+from snows.choosing.goals import Only, ends, excluded
 from snows.choosing.options import DENSE, Ladder, Option, Zeros
 from snows.layers import SparseConv2d, SparseLinear
 from snows.matching.losses import Objective
@@ -61,14 +61,14 @@ def treatable(
     """
     found = dict[str, Treatable]()
     shared = shared_weights(twins.sparse)
-    ends = {twins.order[0], twins.order[-1]} if len(twins.order) > 2 and only is None else set()
+    outer = ends(twins) if only is None else {}
     for name in twins.order:
         layer: Layer = twins.sparse.get_submodule(name)  # type: ignore[assignment]
         one = twins.calls[name] == 1 and name not in shared and groups_of(layer) == 1
         if excluded(name, layer, only, skip) or not one:
             continue
         thin = "low-rank" in goal.using and not why_not(twins.sparse, twins.trace, name)
-        patterns = [x for x in _patterns(layer, goal) if name not in ends and known(name, layer, x)]
+        patterns = [x for x in _patterns(layer, goal) if name not in outer and known(name, layer, x)]
         if thin or patterns:
             found[name] = Treatable(thin, patterns)
     return found

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from snows.choosing.goals import Choosing, Given, Only, PatternChoice, excluded, given
+from snows.choosing.goals import Choosing, Given, Only, PatternChoice, ends, excluded, given
 from snows.choosing.zeros import spend
 from snows.matching.statistics import Selector
 from snows.networks.checks import how_computed, shared_weights
@@ -95,7 +95,7 @@ def decide(
     chosen = {name: deciding.wanted(name) for name, reason in reasons.items() if not reason}
     plan = Plan({}, [deciding.row(name, reason) for name, reason in reasons.items()] + _left_alone(twins))
     if not chosen:
-        telling = [x for x in plan.rows if x.reason not in (NO_PATTERN, NO_MASK)] or plan.rows
+        telling = [x for x in plan.rows if x.reason not in (NO_PATTERN, NO_MASK, EXCLUDED)] or plan.rows
         said = "; ".join(f"{x.name}: {x.reason}" for x in telling[:4])
         raise ValueError(
             f"prune: no layer is left to prune ({said or 'the model has no Linear or Conv2d that runs'})"
@@ -130,7 +130,7 @@ def _zeros(twins: Twins, name: str) -> float:
     return float((weight == 0).double().mean())
 
 
-NO_PATTERN, NO_MASK = "no pattern given", "no mask given"
+NO_PATTERN, NO_MASK, EXCLUDED = "no pattern given", "no mask given", "excluded"
 
 
 class _Deciding:
@@ -152,8 +152,8 @@ class _Deciding:
             raise ValueError(f"prune: expected patterns for layers of the model, got one for {unknown[0]!r}")
         order = twins.order
         self.names = [*order, *(name for name in self.layers if name not in order)]
-        self.ends = {order[0], order[-1]} if len(order) > 2 else set()
-        self.shared = shared_weights(twins.sparse)
+        self.ends = ends(twins)
+        self.shared = shared_weights(twins.dense) | shared_weights(twins.sparse)  # a cut ends sharing
         self._wanted: dict[str, Pattern | None] = {}
 
     def wanted(self, name: str) -> Pattern | None:
@@ -179,7 +179,7 @@ class _Deciding:
         """
         module, wanted = self.layers[name], self.wanted(name)
         if excluded(name, module, self.only, self.skip):
-            return "excluded"
+            return EXCLUDED
         if self.starts and name not in self.starts:
             return NO_MASK
         if wanted is None and not self.starts:
@@ -187,12 +187,12 @@ class _Deciding:
         explicit = name in self.starts or (isinstance(self.pattern, Mapping) and name in self.pattern)
         if why := self._unfit(name):
             if explicit:
-                raise ValueError(f"prune: {name} cannot be pruned ({why}); leave it out")
+                raise ValueError(f"prune: {name} cannot be pruned ({why}); leave it out, or name it in skip")
             return why
         if name not in self.twins.calls:
             return "its weight is computed before use" if self.twins.trace.called[name] else "never runs"
         if self.only is None and not explicit and name in self.ends:
-            return "first layer" if name == self.twins.order[0] else "last layer"
+            return self.ends[name]
         if not self.starts and wanted is not None and (why := wanted.fits(module.weight.shape)):
             depthwise = isinstance(module, nn.Conv2d) and module.groups > 1 and module.weight.shape[1] == 1
             return "depthwise" if depthwise else why
@@ -203,7 +203,7 @@ class _Deciding:
     def _unfit(self, name: str) -> str:
         """Say what of a layer cannot be pruned, whatever is asked; empty if it can."""
         if name in self.shared:
-            return f"it shares its weight with {self.shared[name]}"
+            return f"it shares its weight with {self.shared[name] or 'the network itself'}"
         if how := how_computed(self.layers[name]):
             return f"its weight is computed by {how}"
         if (calls := self.twins.calls.get(name, 0)) > 1:

@@ -135,6 +135,7 @@ def prune(
     from snows.frontiers import Frontier
     from snows.heap import kept
     from snows.sources.source import Source
+    from snows.together import alone
 
     options = asking.Options(of, using, order, multiple, runtime, at_a_time, latency)
     chosen = asking.goal(pattern, structured, budget, frontier, point, masks is not None, options)
@@ -200,7 +201,8 @@ def prune(
     if test is not None:
         used = images.drawn(count, seed) if test.origin == images.origin else None
         try:
-            others = compared(net, batches, chosen, cap, sparse)
+            with alone():  # the other processes have ended
+                others = compared(net, batches, chosen, cap, sparse)
             scores, judged = judge_networks(net, others, test, used, judge, batch_size)
             keep_scores(out, {name: x.top1 for name, x in scores.items()})
             claim(out, replace(judged, data=data, samples=len(used or ()), seed=seed))
