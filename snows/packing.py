@@ -80,6 +80,10 @@ def pack(weight: Tensor, mask: Tensor | None, pattern: NM | Unstructured) -> Pac
         >>> packed.values.tolist(), bin(int(packed.codes))
         ([[5.0, 6.0, 7.0, 8.0]], '0b11001101')
     """
+    if not isinstance(pattern, NM | Unstructured):
+        raise ValueError(
+            f"pack: expected a pattern such as snows.NM(2, 4) or snows.Unstructured(0.9), got {pattern!r}"
+        )
     mask = _mask(weight, mask)
     matrix, kept = rows(weight.detach()), rows(mask)
     matrix = matrix.where(kept, torch.zeros_like(matrix))  # a -0.0 off the mask becomes +0.0

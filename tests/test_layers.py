@@ -397,6 +397,11 @@ def test_nan_stays_in_its_token():
             "expected a packed weight of .out, in, kernel",
         ),
         (
+            lambda: SparseLinear(100, 37),
+            "expected a packed weight of .out, in., got int; SparseLinear.from_dense",
+        ),
+        (lambda: SparseLinear.from_dense(sparsify(nn.Linear(8, 4), NM(2, 4)), "2:4"), "got '2:4'"),
+        (
             lambda: SparseLinear(pack(torch.eye(8), None, NM(2, 4)))(torch.ones(2, 7)),
             "an input with 8 channels, got 7",
         ),

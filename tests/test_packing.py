@@ -157,6 +157,8 @@ def test_too_many_kept_are_refused_by_row_and_group():
         (torch.ones(2, 4, dtype=torch.int32), None, NM(2, 4), "float32, float16"),
         (torch.ones(2, 4, 4), None, NM(2, 4), "2 .Linear. or 4"),
         (torch.zeros(2, 64), None, NM(1, 64), "groups of at most 32"),
+        (torch.zeros(2, 4), None, "2:4", r"expected a pattern such as snows.NM\(2, 4\).*, got '2:4'"),
+        (torch.zeros(2, 4), None, torch.zeros(2, 4, dtype=torch.bool), r"expected a pattern .*, got tensor"),
     ],
 )
 def test_what_cannot_be_packed(weight, mask, pattern, message):

@@ -250,7 +250,7 @@ def _scatter(packing: Packing, unsure: bool, margin: float) -> list[str]:
     notes = packing.scatter(margin)
     if unsure:
         notes.append(
-            f"The times of the whole network {SCATTERS}, so that its ratio means little; run deploy again on "
+            f"The times of the whole network {SCATTERS}, so that its ratio means little; measure again on "
             "a quieter machine."
         )
     return notes

@@ -122,7 +122,7 @@ class Packing:
         return (
             [
                 f"The times of {unsure} of {len(self.times)} kinds of layer {SCATTERS}, so that choosing "
-                "between dense and packed means little there; run deploy again on a quieter machine."
+                "between dense and packed means little there; measure again on a quieter machine."
             ]
             if unsure
             else []

@@ -148,6 +148,26 @@ def version_of(x: Tensor) -> int:
     return 0 if x.is_inference() else x._version
 
 
+def check_weight(packed: object, kind: str, sizes: str, dims: int) -> None:
+    """Refuse what is no packed weight, or one of another layer.
+
+    Args:
+        packed: what was given.
+        kind: of the layer, for the sentence.
+        sizes: of the weight, for the sentence.
+        dims: that the weight has.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if not isinstance(packed, Packed) or len(packed.shape) != dims:
+        got = packed.shape if isinstance(packed, Packed) else type(packed).__name__
+        raise ValueError(
+            f"{kind}: expected a packed weight of {sizes}, got {got}; {kind}.from_dense makes the layer of a "
+            "dense one"
+        )
+
+
 def packed_from(weight: Tensor, pattern: NM | Unstructured | None, mask: Tensor | None) -> Packed:
     """Pack a weight, by the pattern that its mask obeys where none is given."""
     return packing.pack(weight, mask, packing.find_pattern(weight, mask) if pattern is None else pattern)

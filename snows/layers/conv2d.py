@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from snows import ops, reference
-from snows.layers.base import Activation, PackedLayer, filled, packed_from
+from snows.layers.base import Activation, PackedLayer, check_weight, filled, packed_from
 from snows.packing import Packed
 from snows.sparsity import NM, Unstructured
 
@@ -50,11 +50,7 @@ class SparseConv2d(PackedLayer):
         activation: Activation = None,
         innermost: bool = False,
     ) -> None:
-        if len(packed.shape) != 4:
-            raise ValueError(
-                "SparseConv2d: expected a packed weight of (out, in, kernel height, kernel width), "
-                f"got {packed.shape}"
-            )
+        check_weight(packed, "SparseConv2d", "(out, in, kernel height, kernel width)", 4)
         super().__init__(packed, bias, activation)
         dense = _Conv2d(
             packed.shape[1],

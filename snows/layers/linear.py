@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from snows import ops, packing
-from snows.layers.base import Activation, PackedLayer, filled, packed_from
+from snows.layers.base import Activation, PackedLayer, check_weight, filled, packed_from
 from snows.ops import cusparselt
 from snows.packing import Packed
 from snows.sparsity import NM, Unstructured
@@ -47,8 +47,7 @@ class SparseLinear(PackedLayer):
         activation: Activation = None,
         cusparselt: bool = False,
     ) -> None:
-        if len(packed.shape) != 2:
-            raise ValueError(f"SparseLinear: expected a packed weight of (out, in), got {packed.shape}")
+        check_weight(packed, "SparseLinear", "(out, in)", 2)
         super().__init__(packed, bias, activation)
         self.out_features, self.in_features = packed.shape
         if cusparselt:
