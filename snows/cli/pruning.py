@@ -202,8 +202,8 @@ def prune(
         used = images.drawn(count, seed) if test.origin == images.origin else None
         try:
             with alone():  # the other processes have ended
-                others = compared(net, batches, chosen, cap, sparse)
-            scores, judged = judge_networks(net, others, test, used, judge, batch_size)
+                others = compared(net, batches, chosen, cap, sparse)  # pruned when they are judged
+                scores, judged = judge_networks(net, others, test, used, judge, batch_size)
             keep_scores(out, {name: x.top1 for name, x in scores.items()})
             claim(out, replace(judged, data=data, samples=len(used or ()), seed=seed))
         except ValueError as error:  # what was pruned is there all the same
