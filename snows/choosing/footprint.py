@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
+from snows.choosing.packing import nbytes
 from snows.choosing.work import window
 from snows.matching.consumers import MEMORY
 from snows.matching.losses import Matching
@@ -59,13 +60,8 @@ def footprint(
     libraries = LIBRARIES if twins.device.type == "cpu" else 0
     walk = between + work
     if chooses:
-        walk = max(walk + _nbytes(twins), _choosing(twins))
+        walk = max(walk + nbytes(weights), _choosing(twins))  # the network is kept as it was before a stage
     return int(taken(twins.device) + libraries + walk)
-
-
-def _nbytes(twins: Twins) -> int:
-    """Return the bytes of the network, which is kept as it was before a stage."""
-    return sum(x.nbytes for x in twins.sparse.state_dict().values())
 
 
 def _choosing(twins: Twins) -> int:

@@ -69,8 +69,7 @@ class RowBlocks(LinearOperator):
     """
 
     LIMIT = 2**26  # numbers in all blocks: 256 MB in float32
-    PIECE = {"cpu": 2**20, "cuda": 2**24}  # numbers inverted at a time; a CPU takes one matrix after another
-    COPIES = 5  # of a piece, in float64, that are there at a time
+    COPIES = 5  # of what is inverted at a time, in float64, that are there at a time
 
     def __init__(self, factors: Factors, mask: Tensor, damping: float) -> None:
         self.mask = mask
@@ -88,7 +87,7 @@ class RowBlocks(LinearOperator):
         scale = (sensitivity.mean() * diagonal.mean()).clamp_min(torch.finfo(torch.float32).tiny)
         sensitivity = sensitivity[own] / scale
         self._inverse = torch.empty(len(kept), width, width, dtype=factors.inputs.dtype, device=mask.device)
-        step = max(1, self.PIECE.get(mask.device.type, 2**24) // width**2)
+        step = self._at_a_time(width, mask.device)
         for start in range(0, len(kept), step):
             part = slice(start, min(start + step, len(kept)))
             group = torch.arange(own.start + part.start, own.start + part.stop, device=mask.device) // size
@@ -115,15 +114,20 @@ class RowBlocks(LinearOperator):
 
     @classmethod
     def most(cls, weight: Tensor) -> int:
-        """Return the bytes that the blocks of a layer take at most, whatever its mask is.
+        """Return the bytes that the blocks of a layer take at most, and inverting them, whatever its mask is.
 
         Args:
             weight: of the layer.
         """
         count, columns = len(weight), weight[0].numel()
         width = min(columns, math.isqrt(cls.LIMIT // count))  # of the widest blocks that still fit
-        piece = max(width**2, min(count * width**2, cls.PIECE.get(weight.device.type, 2**24)))
-        return count * width**2 * weight.element_size() + 8 * cls.COPIES * piece
+        piece = min(count, cls._at_a_time(max(width, 1), weight.device))
+        return width**2 * (count * weight.element_size() + 8 * cls.COPIES * piece)
+
+    @classmethod
+    def _at_a_time(cls, width: int, device: torch.device) -> int:
+        """Return how many blocks are inverted at a time; a CPU takes one after the other anyway."""
+        return max(1, (2**20 if device.type == "cpu" else 2**24) // width**2)
 
     def __matmul__(self, v: Tensor) -> Tensor:
         matrix, own = rows(v), self._rows.own
