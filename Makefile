@@ -1,5 +1,5 @@
 # make demo | test | docs | bench | accuracy | ablations: each sets up .venv by itself on a fresh machine and needs nothing but packages.
-# make bench RESULTS=folder: that of the machine, bench/results/cpu (Cascade Lake) or bench/results/zen5.
+# make bench RESULTS=folder: that of the machine, bench/results/cpu (Cascade Lake) or a folder of its own beside it.
 # make gpu OUT=folder PART=1|2|3 ONLY=name BUDGET=seconds: with the Python and the torch that are there, which must see a GPU; installs nothing.
 
 PYTHON ?= python3
