@@ -29,7 +29,7 @@ def read_bytes(memory: Any, where: str = "memory") -> int | None:
     if found is None:
         raise ValueError(f'{where}: expected bytes, such as "8GB", "8GiB" or 8000000000, got {memory!r}')
     number, unit, plain = found.groups()
-    return int(plain) if plain else int(float(number) * {**UNITS, **BINARY}[unit.upper()])
+    return int(plain) if plain else round(float(number) * {**UNITS, **BINARY}[unit.upper()])
 
 
 def said(size: float) -> str:

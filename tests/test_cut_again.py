@@ -95,3 +95,12 @@ def test_covariances_of_constant_inputs_are_factored():
     factor, added = factored(left, 0.01, gram[None], x.dtype)
     torch.testing.assert_close(factor @ factor.mT, left + added * torch.eye(64).double())
     assert float(added) < 1e-3 * float(gram.trace())
+
+
+def test_layers_that_shared_a_weight_before_a_cut_are_told_so():
+    layers = [x for _ in range(6) for x in (nn.Linear(16, 16), nn.ReLU())]
+    layers[6].weight = layers[2].weight
+    batches = [torch.randn(32, 16) for _ in range(2)]
+    found = snows.prune(nn.Sequential(*layers).eval(), batches, Structured(0.8), progress=False).report
+    told = {x.name: x.reason for x in found.layers if x.pattern == "dense"}
+    assert told == {"2": "it shares its weight with 6", "6": "it shares its weight with 2"}

@@ -49,13 +49,14 @@ def after_cut(
 def _refitted(twins: Twins) -> Plan:
     """Plan to fit all layers of a cut network anew, each on the mask that it has."""
     shared, plan = shared_weights(twins.sparse), Plan({})
-    layers = prunable(twins.sparse)
+    layers, before = prunable(twins.sparse), shared_weights(twins.dense)
     for name in twins.order:
         shape = tuple(layers[name].weight.shape)
         if twins.calls[name] == 1 and name not in shared:
             plan.choices[name] = LayerPlan(None, None)
             plan.rows.append(LayerReport(name, shape, "fitted", math.prod(shape)))
         else:
-            why = f"it shares its weight with {shared[name]}" if name in shared else "it is called repeatedly"
+            other = shared.get(name, before.get(name))  # a cut may part two layers' weights
+            why = f"it shares its weight with {other}" if other else "it is called repeatedly"
             plan.rows.append(LayerReport(name, shape, "dense", math.prod(shape), why))
     return plan
