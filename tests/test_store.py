@@ -487,7 +487,9 @@ def test_what_is_no_number_of_bytes_is_refused(text):
         snows.prune(nn.Linear(2, 2).eval(), [torch.randn(4, 2)], PATTERN, memory=text)
 
 
-@pytest.mark.parametrize("size", [0, 1, 999, 1001, 4_100_000, 8_200_000_000, 123_456_789, 10**12 + 1])
+@pytest.mark.parametrize(
+    "size", [0, 1, 999, 1001, 4_100_000, 123_456_789, 999_999_999, 8_200_000_000, 10**12 + 1]
+)
 def test_bytes_that_are_said_are_enough(size):
     assert size <= amounts.read_bytes(amounts.said(size)) <= 1.1 * size + 1000
 
