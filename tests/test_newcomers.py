@@ -218,3 +218,37 @@ def test_a_deployment_that_packs_nothing_says_what_gained():
     assert ("what is gained is from folded normalisations" in report.summary()) != packed
     assert "layers are timed alone, equal ones once" in report.summary()
     assert tiny()
+
+
+class Twice(nn.Module):
+    """One attention under two names, and called under both."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.mid, self.head = nn.Linear(16, 32), nn.Linear(32, 32), nn.Linear(32, 10)
+        self.first = self.second = nn.MultiheadAttention(32, 4, batch_first=True)
+
+    def forward(self, x):
+        x = self.embed(x)
+        x = x + self.first(x, x, x)[0]
+        x = x + self.mid(x)
+        return self.head((x + self.second(x, x, x)[0]).mean(1))
+
+
+def test_an_attention_under_two_names_is_one(tmp_path):
+    torch.manual_seed(0)
+    net, batches = Twice().eval(), [torch.randn(16, 8, 16) for _ in range(4)]
+    pruned = snows.prune(net, batches, NM(2, 4))
+    assert list(pruned.masks) == ["mid"]  # the attention's projections are called twice
+    packed = snows.deploy(pruned.network, batches[0], objective="size")
+    cut = snows.prune(net, batches, snows.Structured(0.5))
+    heads = cut.network.first.heads
+    assert heads < net.first.num_heads
+    assert cut.network.second.out_proj.weight.shape == (32, 8 * heads)
+    for found in (packed, cut):
+        path = tmp_path / "network.safetensors"
+        snows.save(found, path)
+        loaded = snows.load(path, Twice())
+        for network in (found.network, loaded):
+            assert network.first is network.second
+        assert torch.equal(loaded(batches[0]), found.network(batches[0]))

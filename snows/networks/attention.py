@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from snows.networks.layers import has_hooks, held_elsewhere
+from snows.networks.layers import has_hooks, held_elsewhere, substitute
 from snows.networks.masks import give_mask, kept_mask
 
 PROJECTIONS = (
@@ -146,12 +146,11 @@ def can_open(module: nn.Module) -> bool:
 
 
 def open_attention(model: nn.Module) -> None:
-    """Replace each `nn.MultiheadAttention` that can be by an `OpenAttention`, in place."""
+    """Replace each `nn.MultiheadAttention` that can be by an `OpenAttention`, under all its names, in place."""
     held = held_elsewhere(model)
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if can_open(child) and id(child) not in held:
-                setattr(parent, name, OpenAttention(child))  # type: ignore[arg-type]
+    for module in list(model.modules()):
+        if can_open(module) and id(module) not in held:
+            substitute(model, module, OpenAttention(module))  # type: ignore[arg-type]
 
 
 def close_attention(model: nn.Module) -> None:
@@ -159,19 +158,19 @@ def close_attention(model: nn.Module) -> None:
 
     An attention whose projections were replaced by other layers stays open, and one that lost heads.
     """
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if (
-                isinstance(child, OpenAttention)
-                and child.closed
-                and all(isinstance(x, nn.Linear) for x in child.children())
-                and child.out_proj.weight.shape == child.closed[0].out_proj.weight.shape
-            ):
-                closed = child.closed[0]
-                give_mask(closed.out_proj, kept_mask(child.out_proj))
-                for part in PROJECTIONS:
-                    if hasattr(child, part):
-                        give_mask(closed, kept_mask(getattr(child, part)), f"{part}_")
-                setattr(parent, name, closed)
-            elif isinstance(child, OpenAttention):
-                child.closed.clear()
+    for module in list(model.modules()):
+        if not isinstance(module, OpenAttention):
+            continue
+        if (
+            module.closed
+            and all(isinstance(x, nn.Linear) for x in module.children())
+            and module.out_proj.weight.shape == module.closed[0].out_proj.weight.shape
+        ):
+            closed = module.closed[0]
+            give_mask(closed.out_proj, kept_mask(module.out_proj))
+            for part in PROJECTIONS:
+                if hasattr(module, part):
+                    give_mask(closed, kept_mask(getattr(module, part)), f"{part}_")
+            substitute(model, module, closed)
+        else:
+            module.closed.clear()
