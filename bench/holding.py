@@ -1,6 +1,6 @@
 """Fine-tuning under `snows.hold`: what it gives, and what it costs a step.
 
-    python bench/holding.py accuracy --data FOLDER --out bench/results/cpu/holding.json
+    python bench/holding.py accuracy --data FOLDER --out bench/results/emerald-rapids/holding.json
     python bench/holding.py speed --threads 1 --clock processor --out bench/results/cpu/holding-steps.json
 
 `accuracy` prunes a network of the zoo, trains it for two epochs towards the dense network's outputs, as the guide does, and deploys
@@ -89,7 +89,7 @@ def accuracy(args):
                 "network": name,
                 "pattern": pattern,
                 "method": method,
-                "accuracy": evaluate(net, test).top1,
+                "accuracy": round(evaluate(net, test).top1, 2),
             }
             rows.append({**row, **more})
             print(rows[-1], flush=True)

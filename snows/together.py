@@ -80,8 +80,8 @@ def exchange() -> Iterator[None]:
         except RuntimeError as error:
             raise LostError(
                 f"expected all {size()} processes to call prune, got some that have ended or have not called "
-                f"it in {MEETING.seconds} seconds; call it in every process, or destroy the process "
-                "group first"
+                f"it in {MEETING.seconds} seconds; call it in every process, or in one of them under "
+                "snows.together.alone()"
             ) from error
     with _sending():
         _group = group = dist.new_group()

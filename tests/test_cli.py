@@ -347,6 +347,18 @@ def test_eval_of_the_zoo(monkeypatch, capsys):
     assert f"{log['test']:.2f} %" in text
 
 
+def test_eval_of_some_images(monkeypatch, capsys):
+    options = ("--model", "zoo:resnet20", "--data", "zoo:fashion-mnist", "--images", 200)
+    code, text = run(monkeypatch, capsys, "eval", *options)
+    assert code == 0, text
+    assert "on 200 of 10000 test images" in text
+    images, labels = zoo.images("test")
+    taken = [round(i * 9999 / 199) for i in range(200)]
+    with torch.no_grad():
+        right = int((zoo.load("resnet20")(images[taken]).argmax(1) == labels[taken]).sum())
+    assert f"{right / 2:.2f} %" in text
+
+
 def wrong(tmp_path, pictures):
     base = {
         "--model": "test_cli:tiny",

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import snows
-from snows import NM, Matching, Newton, Structured
+from snows import NM, Budget, Matching, Newton, Structured
 from snows.matching.statistics import factored
 
 quick = partial(snows.prune, progress=False, matching=Matching(2), solver=Newton(max_iterations=2))
@@ -104,3 +104,18 @@ def test_layers_that_shared_a_weight_before_a_cut_are_told_so():
     found = snows.prune(nn.Sequential(*layers).eval(), batches, Structured(0.8), progress=False).report
     told = {x.name: x.reason for x in found.layers if x.pattern == "dense"}
     assert told == {"2": "it shares its weight with 6", "6": "it shares its weight with 2"}
+
+
+@pytest.mark.parametrize("goal", [Structured(0.7), Budget(0.6, of="bytes")], ids=["structured", "budget"])
+def test_all_names_of_layers_that_still_share_after_a_cut_are_told_so(goal):
+    layers = [(16, 32), (32, 32), (32, 64), (64, 32), (32, 32), (32, 10)]
+    net = nn.Sequential(*(x for sizes in layers for x in (nn.Linear(*sizes), nn.ReLU()))).eval()
+    net[8].weight = net[2].weight
+    net[2].aside = nn.Linear(3, 3).eval()
+    found = snows.prune(net, [torch.randn(64, 16) for _ in range(4)], goal, progress=False)
+    assert found.network[8].weight is found.network[2].weight
+    assert {x.name: x.reason for x in found.report.layers if x.pattern == "dense"} == {
+        "2": "it shares its weight with 8",
+        "8": "it shares its weight with 2",
+        "2.aside": "never runs",
+    }

@@ -280,6 +280,22 @@ def test_layers_that_shared_before_a_cut_stay_dense_after_it():
     assert sum(x.kept for x in pruned) == round(sum(x.size for x in pruned) / 2)
 
 
+def test_a_pruned_network_may_have_a_zero_in_a_layer_that_shares():
+    net, batches = six(tie(2, 6)), [torch.randn(16, 16) for _ in range(4)]
+    with torch.no_grad():
+        net[2].weight[0, 0] = 0
+    once = quiet(net, batches, NM(2, 4), solver=None)
+    again = quiet(net, batches, None, select=once.network, solver=None)
+    assert list(again.masks) == list(once.masks) == ["4", "8"]
+    assert all(torch.equal(again.masks[x], once.masks[x]) for x in once.masks)
+    assert again.network[6].weight is again.network[2].weight
+    assert torch.equal(again.network[2].weight, net[2].weight)
+    with torch.no_grad():
+        once.network[2].weight[1] = 0  # pruned by somebody else, which would be lost
+    with pytest.raises(ValueError, match="2 cannot be pruned .it shares its weight with 6."):
+        quiet(net, batches, None, select=once.network)
+
+
 def test_what_keeps_a_layer_that_is_asked_for_is_told_before_what_was_excluded():
     batches = [torch.randn(16, 16) for _ in range(4)]
     with pytest.raises(ValueError, match=r"no layer is left to prune \(8: it shares its weight with 10\)"):

@@ -420,7 +420,8 @@ def absent():
 def test_a_process_that_prunes_where_others_do_not_is_told(tmp_path):
     told, _ = processes(2, tmp_path / "a", absent)
     assert told.startswith(
-        "expected all 2 processes to call prune, got some that have ended or have not called it in 2 seconds"
+        "expected all 2 processes to call prune, got some that have ended or have not called it in 2 seconds; "
+        "call it in every process, or in one of them under snows.together.alone()"
     )
 
 

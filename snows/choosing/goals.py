@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from snows.matching.statistics import LayerStatistics, Selector
 from snows.networks.attention import open_attention
+from snows.networks.checks import shared_weights
 from snows.networks.functions import known
 from snows.networks.layers import copied, prunable
 from snows.networks.masks import masks_in, take_masks_off
@@ -147,12 +148,12 @@ def given(twins: Twins, select: Choosing) -> dict[str, MaskedWeight]:
                 "prune: expected select to be a pruned copy of the model, got a network with other layers: "
                 f"{sorted(sources.keys() ^ layers.keys())[:5]}"
             )
+        weights = {name: layer.weight.detach() for name, layer in sources.items()}
         masks = {
             name: mask
             for name, mask in {**masks_in(closed), **carried}.items()
-            if name in sources and not mask.all()
+            if name in sources and not mask.all() and not _keeps(twins, name, weights[name])
         }
-        weights = {name: sources[name].weight.detach() for name in masks}
     elif isinstance(select, Mapping):
         masks = {_layer_of(key, layers): mask for key, mask in select.items()}
         if len(masks) < len(select):
@@ -176,6 +177,13 @@ def given(twins: Twins, select: Choosing) -> dict[str, MaskedWeight]:
         mask = _as_mask(name, mask, layers[name].weight.shape)
         found[name] = MaskedWeight((weights[name] * mask.to(weights[name].device)).clone(), mask)
     return found
+
+
+def _keeps(twins: Twins, name: str, weight: Tensor) -> bool:
+    """Say whether a layer that cannot be pruned is in a pruned network what it is in the model, zeros too."""
+    own = prunable(twins.sparse)[name].weight.detach()
+    movable = twins.calls.get(name) == 1 and name not in shared_weights(twins.dense)
+    return not movable and own.shape == weight.shape and torch.equal(own, weight.to(own))
 
 
 def _layer_of(key: Any, layers: Mapping[str, nn.Module]) -> str:

@@ -31,6 +31,9 @@ def evaluate(
         Path | None,
         typer.Option(help="weights of the dense network, to compare with; by default the library's own"),
     ] = None,
+    images: Annotated[
+        int | None, typer.Option(min=1, help="how many test images, evenly spread; by default all")
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="images a batch")] = 250,
     device: terminal.Device = "auto",
     classes: terminal.Classes = None,
@@ -46,19 +49,22 @@ def evaluate(
     place = terminal.device_of(device)
     network = load_network(model, weights, random_weights)
     preparation = network.preparation.override(crop, resize, numbers(mean, "mean"), numbers(std, "std"))
-    images = sources.load_data(data, network, "test", preparation=preparation, classes=classes, labels=labels)
-    say_prepared(images)
-    net, batches = network.model.to(place), images.batches(batch_size)
+    test = sources.load_data(data, network, "test", preparation=preparation, classes=classes, labels=labels)
+    say_prepared(test)
+    net = network.model.to(place)
+    batches = test.batches(batch_size) if images is None else test.spread(images, batch_size)
     reference = _reference(model, weights, dense)
     if reference is None:
         rows = [("network", evaluation.evaluate(net, batches))]
     else:
         first, second = evaluation.compare(reference.to(place), net, batches)
         rows = [("dense" if dense else "the library's weights", first), ("network", second)]
-    say_note(images)
+    say_note(test)
     if not rows[-1][1].images:
         raise ValueError(f"--data: none of the pictures in {data} can be read")
     show_scores(rows)
+    if images is not None and images < len(test):
+        say(f"on {rows[-1][1].images} of {len(test)} test images")
 
 
 def _reference(model: str, weights: Path | None, dense: Path | None) -> nn.Module | None:

@@ -146,7 +146,7 @@ def can_open(module: nn.Module) -> bool:
 
 
 def open_attention(model: nn.Module) -> None:
-    """Replace each `nn.MultiheadAttention` that can be by an `OpenAttention`, under all its names, in place."""
+    """Put an `OpenAttention` in the place of each `nn.MultiheadAttention` that can be opened."""
     held = held_elsewhere(model)
     for module in list(model.modules()):
         if can_open(module) and id(module) not in held:
