@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from itertools import combinations
 
 import pytest
@@ -169,6 +170,28 @@ def test_several_passes_measure_what_one_does():
     assert one["wide"]["flat"] is one["make"]["flat"]
     assert each["wide"]["flat"] is not each["make"]["flat"]
     assert torch.equal(one["make"]["flat"].covariance, each["make"]["flat"].covariance)
+
+
+def test_a_pass_begins_when_the_moments_of_the_one_before_are_gone(monkeypatch):
+    net, batches, group = made()
+    widths = {"wide": 4, "grouped": 4}
+    others = [
+        Group(x, "channels", {x: torch.arange(n)[:, None]}, {"flat": torch.arange(n)[:, None]})
+        for x, n in widths.items()
+    ]
+    known, alive, gathered = [], [], Measured._gathered
+
+    def gathering(self, names):
+        alive.append(sum(x() is not None for x in known))
+        found = gathered(self, names)
+        known.extend(map(weakref.ref, found.values()))
+        return found
+
+    monkeypatch.setattr(Measured, "_gathered", gathering)
+    given = Measured(net, batches, memory=1).consumers([group, *others])
+    assert list(map(lambda pair: pair[0].name, given)) == ["make", "wide", "grouped"]  # holds on to none
+    assert alive == [0, 0, 0]
+    assert len(known) == 3 + 1 + 1
 
 
 def test_the_output_sensitivity_weighs_the_layers_that_read():

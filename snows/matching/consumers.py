@@ -177,6 +177,7 @@ class Measured:
             for group in waiting[:taken]:
                 yield group, {x: found[x] for x in readers(group, self.layers) if found[x].count}
             waiting = waiting[taken:]
+            del found  # before the next pass gathers as much again
 
     def _gathered(self, names: list[str]) -> dict[str, Consumer]:
         watch = _Gathering(self.net, {name: Consumer(self.layers[name]) for name in names})
