@@ -266,10 +266,18 @@ def linears(width):
     return nn.Sequential(*layers).eval()
 
 
+def grouped(width):
+    layers = [nn.Conv2d(3, width, 1), nn.ReLU(), nn.Conv2d(width, width, 3, 4, groups=4), nn.ReLU()]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 4)).eval()
+
+
 name, width, first = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-make = {"convolutions": convolutions, "linears": linears}[name]
+make = {"convolutions": convolutions, "grouped": grouped, "linears": linears}[name]
 batches = list(torch.randn(3, 32, *((64,) if name == "linears" else (3, 32, 32))))
 settings = {"select": snows.magnitude, "solver": snows.Newton(max_iterations=2), "progress": False}
+if name == "grouped":
+    batches = [x[:, :, :8, :8] for x in batches]
+    settings = {"solver": snows.Newton(max_iterations=2, preconditioner="kronecker"), "progress": False}
 snows.prune(make(first), [x[:2] for x in batches], snows.NM(2, 4), **settings)  # takes what libraries take
 before = room.peak(torch.device("cpu"))
 report = snows.prune(make(width), batches, snows.NM(2, 4), **settings).report
@@ -278,7 +286,9 @@ print(before, report.predicted_bytes, report.peak_bytes)
 
 
 @pytest.mark.parametrize(
-    "network", [("convolutions", "32", "32"), ("linears", "512", "16")], ids=["activations", "blocks"]
+    "network",
+    [("convolutions", "32", "32"), ("linears", "512", "16"), ("grouped", "512", "16")],
+    ids=["activations", "blocks", "groups"],
 )
 def test_the_peak_of_memory_is_near_what_was_predicted(network):
     done = subprocess.run([sys.executable, "-c", PEAKS, *network], capture_output=True, text=True)

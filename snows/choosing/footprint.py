@@ -49,9 +49,10 @@ def footprint(
     passes, work = PASSES if solver is not None else 2, 0.0
     for name in layers:
         if name in at:
-            weight: Any = weights.get_submodule(name).weight
+            layer: Any = weights.get_submodule(name)
+            weight = layer.weight
             numbers = sum(math.prod(x.shape) for x in window(events, at[name], matching.horizon))
-            matrices = 8 * MOMENTS * math.prod(weight.shape[1:]) ** 2
+            matrices = 8 * MOMENTS * groups_of(layer) * math.prod(weight.shape[1:]) ** 2
             if solver is not None and solver.preconditioner == "rows":
                 matrices += RowBlocks.most(weight)
             work = max(work, passes * share * numbers * weight.element_size() + matrices)
