@@ -290,6 +290,8 @@ def test_a_pruned_network_may_have_a_zero_in_a_layer_that_shares():
     assert all(torch.equal(again.masks[x], once.masks[x]) for x in once.masks)
     assert again.network[6].weight is again.network[2].weight
     assert torch.equal(again.network[2].weight, net[2].weight)
+    with pytest.raises(ValueError, match=r"2 cannot be pruned \(it shares its weight with 6\)"):
+        quiet(net, batches, None, select=net)  # has no other zero
     with torch.no_grad():
         once.network[2].weight[1] = 0  # pruned by somebody else, which would be lost
     with pytest.raises(ValueError, match=r"2 cannot be pruned \(it shares its weight with 6\)"):

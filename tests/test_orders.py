@@ -188,8 +188,8 @@ def test_a_pass_begins_when_the_moments_of_the_one_before_are_gone(monkeypatch):
         return found
 
     monkeypatch.setattr(Measured, "_gathered", gathering)
-    given = Measured(net, batches, memory=1).consumers([group, *others])
-    assert list(map(lambda pair: pair[0].name, given)) == ["make", "wide", "grouped"]  # holds on to none
+    found = compensated(Measured(net, batches, memory=1), [group, *others])
+    assert list(found) == ["make", "wide", "grouped"]
     assert alive == [0, 0, 0]
     assert len(known) == 3 + 1 + 1
 

@@ -295,7 +295,8 @@ def test_the_peak_of_memory_is_near_what_was_predicted(network):
     assert done.returncode == 0, done.stderr
     before, predicted, peak = map(int, done.stdout.split())
     assert peak - before > 8e7
-    assert 0.8 * (peak - before) < predicted - before < 2.5 * (peak - before)
+    least = 1.0 if network[0] == "grouped" else 0.8
+    assert least * (peak - before) < predicted - before < 2.5 * (peak - before)
 
 
 def test_memory_is_reported_beside_what_was_predicted():

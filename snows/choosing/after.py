@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from snows.choosing.budgets import Budget
 from snows.choosing.goals import Choosing, Only
-from snows.choosing.plan import LayerPlan, Plan, decide, unused
+from snows.choosing.plan import LayerPlan, Plan, decide
 from snows.networks.checks import shared_weights
 from snows.networks.layers import prunable
 from snows.networks.twins import Twins
@@ -50,14 +50,13 @@ def _refitted(twins: Twins) -> Plan:
     """Plan to fit all layers of a cut network anew, each on the mask that it has."""
     shared, plan = shared_weights(twins.sparse), Plan({})
     layers, before = prunable(twins.sparse), shared_weights(twins.dense)
-    for name in [*twins.order, *(x for x in layers if x not in twins.order)]:
+    for name in [*twins.order, *(x for x in shared if x not in twins.order)]:
         shape = tuple(layers[name].weight.shape)
         if twins.calls.get(name) == 1 and name not in shared:
             plan.choices[name] = LayerPlan(None, None)
             plan.rows.append(LayerReport(name, shape, "fitted", math.prod(shape)))
         else:
             other = shared.get(name, before.get(name))  # a cut may part two layers' weights
-            alone = "it is called repeatedly" if name in twins.calls else unused(twins, name)
-            why = f"it shares its weight with {other}" if other else alone
+            why = f"it shares its weight with {other}" if other else "it is called repeatedly"
             plan.rows.append(LayerReport(name, shape, "dense", math.prod(shape), why))
     return plan

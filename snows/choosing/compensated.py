@@ -35,6 +35,7 @@ def compensated(measured: Measured, groups: Sequence[Group], damping: float = DA
             for name, consumer in consumers.items()
         ]
         found[group.name] = _curve(group.units, readers)
+        del consumers, readers  # before the next pass over the batches gathers as much again
     return found
 
 

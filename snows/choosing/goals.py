@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from snows.matching.statistics import LayerStatistics, Selector
 from snows.networks.attention import open_attention
-from snows.networks.checks import shared_weights
+from snows.networks.checks import how_computed, shared_weights
 from snows.networks.functions import known
 from snows.networks.layers import copied, prunable
 from snows.networks.masks import masks_in, take_masks_off
@@ -152,8 +152,10 @@ def given(twins: Twins, select: Choosing) -> dict[str, MaskedWeight]:
         masks = {
             name: mask
             for name, mask in {**masks_in(closed), **carried}.items()
-            if name in sources and not mask.all() and not _keeps(twins, name, weights[name])
+            if name in sources and not mask.all()
         }
+        movable = {name: mask for name, mask in masks.items() if not _keeps(twins, name, weights[name])}
+        masks = movable or masks  # of which it is said why they cannot be taken
     elif isinstance(select, Mapping):
         masks = {_layer_of(key, layers): mask for key, mask in select.items()}
         if len(masks) < len(select):
@@ -181,9 +183,13 @@ def given(twins: Twins, select: Choosing) -> dict[str, MaskedWeight]:
 
 def _keeps(twins: Twins, name: str, weight: Tensor) -> bool:
     """Say whether a layer that cannot be pruned is in a pruned network what it is in the model, zeros too."""
-    own = prunable(twins.sparse)[name].weight.detach()
-    movable = twins.calls.get(name) == 1 and name not in shared_weights(twins.dense)
-    return not movable and own.shape == weight.shape and torch.equal(own, weight.to(own))
+    layer = prunable(twins.sparse)[name]
+    fixed = twins.calls.get(name, 0) > 1 or name in shared_weights(twins.dense) or how_computed(layer)
+    return (
+        bool(fixed)
+        and layer.weight.shape == weight.shape
+        and torch.equal(layer.weight, weight.to(layer.weight))
+    )
 
 
 def _layer_of(key: Any, layers: Mapping[str, nn.Module]) -> str:

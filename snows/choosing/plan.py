@@ -190,7 +190,7 @@ class _Deciding:
                 raise ValueError(f"prune: {name} cannot be pruned ({why}); leave it out, or name it in skip")
             return why
         if name not in self.twins.calls:
-            return unused(self.twins, name)
+            return "its weight is computed before use" if self.twins.trace.called[name] else "never runs"
         if self.only is None and not explicit and name in self.ends:
             return self.ends[name]
         if not self.starts and wanted is not None and (why := wanted.fits(module.weight.shape)):
@@ -217,11 +217,6 @@ class _Deciding:
         mask = kept_mask(self.layers[name])
         kept = int(mask.sum()) if reason and mask is not None else math.prod(shape)
         return LayerReport(name, shape, pattern, kept, reason)
-
-
-def unused(twins: Twins, name: str) -> str:
-    """Say why no operation reads a layer's weight under the layer's name."""
-    return "its weight is computed before use" if twins.trace.called[name] else "never runs"
 
 
 def _left_alone(twins: Twins) -> list[LayerReport]:

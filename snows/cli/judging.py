@@ -32,7 +32,8 @@ def evaluate(
         typer.Option(help="weights of the dense network, to compare with; by default the library's own"),
     ] = None,
     images: Annotated[
-        int | None, typer.Option(min=1, help="how many test images, evenly spread; by default all")
+        int | None,
+        typer.Option(min=1, help="test images, evenly spread, or a stream's first; by default all"),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="images a batch")] = 250,
     device: terminal.Device = "auto",
@@ -63,7 +64,9 @@ def evaluate(
     if not rows[-1][1].images:
         raise ValueError(f"--data: none of the pictures in {data} can be read")
     show_scores(rows)
-    if images is not None and images < len(test):
+    if images is not None and test.stream is not None:
+        say(f"on the first {rows[-1][1].images} test images")
+    elif images is not None and images < len(test):
         say(f"on {rows[-1][1].images} of {len(test)} test images")
 
 

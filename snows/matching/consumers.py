@@ -157,6 +157,8 @@ class Measured:
     def consumers(self, groups: Sequence[Group]) -> Iterator[tuple[Group, dict[str, Consumer]]]:
         """Give each group with the layers that read and mix its units, by name.
 
+        Who lets go of them before asking for the next group has the second moments of one pass at a time.
+
         Args:
             groups: of the network, with units that can be taken out.
         """
