@@ -52,7 +52,7 @@ def _refitted(twins: Twins) -> Plan:
     layers, before = prunable(twins.sparse), shared_weights(twins.dense)
     for name in [*twins.order, *(x for x in shared if x not in twins.order)]:
         shape = tuple(layers[name].weight.shape)
-        if twins.calls.get(name) == 1 and name not in shared:
+        if twins.calls[name] == 1 and name not in shared:
             plan.choices[name] = LayerPlan(None, None)
             plan.rows.append(LayerReport(name, shape, "fitted", math.prod(shape)))
         else:

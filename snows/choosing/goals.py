@@ -38,6 +38,19 @@ def ends(twins: Twins) -> dict[str, str]:
     return dict.fromkeys(ran[-1], "last layer") | dict.fromkeys(ran[0], "first layer")
 
 
+def unfit(twins: Twins) -> dict[str, str]:
+    """Say of layers that cannot be pruned, whatever is asked, what prevents it."""
+    shared, found = shared_weights(twins.dense) | shared_weights(twins.sparse), {}  # a cut ends sharing
+    for name, layer in prunable(twins.sparse).items():
+        if name in shared:
+            found[name] = f"it shares its weight with {shared[name] or 'the network itself'}"
+        elif how := how_computed(layer):
+            found[name] = f"its weight is computed by {how}"
+        elif (calls := twins.calls.get(name, 0)) > 1:
+            found[name] = f"it is called {calls} times in one forward pass"
+    return found
+
+
 def selected(argument: str, asked: LayerChoice | None, model: nn.Module) -> Only | None:
     """Make a function of name and module out of names with `*`.
 
@@ -154,8 +167,8 @@ def given(twins: Twins, select: Choosing) -> dict[str, MaskedWeight]:
             for name, mask in {**masks_in(closed), **carried}.items()
             if name in sources and not mask.all()
         }
-        movable = {name: mask for name, mask in masks.items() if not _keeps(twins, name, weights[name])}
-        masks = movable or masks  # of which it is said why they cannot be taken
+        kept = {x for x in unfit(twins) if x in masks and _equal(layers[x].weight, weights[x])}
+        masks = {x: mask for x, mask in masks.items() if x not in kept} or masks  # or it is said why
     elif isinstance(select, Mapping):
         masks = {_layer_of(key, layers): mask for key, mask in select.items()}
         if len(masks) < len(select):
@@ -181,15 +194,9 @@ def given(twins: Twins, select: Choosing) -> dict[str, MaskedWeight]:
     return found
 
 
-def _keeps(twins: Twins, name: str, weight: Tensor) -> bool:
-    """Say whether a layer that cannot be pruned is in a pruned network what it is in the model, zeros too."""
-    layer = prunable(twins.sparse)[name]
-    fixed = twins.calls.get(name, 0) > 1 or name in shared_weights(twins.dense) or how_computed(layer)
-    return (
-        bool(fixed)
-        and layer.weight.shape == weight.shape
-        and torch.equal(layer.weight, weight.to(layer.weight))
-    )
+def _equal(own: Tensor, other: Tensor) -> bool:
+    """Say whether two weights are the same, wherever they lie."""
+    return own.shape == other.shape and torch.equal(own, other.to(own))
 
 
 def _layer_of(key: Any, layers: Mapping[str, nn.Module]) -> str:

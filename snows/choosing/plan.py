@@ -11,10 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from snows.choosing.goals import Choosing, Given, Only, PatternChoice, ends, excluded, given
+from snows.choosing.goals import Choosing, Given, Only, PatternChoice, ends, excluded, given, unfit
 from snows.choosing.zeros import spend
 from snows.matching.statistics import Selector
-from snows.networks.checks import how_computed, shared_weights
 from snows.networks.layers import prunable
 from snows.networks.masks import kept_mask
 from snows.networks.twins import Twins
@@ -153,7 +152,7 @@ class _Deciding:
         order = twins.order
         self.names = [*order, *(name for name in self.layers if name not in order)]
         self.ends = ends(twins)
-        self.shared = shared_weights(twins.dense) | shared_weights(twins.sparse)  # a cut ends sharing
+        self.unfit = unfit(twins)
         self._wanted: dict[str, Pattern | None] = {}
 
     def wanted(self, name: str) -> Pattern | None:
@@ -185,7 +184,7 @@ class _Deciding:
         if wanted is None and not self.starts:
             return NO_PATTERN
         explicit = name in self.starts or (isinstance(self.pattern, Mapping) and name in self.pattern)
-        if why := self._unfit(name):
+        if why := self.unfit.get(name):
             if explicit:
                 raise ValueError(f"prune: {name} cannot be pruned ({why}); leave it out, or name it in skip")
             return why
@@ -198,16 +197,6 @@ class _Deciding:
             return "depthwise" if depthwise else why
         if self.starts and wanted is not None and not allows(wanted, self.starts[name].mask):
             raise ValueError(f"prune: the mask of {name} keeps more than the pattern {wanted} allows")
-        return ""
-
-    def _unfit(self, name: str) -> str:
-        """Say what of a layer cannot be pruned, whatever is asked; empty if it can."""
-        if name in self.shared:
-            return f"it shares its weight with {self.shared[name] or 'the network itself'}"
-        if how := how_computed(self.layers[name]):
-            return f"its weight is computed by {how}"
-        if (calls := self.twins.calls.get(name, 0)) > 1:
-            return f"it is called {calls} times in one forward pass"
         return ""
 
     def row(self, name: str, reason: str) -> LayerReport:
